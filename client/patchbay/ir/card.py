@@ -1,0 +1,164 @@
+"""What a client knows of a model: its widths and its sites. The model's *card*.
+
+Sites are named as in TransformerLens without ``hook_``. A card lists every site with its dimensions, so that the shape of
+every value is known before anything is sent.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
+from typing import TypeAlias
+
+from patchbay.errors import UnknownSiteError
+from patchbay.ir.dtypes import DType
+from patchbay.ir.limits import Limits
+
+#: An extent: a number, or ``"rows"``, ``"seq"``, ``"query"``, ``"key"`` (the last three all mean the run's length).
+Dim: TypeAlias = "int | str"
+
+ROWS = "rows"
+#: Symbolic extents that stand for a run's length, and so hold padding in ragged runs.
+SEQUENCE_DIMS = frozenset({"seq", "query", "key"})
+
+
+@dataclass(frozen=True, slots=True)
+class SiteSpec:
+    """One place in the model where a value can be read or written.
+
+    Attributes:
+        name: canonical name (``blocks.3.attn.pattern``) or ``module:PATH.output`` / ``module:PATH.input``.
+        dims: extents; the first is ``"rows"``.
+        dtype: element type of the value.
+        order: position in the forward; a site of smaller order is reached first.
+        writable: whether ``site.write`` is allowed.
+        doc: what the value is, or why it cannot be written.
+        absent: why a canonical site is not offered by this model; None when it is offered.
+    """
+
+    name: str
+    dims: tuple[Dim, ...]
+    dtype: DType
+    order: int
+    writable: bool = True
+    doc: str = ""
+    absent: str | None = None
+
+    def shape(self, rows: int, seq: int) -> tuple[int, ...]:
+        """The shape of the value for a run of `rows` rows whose longest has `seq` tokens."""
+        return tuple(rows if d == ROWS else seq if isinstance(d, str) else d for d in self.dims)
+
+    @property
+    def sequence_axes(self) -> tuple[int, ...]:
+        """Axes that run over token positions."""
+        return tuple(i for i, d in enumerate(self.dims) if d in SEQUENCE_DIMS)
+
+
+@dataclass(frozen=True, slots=True)
+class CallableSpec:
+    """A module of the model that a graph may apply to a value of its own (op ``call``).
+
+    Attributes:
+        name: canonical name, such as ``"ln_final"`` or ``"unembed"``.
+        d_in: extent of the last axis that it takes.
+        d_out: extent of the last axis that it returns.
+        dtype: element type that it takes and returns.
+        doc: what it computes.
+    """
+
+    name: str
+    d_in: int
+    d_out: int
+    dtype: DType
+    doc: str = ""
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """A model's widths, sites and callables, as its server proved them.
+
+    Attributes:
+        name: name it is served under.
+        family: transformers' model type, such as ``"llama"``.
+        source: hub id or folder name that it was loaded from.
+        revision: digest of its weights, for reproducibility.
+        dtype: element type of its weights.
+        n_layers, d_model, n_heads, n_kv_heads, d_head, d_mlp, d_vocab, n_ctx: widths.
+        n_params: number of parameters.
+        causal: whether a position sees only itself and earlier ones.
+        sites: every site, canonical ones first, in forward order.
+        callables: modules that ``call`` may apply.
+        limits: what the server holds every graph to; checked on the client too, before sending.
+        attributes: further facts for people (training, licence, accuracies), never interpreted.
+    """
+
+    name: str
+    family: str
+    source: str
+    revision: str
+    dtype: DType
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    d_mlp: int
+    d_vocab: int
+    n_ctx: int
+    n_params: int
+    causal: bool
+    sites: tuple[SiteSpec, ...]
+    callables: tuple[CallableSpec, ...] = ()
+    limits: Limits = Limits()
+    attributes: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+    @cached_property
+    def _by_name(self) -> Mapping[str, SiteSpec]:
+        return {s.name: s for s in self.sites}
+
+    @cached_property
+    def _callables_by_name(self) -> Mapping[str, CallableSpec]:
+        return {c.name: c for c in self.callables}
+
+    def __contains__(self, name: object) -> bool:
+        site = self._by_name.get(name) if isinstance(name, str) else None
+        return site is not None and site.absent is None
+
+    def site(self, name: str) -> SiteSpec:
+        """The site called `name` (canonical; see `patchbay.ir.sites.canonical` for aliases).
+
+        Raises:
+            UnknownSiteError: no such site, or one that this model does not offer; the message says why, or what is near.
+        """
+        spec = self._by_name.get(name)
+        if spec is None:
+            near = self.nearest(name)
+            hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+            raise UnknownSiteError(f"{self.name!r} has no site {name!r}{hint}", suggestions=near)
+        if spec.absent is not None:
+            raise UnknownSiteError(f"{self.name!r} does not offer the site {name!r}: {spec.absent}")
+        return spec
+
+    def callable(self, name: str) -> CallableSpec:
+        """The callable named `name`.
+
+        Raises:
+            UnknownSiteError: no such callable; the message lists those there are.
+        """
+        spec = self._callables_by_name.get(name)
+        if spec is None:
+            known = ", ".join(self._callables_by_name) or "none"
+            raise UnknownSiteError(f"{self.name!r} has no callable {name!r} (it has: {known})")
+        return spec
+
+    def nearest(self, name: str, count: int = 3) -> tuple[str, ...]:
+        """Names of existing sites that look most like `name`."""
+        block = re.match(r"blocks\.(\d+)\.", name)
+        if block and int(block.group(1)) >= self.n_layers:
+            name = f"blocks.{self.n_layers - 1}.{name[block.end() :]}"
+        names = [s.name for s in self.sites if s.absent is None]
+        return tuple(difflib.get_close_matches(name, names, n=count, cutoff=0.6))

@@ -1,0 +1,109 @@
+"""The intervention graph: frozen, flat, pure data.
+
+A graph is runs, nodes and outputs. A node is its position in ``graph.nodes``; every argument refers to a smaller
+position, so a graph holds no cycle and no nesting. Nothing here computes, checks or sends anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
+from typing import TypeAlias
+
+from patchbay.ir.dtypes import DType
+
+
+@dataclass(frozen=True, slots=True)
+class TensorData:
+    """A tensor as bytes.
+
+    Attributes:
+        dtype: element type.
+        shape: extents, outermost first.
+        data: little-endian, C-contiguous elements; ``bytes`` or a byte-format ``memoryview``.
+    """
+
+    dtype: DType
+    shape: tuple[int, ...]
+    data: bytes | memoryview
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.data)
+
+
+#: What an attribute may hold; tuples nest. Every value is immutable and hashable.
+Attr: TypeAlias = "None | bool | int | float | str | TensorData | tuple[Attr, ...]"
+
+_NO_ATTRS: Mapping[str, Attr] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One operation.
+
+    Attributes:
+        op: name of an OpSpec, such as ``"add"`` or ``"site.read"``.
+        args: positions of the nodes whose values it takes, each smaller than its own.
+        attrs: static parameters, as the OpSpec declares them.
+        run: index of the run it belongs to, for operations at sites; None for pure operations.
+    """
+
+    op: str
+    args: tuple[int, ...] = ()
+    attrs: Mapping[str, Attr] = _NO_ATTRS
+    run: int | None = None
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for two nodes that compute the same value; hashable."""
+        return (self.op, self.args, tuple(sorted(self.attrs.items())), self.run)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One forward of the model over some rows.
+
+    Attributes:
+        tokens: one tuple of token ids per row; rows may differ in length.
+        label: what the user called it or typed, for printing; never interpreted.
+    """
+
+    tokens: tuple[tuple[int, ...], ...]
+    label: str = ""
+
+    @property
+    def rows(self) -> int:
+        return len(self.tokens)
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(len(row) for row in self.tokens)
+
+    @cached_property
+    def seq(self) -> int:
+        """Length of the longest row: the extent of the ``seq`` axis that users see."""
+        return max(self.lengths, default=0)
+
+    @property
+    def ragged(self) -> bool:
+        return any(length != self.seq for length in self.lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A value to send back: a name, unique in the graph, and a node."""
+
+    name: str
+    node: int
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Runs, nodes in topological order, and the outputs: all that is ever sent back."""
+
+    runs: tuple[Run, ...] = ()
+    nodes: tuple[Node, ...] = ()
+    outputs: tuple[Output, ...] = field(default=())

@@ -1,0 +1,75 @@
+"""Operations that involve a run or the model. Their shapes need the card, so `patchbay.ir.verify` infers them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from patchbay.ir.ops.spec import AttrSpec, OpSpec, TensorSpec, ValueSpec, no_flops
+
+
+def _call_flops(args: Sequence[TensorSpec], out: ValueSpec, attrs: Mapping[str, Any]) -> int:
+    del attrs
+    assert isinstance(out, TensorSpec)
+    return 2 * args[0].size * out.shape[-1]
+
+
+CONST = OpSpec(
+    name="const",
+    params=(),
+    rule=None,
+    flops=no_flops,
+    category="structural",
+    attrs=(
+        AttrSpec("value", "tensor", None, "the tensor"),
+        AttrSpec("scalar", "scalar", None, "instead of `value`: a Python number, weak in promotion"),
+    ),
+    doc="A constant that travels with the graph: a tensor, or a Python number.",
+)
+
+SITE_READ = OpSpec(
+    name="site.read",
+    params=(),
+    rule=None,
+    flops=no_flops,
+    category="structural",
+    attrs=(AttrSpec("site", "str", doc="canonical site name"),),
+    doc="The value at a site of a run, after every write at that site that stands before this node.",
+)
+
+SITE_WRITE = OpSpec(
+    name="site.write",
+    params=("value", "indices"),
+    rule=None,
+    variadic=True,
+    optional=1,
+    category="structural",
+    attrs=(
+        AttrSpec("site", "str", doc="canonical site name"),
+        AttrSpec("mode", "str", "set", "how the value meets what is there", choices=("set", "add", "mul")),
+        AttrSpec("index", "index", (), "part of the site's value that is written"),
+    ),
+    doc="Replaces, adds to or scales (part of) the value at a site of a run; yields no value.",
+)
+
+CALL = OpSpec(
+    name="call",
+    params=("value",),
+    rule=None,
+    flops=_call_flops,
+    category="structural",
+    attrs=(AttrSpec("target", "str", doc="name of a callable on the model's card"),),
+    doc="A module of the model (the final norm, the unembedding) applied to a value over its last axis.",
+)
+
+ITEM = OpSpec(
+    name="item",
+    params=("parts",),
+    rule=None,
+    flops=no_flops,
+    category="structural",
+    attrs=(AttrSpec("index", "int", doc="which part"),),
+    doc="One part of the value of an operation with several results, such as topk.",
+)
+
+STRUCTURAL = (CONST, SITE_READ, SITE_WRITE, CALL, ITEM)
