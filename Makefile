@@ -34,6 +34,7 @@ help: ## list the targets
 
 .PHONY: venv
 venv: $(STAMP) ## make .venv with everything, from constraints.txt (once; again when they change)
+	@:
 
 $(STAMP): pyproject.toml constraints.txt
 	@python=$$($(find_python)); \
@@ -57,7 +58,7 @@ demo: $(STAMP) ## start the service, run the demo from a separate client, write 
 
 .PHONY: test
 test: $(STAMP) ## the whole test suite (ARGS="-k name" for a part)
-	@$(PY) -m pytest $(ARGS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest $(ARGS)
 
 .PHONY: lint
 lint: $(STAMP) $(PROTO_STAMP) ## every static check: ruff, mypy, import contracts, buf, spelling, gencode up to date
@@ -84,7 +85,7 @@ breaking: $(STAMP)
 	  $(VENV)/bin/buf breaking proto --against ".git#tag=$$tag,subdir=proto"; \
 	else echo "buf breaking: no release tag yet, nothing to compare with"; fi
 
-$(PROTO_STAMP): Makefile
+$(PROTO_STAMP):
 	@python=$$($(find_python)); echo "making $(PROTO_VENV) (the oldest supported protobuf toolchain)"; \
 	"$$python" -m venv --clear $(PROTO_VENV); \
 	$(PROTO_VENV)/bin/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) $(PROTO_TOOLS) >$(PROTO_VENV)/install.log 2>&1 \
