@@ -1,0 +1,341 @@
+"""The service's configuration: one validated object, from defaults, a YAML file, the environment and the command line.
+
+The same file configures a laptop (``patchbay serve --config``) and the Helm chart, whose values schema is made from
+`Config.json_schema`. Unknown keys are errors: Ray Serve's own schemas swallow them silently, so a typo would go unseen.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from patchbay.errors import PatchbayError
+from patchbay.ir.limits import Limits
+
+#: Where the defaults of the graph limits come from.
+_GRAPH = Limits()
+
+ENV_PREFIX = "PATCHBAY_"
+#: Names under the prefix that are not keys of the configuration (those of the client, this loader, demo, tests).
+OTHER_ENV = re.compile(r"(URL|API_KEY|CONFIG|(DEMO|TEST|BENCH|GPU)(_.*)?)")
+#: What Kubernetes sets for a Service called ``patchbay`` (service links); ``PATCHBAY_PORT=tcp://...`` is one of them.
+SERVICE_LINK_ENV = re.compile(r"SERVICE_(HOST|PORT)(_.*)?|PORT_\d+_(TCP|UDP)(_.*)?")
+
+
+class ConfigError(PatchbayError, ValueError):
+    """The configuration is wrong; the message names the source and the key of every fault."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelConfig(_Section):
+    """One hosted model."""
+
+    name: str = Field(
+        default="",
+        max_length=63,
+        pattern=r"^([A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?)?$",
+        description="Name that clients ask for. Empty: derived from the source (the last part of a path or hub id).",
+    )
+    source: str = Field(min_length=1, description="`demo`, a Hugging Face hub id, or a local folder.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="Element type of the weights; `auto`: as the checkpoint says."
+    )
+    device: str = Field(
+        default="auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:N`.",
+    )
+    replicas: int = Field(default=1, ge=1, le=1024, description="Copies of the model, each in a process of its own.")
+    num_cpus: float = Field(default=1.0, ge=0, description="Logical CPUs that Ray reserves for each replica.")
+    num_gpus: float = Field(default=0.0, ge=0, description="GPUs that Ray reserves for each replica.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_after_source(cls, data: Any) -> Any:
+        if isinstance(data, str):
+            data = {"source": data}
+        if isinstance(data, Mapping) and not data.get("name") and isinstance(data.get("source"), str):
+            tail = re.sub(r"[^A-Za-z0-9._-]+", "-", data["source"].rstrip("/").rsplit("/", 1)[-1]).strip("-._")
+            data = {**data, "name": tail[:63].rstrip("-._")}
+        return data
+
+    @field_validator("name")
+    @classmethod
+    def _usable(cls, name: str) -> str:
+        if not name:
+            raise ValueError("no name could be derived from the source; give one")
+        if name == "control":
+            raise ValueError("'control' is the name of the service's own application; choose another")
+        return name
+
+
+class LimitsConfig(_Section):
+    """What one request, one account and the queue are held to. Everything is checked before anything runs."""
+
+    max_nodes: int = Field(default=_GRAPH.max_nodes, ge=1, description="Nodes of one graph.")
+    max_runs: int = Field(default=_GRAPH.max_runs, ge=1, description="Runs of one graph.")
+    max_rows: int = Field(default=_GRAPH.max_rows, ge=1, description="Rows over all runs of one graph.")
+    max_tokens: int = Field(
+        default=_GRAPH.max_tokens, ge=1, description="Token positions, padding included, over all runs of one graph."
+    )
+    max_const_bytes: int = Field(
+        default=_GRAPH.max_const_bytes, ge=0, description="Bytes of one graph's inline constants."
+    )
+    max_result_bytes: int = Field(
+        default=_GRAPH.max_result_bytes, ge=1, description="Bytes of all outputs of one graph."
+    )
+    max_peak_bytes: int = Field(
+        default=_GRAPH.max_peak_bytes, ge=1, description="Highest sum of one graph's live values, in bytes."
+    )
+    max_flops: int = Field(
+        default=_GRAPH.max_flops, ge=1, description="Floating-point operations of one graph's own nodes."
+    )
+    max_request_bytes: int = Field(
+        default=256 * 2**20, ge=1024, le=2**31 - 1, description="Bytes of one request message."
+    )
+    max_queue_length: int = Field(
+        default=256,
+        ge=0,
+        description="Requests that may wait in one replica; one more is refused with a time to retry.",
+    )
+    max_concurrent_per_account: int = Field(
+        default=32, ge=1, description="Requests of one account that may wait or run in one replica at a time."
+    )
+    deadline_s: float = Field(
+        default=600.0, gt=0, description="Seconds after which a request is given up, waiting included."
+    )
+
+    def graph_limits(self) -> Limits:
+        """The part that a single graph is held to, as the verifier takes it."""
+        return Limits(**{name: getattr(self, name) for name in Limits.__dataclass_fields__})
+
+
+class KeysConfig(_Section):
+    """Where the keys that may use the service are kept."""
+
+    file: Path | None = Field(
+        default=None,
+        description="File of key digests, read again when it changes. Default: `<config folder>/patchbay/keys.json`.",
+    )
+    secrets_dir: Path | None = Field(
+        default=None,
+        description="Folder with one plain-text key per file, named after its account, as Kubernetes mounts a Secret.",
+    )
+    write_local: bool = Field(
+        default=True,
+        description="Create a key for this machine's clients on start and leave it where they find it (mode 0600).",
+    )
+
+
+class TlsConfig(_Section):
+    """TLS of the plain server. Under Ray Serve TLS ends at the gateway before it."""
+
+    certificate_file: Path = Field(description="PEM certificate chain.")
+    private_key_file: Path = Field(description="PEM private key.")
+
+
+class RayConfig(_Section):
+    """The Ray node that `patchbay serve` starts for itself."""
+
+    temp_dir: Path | None = Field(
+        default=None, description="Ray's folder; its path must be short (Unix sockets). Default: a new one under /tmp."
+    )
+    object_store_bytes: int = Field(
+        default=128 * 2**20, ge=80 * 2**20, description="Ray's object store; requests do not pass through it."
+    )
+    haproxy: bool = Field(
+        default=True, description="HAProxy as ingress where its wheel exists; false: Ray Serve's own proxy."
+    )
+    start_timeout_s: float = Field(default=300.0, gt=0, description="Seconds to wait for every replica to be ready.")
+    drain_s: float = Field(default=5.0, ge=0, description="Seconds that running requests get when the service stops.")
+
+
+class Config(_Section):
+    """Everything that an operator may set."""
+
+    models: tuple[ModelConfig, ...] = Field(
+        default=(ModelConfig(source="demo"),), min_length=1, description="Hosted models."
+    )
+    host: str = Field(
+        default="0.0.0.0",
+        description="Address that the plain server listens on. HAProxy always listens on all interfaces.",
+    )
+    port: int = Field(default=9000, ge=0, le=65535, description="gRPC port; 0: any free one (plain server only).")
+    insecure: bool = Field(default=False, description="Serve without keys: anybody who reaches the port may use it.")
+    torch_threads: int | None = Field(
+        default=None, ge=1, description="Threads of one forward on the CPU. Default: cores minus one for the service."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="What is logged.")
+    limits: LimitsConfig = LimitsConfig()
+    keys: KeysConfig = KeysConfig()
+    tls: TlsConfig | None = None
+    ray: RayConfig = RayConfig()
+
+    @field_validator("models")
+    @classmethod
+    def _names_differ(cls, models: tuple[ModelConfig, ...]) -> tuple[ModelConfig, ...]:
+        names = [m.name for m in models]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two models are called {name!r}; give each a name of its own")
+        return models
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        env: Mapping[str, str] | None = None,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> Config:
+        """Read the configuration; later sources win: defaults, the YAML file, the environment, `overrides`.
+
+        Args:
+            path: YAML file; None: the file that ``PATCHBAY_CONFIG`` names, or no file.
+            env: environment; ``PATCHBAY_PORT``, ``PATCHBAY_LIMITS__MAX_NODES`` (two underscores enter a section) and so
+                on; a list or section as YAML or JSON. None: the process's own.
+            overrides: nested mapping with the keys of the configuration (the command line's flags).
+
+        Raises:
+            ConfigError: a file that cannot be read, an unknown key, or a value out of range; the message names it.
+        """
+        env = os.environ if env is None else env
+        path = path if path is not None else env.get(ENV_PREFIX + "CONFIG") or None
+        merged: dict[str, Any] = {}
+        if path is not None:
+            merged = _read_yaml(Path(path))
+        merged = _merge(merged, _read_env(env))
+        merged = _merge(merged, overrides or {})
+        return cls.parse(merged, source=None if path is None else str(path))
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any], *, source: str | None = None) -> Config:
+        """Validate nested plain data (as `dump` gives it).
+
+        Raises:
+            ConfigError: an unknown key or a bad value; the message names every one.
+        """
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            lines = [_fault(e) for e in error.errors(include_url=False)]
+            head = "the configuration" if source is None else source
+            raise ConfigError(f"{head} is not valid:\n  " + "\n  ".join(lines)) from None
+
+    def dump(self) -> dict[str, Any]:
+        """Plain data that `parse` and JSON take (handed to replicas, which may run on other machines)."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def json_schema(cls) -> dict[str, Any]:
+        """JSON Schema of the YAML file; the chart's values schema embeds it."""
+        return cls.model_json_schema()
+
+    @classmethod
+    def keys_table(cls) -> list[tuple[str, str, str]]:
+        """(key, default, meaning) of every key, in the order of the file; docs/serving.md prints it."""
+        return [(key, default, meaning) for key, default, meaning in _walk(cls, "")]
+
+
+def _walk(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str]]:
+    inner = {"limits": LimitsConfig, "keys": KeysConfig, "tls": TlsConfig, "ray": RayConfig, "models": ModelConfig}
+    for name, info in section.model_fields.items():
+        key = prefix + name
+        if section is Config and name in inner:
+            yield from _walk(inner[name], f"{key}[]." if name == "models" else f"{key}.")
+            continue
+        default = "required" if info.is_required() else "none" if info.default is None else str(info.default)
+        yield key, default if default != "" else "derived", info.description or ""
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration file {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 1}" if where is not None else ""
+        raise ConfigError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected keys and values at the top, found {type(data).__name__}")
+    return data
+
+
+def _read_env(env: Mapping[str, str]) -> dict[str, Any]:
+    """Nested data from ``PATCHBAY_*``; unknown names are left in, so that validation names them."""
+    import yaml
+
+    data: dict[str, Any] = {}
+    for name, value in sorted(env.items()):
+        if not name.startswith(ENV_PREFIX):
+            continue
+        tail = name[len(ENV_PREFIX) :]
+        if OTHER_ENV.fullmatch(tail) or SERVICE_LINK_ENV.fullmatch(tail) or (tail == "PORT" and "://" in value):
+            continue
+        parts = tail.lower().split("__")
+        if parts[0] not in Config.model_fields:
+            near = difflib.get_close_matches(parts[0], list(Config.model_fields), n=1)
+            hint = f"; did you mean {ENV_PREFIX}{near[0].upper()}?" if near else ""
+            raise ConfigError(f"the environment variable {name} names no key of the configuration{hint}")
+        target = data
+        for part in parts[:-1]:
+            target = target.setdefault(part, {})
+        try:
+            target[parts[-1]] = yaml.safe_load(value) if value.lstrip()[:1] in ("[", "{") else value
+        except yaml.YAMLError:
+            raise ConfigError(f"the environment variable {name} holds neither a plain value nor YAML") from None
+    return data
+
+
+def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    out = dict(low)
+    for key, value in high.items():
+        below = out.get(key)
+        both = isinstance(value, Mapping) and isinstance(below, Mapping)
+        out[key] = _merge(below, value) if both else value  # type: ignore[arg-type]
+    return out
+
+
+def _fault(error: Any) -> str:
+    """One line for one of pydantic's errors: the key, what is wrong, what was seen."""
+    where = ""
+    for part in error["loc"]:
+        where += f"[{part}]" if isinstance(part, int) else f".{part}" if where else str(part)
+    where = where or "top level"
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"{where}: unknown key; {hint}"
+    if error["type"] == "missing":
+        return f"{where}: required, but not given"
+    message = error["msg"].removeprefix("Value error, ")
+    seen = error.get("input")
+    shown = f" (got {seen!r})" if isinstance(seen, str | int | float | bool | None) else ""
+    return f"{where}: {message[:1].lower()}{message[1:]}{shown}"
+
+
+def _known_keys(path: tuple[Any, ...]) -> list[str]:
+    sections: dict[str, type[BaseModel]] = {
+        "models": ModelConfig,
+        "limits": LimitsConfig,
+        "keys": KeysConfig,
+        "tls": TlsConfig,
+        "ray": RayConfig,
+    }
+    section = sections.get(str(path[0]), Config) if path else Config
+    return list(section.model_fields)
