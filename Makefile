@@ -128,7 +128,7 @@ lock: ## resolve constraints.txt anew, for every supported Python and platform
 	@{ echo "# Exact versions of everything that \`make venv\` installs; every install in the Makefile obeys it."; \
 	   echo "# Written by \`make lock\` (one resolution for all supported Pythons and platforms); do not edit."; \
 	   echo "# Held back there: $(LOCK_PINS)."; } >constraints.txt.new
-	@echo '$(LOCK_PINS)' | tr ' ' '\n' | $(LOCK_VENV)/bin/uv pip compile -q pyproject.toml --all-extras --universal --upgrade \
+	@echo '$(LOCK_PINS)' | tr ' ' '\n' | $(LOCK_VENV)/bin/uv pip compile -q pyproject.toml --all-extras --universal --python-version 3.10 --upgrade \
 	  --no-header --no-annotate --no-emit-index-url --no-emit-find-links --constraint - >>constraints.txt.new
 	@mv constraints.txt.new constraints.txt; echo "constraints.txt: $$(grep -c == constraints.txt) pins"
 
