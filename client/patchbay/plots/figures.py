@@ -51,7 +51,7 @@ def draw_grid(
     figure: Figure = figure_class(figsize=(width, height), facecolor=paper, layout="constrained")
     ax: Any = figure.add_subplot(facecolor=paper)
     cmap = colors.LinearSegmentedColormap.from_list(scale.name, [_unit(a) for a in ANCHORS[scale.name]])
-    cmap.set_bad(_unit(MISSING), alpha=0.35)
+    cmap = cmap.with_extremes(bad=(*_unit(MISSING), 0.35))
     low, high = scale.low, scale.high
     image = ax.imshow(
         [list(row) for row in values], cmap=cmap, vmin=low, vmax=high if high > low else low + 1, aspect="auto"

@@ -6,7 +6,6 @@ Everywhere else the same table is drawn with shades and numbers.
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -47,8 +46,9 @@ class Canvas:
         for ch in label:
             if ch in named:
                 out.append(named[ch])
-            elif unicodedata.category(ch) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp") or (self.ascii and not ch.isascii()):
-                out.append(ch.encode("ascii", "backslashreplace").decode() if ord(ch) > 31 else f"\\x{ord(ch):02x}")
+            elif not ch.isprintable() or (self.ascii and not ch.isascii()):
+                code = ord(ch)
+                out.append(f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}")
             else:
                 out.append(ch)
         return "".join(out)
