@@ -1,0 +1,118 @@
+{{/* Names. KubeRay allows a RayService 47 characters of a DNS label. */}}
+{{- define "patchbay.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 47 | trimSuffix "-" -}}
+{{- end -}}
+
+{{- define "patchbay.fullname" -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 47 | trimSuffix "-" -}}
+{{- else if contains (include "patchbay.name" .) .Release.Name -}}
+{{- .Release.Name | trunc 47 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name (include "patchbay.name" .) | trunc 47 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "patchbay.selectorLabels" -}}
+app.kubernetes.io/name: {{ include "patchbay.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "patchbay.labels" -}}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
+{{ include "patchbay.selectorLabels" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+{{- end -}}
+
+{{- define "patchbay.serviceAccountName" -}}
+{{- if .Values.serviceAccount.create -}}
+{{- default (include "patchbay.fullname" .) .Values.serviceAccount.name -}}
+{{- else -}}
+{{- default "default" .Values.serviceAccount.name -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "patchbay.image" -}}
+{{- if .Values.image.digest -}}
+{{- printf "%s@%s" .Values.image.repository .Values.image.digest -}}
+{{- else -}}
+{{- printf "%s:%s" .Values.image.repository (default .Chart.AppVersion .Values.image.tag) -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "patchbay.configPath" -}}/etc/patchbay/patchbay.yaml{{- end -}}
+{{- define "patchbay.keysDir" -}}/etc/patchbay/keys{{- end -}}
+{{- define "patchbay.configName" -}}{{ include "patchbay.fullname" . }}-config{{- end -}}
+{{- define "patchbay.keysSecretName" -}}
+{{- default (printf "%s-keys" (include "patchbay.fullname" .)) .Values.keys.existingSecret -}}
+{{- end -}}
+{{- define "patchbay.firstKeySecretName" -}}{{ include "patchbay.fullname" . }}-first-key{{- end -}}
+{{- define "patchbay.cacheClaimName" -}}
+{{- default (printf "%s-model-cache" (include "patchbay.fullname" .)) .Values.huggingFace.cache.existingClaim -}}
+{{- end -}}
+{{- define "patchbay.insecure" -}}{{- if .Values.config.insecure -}}true{{- end -}}{{- end -}}
+
+{{/* patchbay.yaml: the values' config block and nothing else. */}}
+{{- define "patchbay.config" -}}
+{{- toYaml .Values.config -}}
+{{- end -}}
+
+{{/*
+What Ray Serve is told: the same applications, built by the same functions, that `patchbay serve --config` deploys; the
+test feeds this to Ray's own schema and compares it with what the code says for the same file.
+*/}}
+{{- define "patchbay.serveConfig" -}}
+proxy_location: EveryNode
+http_options:
+  host: 0.0.0.0
+  port: 8000
+grpc_options:
+  port: {{ .Values.config.port | default 9000 | int }}
+  grpc_servicer_functions:
+    - patchbay.v1.service_pb2_grpc.add_PatchbayServiceServicer_to_server
+applications:
+  - name: control
+    route_prefix: /control
+    import_path: patchbay_server.serving.control:build_app
+    args:
+      config: {{ include "patchbay.configPath" . }}
+  {{- range .Values.config.models }}
+  - name: {{ .name | quote }}
+    route_prefix: {{ printf "/%s" .name | quote }}
+    import_path: patchbay_server.serving.ray:build_app
+    args:
+      config: {{ include "patchbay.configPath" $ }}
+      model: {{ .name | quote }}
+  {{- end }}
+{{- end -}}
+
+{{/* Mistakes that the schema cannot see, said before anything is installed. */}}
+{{- define "patchbay.validate" -}}
+{{- if and (not .Values.config.insecure) (ne (dig "keys" "file" "" .Values.config) (printf "%s/keys.json" (include "patchbay.keysDir" .))) -}}
+{{- fail (printf "config.keys.file must stay %s/keys.json, where the chart mounts the keys' Secret" (include "patchbay.keysDir" .)) -}}
+{{- end -}}
+{{- if dig "keys" "write_local" true .Values.config -}}
+{{- fail "config.keys.write_local must stay false: pods have no local clients" -}}
+{{- end -}}
+{{- $wanted := 0.0 -}}
+{{- range .Values.config.models -}}
+{{- $wanted = addf $wanted (mulf (float64 (default 1 .replicas)) (float64 (default 0 .num_gpus))) -}}
+{{- end -}}
+{{- $offered := 0.0 -}}
+{{- range .Values.workers -}}
+{{- $offered = addf $offered (mulf (float64 (default 0 .replicas)) (float64 (dig "limits" "nvidia.com/gpu" 0 .resources))) -}}
+{{- end -}}
+{{- if gt $wanted $offered -}}
+{{- fail (printf "config.models reserve %v GPUs in all, but the worker groups offer %v (replicas x resources.limits of nvidia.com/gpu): the models would wait for ever" $wanted $offered) -}}
+{{- end -}}
+{{- if and .Values.gateway.enabled .Values.gateway.create (not .Values.gateway.tlsSecretName) -}}
+{{- fail "gateway.tlsSecretName is required: keys travel in every request, so the listener needs TLS" -}}
+{{- end -}}
+{{- if and .Values.gateway.enabled (not .Values.gateway.create) (not .Values.gateway.parentRefs) -}}
+{{- fail "gateway.enabled needs gateway.parentRefs (a Gateway of yours) or gateway.create" -}}
+{{- end -}}
+{{- if and .Values.ingress.enabled (not (and .Values.ingress.host .Values.ingress.tlsSecretName)) -}}
+{{- fail "ingress.enabled needs ingress.host and ingress.tlsSecretName: keys travel in every request, so it needs TLS" -}}
+{{- end -}}
+{{- end -}}
