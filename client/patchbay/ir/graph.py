@@ -53,7 +53,7 @@ class Node:
 
     op: str
     args: tuple[int, ...] = ()
-    attrs: Mapping[str, Attr] = _NO_ATTRS
+    attrs: Mapping[str, Attr] = field(default_factory=lambda: _NO_ATTRS)
     run: int | None = None
 
     @property
