@@ -1,0 +1,79 @@
+from google.protobuf import struct_pb2 as _struct_pb2
+from patchbay.v1 import tensor_pb2 as _tensor_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Graph(_message.Message):
+    __slots__ = ("runs", "nodes", "outputs")
+    RUNS_FIELD_NUMBER: _ClassVar[int]
+    NODES_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    runs: _containers.RepeatedCompositeFieldContainer[Run]
+    nodes: _containers.RepeatedCompositeFieldContainer[Node]
+    outputs: _containers.RepeatedCompositeFieldContainer[Output]
+    def __init__(self, runs: _Optional[_Iterable[_Union[Run, _Mapping]]] = ..., nodes: _Optional[_Iterable[_Union[Node, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ...) -> None: ...
+
+class Run(_message.Message):
+    __slots__ = ("tokens", "row_lengths", "label")
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ROW_LENGTHS_FIELD_NUMBER: _ClassVar[int]
+    LABEL_FIELD_NUMBER: _ClassVar[int]
+    tokens: _containers.RepeatedScalarFieldContainer[int]
+    row_lengths: _containers.RepeatedScalarFieldContainer[int]
+    label: str
+    def __init__(self, tokens: _Optional[_Iterable[int]] = ..., row_lengths: _Optional[_Iterable[int]] = ..., label: _Optional[str] = ...) -> None: ...
+
+class Node(_message.Message):
+    __slots__ = ("op", "args", "attrs", "run")
+    class AttrsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: Attr
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[Attr, _Mapping]] = ...) -> None: ...
+    OP_FIELD_NUMBER: _ClassVar[int]
+    ARGS_FIELD_NUMBER: _ClassVar[int]
+    ATTRS_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    op: str
+    args: _containers.RepeatedScalarFieldContainer[int]
+    attrs: _containers.MessageMap[str, Attr]
+    run: int
+    def __init__(self, op: _Optional[str] = ..., args: _Optional[_Iterable[int]] = ..., attrs: _Optional[_Mapping[str, Attr]] = ..., run: _Optional[int] = ...) -> None: ...
+
+class Attr(_message.Message):
+    __slots__ = ("null_value", "bool_value", "int_value", "float_value", "string_value", "tensor_value", "list_value")
+    NULL_VALUE_FIELD_NUMBER: _ClassVar[int]
+    BOOL_VALUE_FIELD_NUMBER: _ClassVar[int]
+    INT_VALUE_FIELD_NUMBER: _ClassVar[int]
+    FLOAT_VALUE_FIELD_NUMBER: _ClassVar[int]
+    STRING_VALUE_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_VALUE_FIELD_NUMBER: _ClassVar[int]
+    LIST_VALUE_FIELD_NUMBER: _ClassVar[int]
+    null_value: _struct_pb2.NullValue
+    bool_value: bool
+    int_value: int
+    float_value: float
+    string_value: str
+    tensor_value: _tensor_pb2.Tensor
+    list_value: AttrList
+    def __init__(self, null_value: _Optional[_Union[_struct_pb2.NullValue, str]] = ..., bool_value: bool = ..., int_value: _Optional[int] = ..., float_value: _Optional[float] = ..., string_value: _Optional[str] = ..., tensor_value: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., list_value: _Optional[_Union[AttrList, _Mapping]] = ...) -> None: ...
+
+class AttrList(_message.Message):
+    __slots__ = ("values",)
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    values: _containers.RepeatedCompositeFieldContainer[Attr]
+    def __init__(self, values: _Optional[_Iterable[_Union[Attr, _Mapping]]] = ...) -> None: ...
+
+class Output(_message.Message):
+    __slots__ = ("name", "node")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    node: int
+    def __init__(self, name: _Optional[str] = ..., node: _Optional[int] = ...) -> None: ...

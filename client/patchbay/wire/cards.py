@@ -1,0 +1,166 @@
+"""Model cards and summaries between the IR and messages."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import MappingProxyType
+
+from patchbay.errors import ProtocolError
+from patchbay.ir.card import CallableSpec, Dim, ModelCard, SiteSpec
+from patchbay.ir.events import ModelSummary
+from patchbay.ir.limits import Limits
+from patchbay.v1 import card_pb2
+from patchbay.wire.bounds import MAX_DIMS, MAX_SITES
+from patchbay.wire.names import decode_model, encode_model
+from patchbay.wire.tensors import decode_dtype, encode_dtype
+
+_SYMBOLS = frozenset({"rows", "seq", "query", "key"})
+_LIMITS = tuple(field.name for field in dataclasses.fields(Limits))
+#: Widths that are the same number in both forms: IR name -> message field.
+_WIDTHS = {
+    "n_layers": "layer_count",
+    "d_model": "d_model",
+    "n_heads": "head_count",
+    "n_kv_heads": "kv_head_count",
+    "d_head": "d_head",
+    "d_mlp": "d_mlp",
+    "d_vocab": "d_vocab",
+    "n_ctx": "context_length",
+    "n_params": "parameter_count",
+}
+
+
+def encode_card(card: ModelCard) -> card_pb2.ModelCard:
+    return card_pb2.ModelCard(
+        name=encode_model(card.name),
+        family=card.family,
+        source=card.source,
+        revision=card.revision,
+        element_type=encode_dtype(card.dtype),
+        causal=card.causal,
+        sites=[_encode_site(site) for site in card.sites],
+        callables=[
+            card_pb2.CallableSpec(
+                name=c.name, d_in=c.d_in, d_out=c.d_out, element_type=encode_dtype(c.dtype), doc=c.doc
+            )
+            for c in card.callables
+        ],
+        limits=encode_limits(card.limits),
+        attributes=dict(card.attributes),
+        **{field: getattr(card, name) for name, field in _WIDTHS.items()},
+    )
+
+
+def _encode_site(site: SiteSpec) -> card_pb2.SiteSpec:
+    return card_pb2.SiteSpec(
+        name=site.name,
+        dims=[card_pb2.Dim(symbol=d) if isinstance(d, str) else card_pb2.Dim(size=d) for d in site.dims],
+        element_type=encode_dtype(site.dtype),
+        order=site.order,
+        writable=site.writable,
+        doc=site.doc,
+        absent_reason=site.absent,
+    )
+
+
+def decode_card(message: card_pb2.ModelCard) -> ModelCard:
+    """
+    Raises:
+        ProtocolError: a card that contradicts itself or that this version cannot read.
+    """
+    for field in ("sites", "callables", "attributes"):
+        if len(getattr(message, field)) > MAX_SITES:
+            raise ProtocolError(f"card.{field}: more than {MAX_SITES} entries", field=f"card.{field}")
+    widths = {name: _count(message, field, "card") for name, field in _WIDTHS.items()}
+    return ModelCard(
+        name=decode_model(message.name, "card.name"),
+        family=message.family,
+        source=message.source,
+        revision=message.revision,
+        dtype=decode_dtype(message.element_type, "card.element_type"),
+        causal=message.causal,
+        sites=tuple(_decode_site(site, f"card.sites[{index}]") for index, site in enumerate(message.sites)),
+        callables=tuple(_decode_callable(c, f"card.callables[{i}]") for i, c in enumerate(message.callables)),
+        limits=decode_limits(message.limits),
+        attributes=MappingProxyType(dict(message.attributes)),
+        **widths,
+    )
+
+
+def _decode_site(message: card_pb2.SiteSpec, field: str) -> SiteSpec:
+    if not 1 <= len(message.dims) <= MAX_DIMS:
+        raise ProtocolError(f"{field}.dims: {len(message.dims)} of them; 1 to {MAX_DIMS} are allowed", field=f"{field}.dims")
+    return SiteSpec(
+        name=message.name,
+        dims=tuple(_decode_dim(dim, f"{field}.dims[{index}]") for index, dim in enumerate(message.dims)),
+        dtype=decode_dtype(message.element_type, f"{field}.element_type"),
+        order=message.order,
+        writable=message.writable,
+        doc=message.doc,
+        absent=message.absent_reason if message.HasField("absent_reason") else None,
+    )
+
+
+def _decode_dim(message: card_pb2.Dim, field: str) -> Dim:
+    if message.WhichOneof("extent") == "size":
+        return _count(message, "size", field)
+    if message.symbol not in _SYMBOLS:
+        raise ProtocolError(f"{field}: {message.symbol!r} is not an extent that this version knows", field=field)
+    return message.symbol
+
+
+def _decode_callable(message: card_pb2.CallableSpec, field: str) -> CallableSpec:
+    return CallableSpec(
+        name=message.name,
+        d_in=_count(message, "d_in", field),
+        d_out=_count(message, "d_out", field),
+        dtype=decode_dtype(message.element_type, f"{field}.element_type"),
+        doc=message.doc,
+    )
+
+
+def encode_limits(limits: Limits) -> card_pb2.Limits:
+    return card_pb2.Limits(**{name: getattr(limits, name) for name in _LIMITS})
+
+
+def decode_limits(message: card_pb2.Limits) -> Limits:
+    """
+    Raises:
+        ProtocolError: a negative limit.
+    """
+    return Limits(**{name: _count(message, name, "limits") for name in _LIMITS})
+
+
+def encode_summary(summary: ModelSummary) -> card_pb2.ModelSummary:
+    return card_pb2.ModelSummary(
+        name=encode_model(summary.name),
+        family=summary.family,
+        source=summary.source,
+        parameter_count=summary.n_params,
+        layer_count=summary.n_layers,
+        d_model=summary.d_model,
+        ready=summary.ready,
+    )
+
+
+def decode_summary(message: card_pb2.ModelSummary, field: str) -> ModelSummary:
+    """
+    Raises:
+        ProtocolError: a name that is none, or a negative width.
+    """
+    return ModelSummary(
+        name=decode_model(message.name, f"{field}.name"),
+        family=message.family,
+        source=message.source,
+        n_params=_count(message, "parameter_count", field),
+        n_layers=_count(message, "layer_count", field),
+        d_model=_count(message, "d_model", field),
+        ready=message.ready,
+    )
+
+
+def _count(message: object, name: str, field: str) -> int:
+    value: int = getattr(message, name)
+    if value < 0:
+        raise ProtocolError(f"{field}.{name}: {value} is negative", field=f"{field}.{name}")
+    return value

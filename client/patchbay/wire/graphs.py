@@ -1,0 +1,219 @@
+"""Graphs between the IR and messages.
+
+Decoding checks everything that can be checked without knowing operations or the model: counts against the limits before
+a Python object is built, references, nesting, tensors. What an operation or a site means is the verifier's business.
+"""
+
+from __future__ import annotations
+
+from google.protobuf.struct_pb2 import NullValue
+
+from patchbay.errors import GraphError, LimitExceededError, ProtocolError
+from patchbay.ir.graph import Attr, Graph, Node, Output, Run, TensorData
+from patchbay.ir.limits import Limits
+from patchbay.v1 import graph_pb2
+from patchbay.wire.bounds import (
+    MAX_ARGS_PER_NODE,
+    MAX_ATTR_DEPTH,
+    MAX_ATTR_ITEMS,
+    MAX_ATTRS,
+    MAX_LABEL_CHARS,
+    MAX_NAME_CHARS,
+    MAX_STRING_CHARS,
+)
+from patchbay.wire.tensors import decode_tensor, encode_tensor
+
+
+# --- encoding -----------------------------------------------------------------------------------------------------
+
+
+def encode_graph(graph: Graph) -> graph_pb2.Graph:
+    """
+    Raises:
+        GraphError: a value that no message can hold (an int of more than 64 bits, text with lone surrogates).
+    """
+    message = graph_pb2.Graph()
+    for index, run in enumerate(graph.runs):
+        try:
+            message.runs.add(
+                tokens=[token for row in run.tokens for token in row],
+                row_lengths=run.lengths,
+                label=run.label[:MAX_LABEL_CHARS],
+            )
+        except (ValueError, TypeError) as error:
+            raise GraphError(f"runs[{index}] cannot be sent: {error}", field=f"runs[{index}]") from None
+    for position, node in enumerate(graph.nodes):
+        try:
+            encoded = message.nodes.add(op=node.op, args=node.args, run=node.run)
+            for name, value in node.attrs.items():
+                _encode_attr(value, encoded.attrs[name])
+        except GraphError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise GraphError(f"{node.op} cannot be sent: {error}", node=position) from None
+    for index, output in enumerate(graph.outputs):
+        try:
+            message.outputs.add(name=output.name, node=output.node)
+        except (ValueError, TypeError) as error:
+            raise GraphError(f"outputs[{index}] cannot be sent: {error}", field=f"outputs[{index}]") from None
+    return message
+
+
+def _encode_attr(value: Attr, into: graph_pb2.Attr) -> None:
+    if value is None:
+        into.null_value = NullValue.NULL_VALUE
+    elif isinstance(value, bool):
+        into.bool_value = value
+    elif isinstance(value, int):
+        into.int_value = value
+    elif isinstance(value, float):
+        into.float_value = value
+    elif isinstance(value, str):
+        into.string_value = value
+    elif isinstance(value, TensorData):
+        into.tensor_value.CopyFrom(encode_tensor(value))
+    elif isinstance(value, tuple):
+        into.list_value.SetInParent()
+        for item in value:
+            _encode_attr(item, into.list_value.values.add())
+    else:
+        raise TypeError(f"an attribute cannot hold a {type(value).__name__}")
+
+
+# --- decoding -----------------------------------------------------------------------------------------------------
+
+
+def decode_graph(message: graph_pb2.Graph, limits: Limits | None = None) -> Graph:
+    """
+    Raises:
+        LimitExceededError: more runs, rows, tokens, nodes or constants than `limits` allow.
+        GraphError: a reference to a node or run that does not exist yet.
+        ProtocolError: anything else that no client of ours would send.
+    """
+    limits = limits or Limits()
+    _check_counts(message, limits)
+    runs = tuple(_decode_run(run, f"runs[{index}]") for index, run in enumerate(message.runs))
+    interned: dict[str, str] = {}
+    nodes = tuple(
+        _decode_node(node, position, len(runs), interned) for position, node in enumerate(message.nodes)
+    )
+    return Graph(runs=runs, nodes=nodes, outputs=_decode_outputs(message, len(nodes)))
+
+
+def _check_counts(message: graph_pb2.Graph, limits: Limits) -> None:
+    # len() of a repeated field is known without building its elements.
+    counts = (
+        ("max_nodes", "nodes", len(message.nodes), limits.max_nodes),
+        ("max_runs", "runs", len(message.runs), limits.max_runs),
+        ("max_nodes", "outputs", len(message.outputs), limits.max_nodes),
+    )
+    for limit, field, count, allowed in counts:
+        _check_limit(limit, field, count, allowed)
+    _check_limit("max_rows", "runs", sum(len(run.row_lengths) for run in message.runs), limits.max_rows)
+    _check_limit("max_tokens", "runs", sum(len(run.tokens) for run in message.runs), limits.max_tokens)
+    args = sum(len(node.args) for node in message.nodes)
+    _check_limit("max_args", "nodes", args, MAX_ARGS_PER_NODE * limits.max_nodes)
+
+
+def _check_limit(limit: str, field: str, count: int, allowed: int) -> None:
+    if count > allowed:
+        what = limit.removeprefix("max_")
+        raise LimitExceededError(
+            f"the graph has {count} {what if field != 'outputs' else 'outputs'}; at most {allowed} are allowed (limit {limit})",
+            limit=limit,
+            allowed=allowed,
+            requested=count,
+            field=field,
+        )
+
+
+def _decode_run(message: graph_pb2.Run, field: str) -> Run:
+    lengths = tuple(message.row_lengths)
+    if any(length < 0 for length in lengths) or sum(lengths) != len(message.tokens):
+        raise ProtocolError(
+            f"{field}.row_lengths: rows of {sum(lengths)} tokens in all, but there are {len(message.tokens)}",
+            field=f"{field}.row_lengths",
+        )
+    if len(message.label) > MAX_LABEL_CHARS:
+        raise ProtocolError(f"{field}.label: {len(message.label)} characters; at most {MAX_LABEL_CHARS}", field=f"{field}.label")
+    tokens = tuple(message.tokens)
+    rows, start = [], 0
+    for length in lengths:
+        rows.append(tokens[start : start + length])
+        start += length
+    return Run(tokens=tuple(rows), label=message.label)
+
+
+def _decode_node(message: graph_pb2.Node, position: int, n_runs: int, interned: dict[str, str]) -> Node:
+    args = tuple(message.args)
+    if args and (min(args) < 0 or max(args) >= position):
+        index = next(i for i, arg in enumerate(args) if not 0 <= arg < position)
+        raise GraphError(
+            f"argument {index} of node {position} is node {args[index]}; arguments refer to earlier nodes only",
+            node=position,
+            related=(args[index],),
+            field=f"nodes[{position}].args[{index}]",
+        )
+    run = message.run if message.HasField("run") else None
+    if run is not None and not 0 <= run < n_runs:
+        raise GraphError(
+            f"node {position} belongs to run {run}, but the graph has {n_runs}", node=position, field=f"nodes[{position}].run"
+        )
+    op = message.op
+    _check_name(op, f"nodes[{position}].op")
+    attrs = message.attrs
+    if len(attrs) > MAX_ATTRS:
+        field = f"nodes[{position}].attrs"
+        raise ProtocolError(f"{field}: {len(attrs)} attributes; at most {MAX_ATTRS}", field=field)
+    decoded: dict[str, Attr] = {}
+    for name in attrs:
+        _check_name(name, f"nodes[{position}].attrs")
+        decoded[interned.setdefault(name, name)] = _decode_attr(attrs[name], f'nodes[{position}].attrs["{name}"]', 0)
+    return Node(op=interned.setdefault(op, op), args=args, attrs=decoded, run=run)
+
+
+def _decode_attr(message: graph_pb2.Attr, field: str, depth: int) -> Attr:
+    kind = message.WhichOneof("kind")
+    if kind == "int_value":
+        return message.int_value
+    if kind == "string_value":
+        text = message.string_value
+        if len(text) > MAX_STRING_CHARS:
+            raise ProtocolError(f"{field}: {len(text)} characters; at most {MAX_STRING_CHARS}", field=field)
+        return text
+    if kind == "float_value":
+        return message.float_value
+    if kind == "bool_value":
+        return message.bool_value
+    if kind == "null_value":
+        return None
+    if kind == "tensor_value":
+        return decode_tensor(message.tensor_value, field)
+    if kind == "list_value":
+        values = message.list_value.values
+        if depth >= MAX_ATTR_DEPTH:
+            raise ProtocolError(f"{field}: lists nest more than {MAX_ATTR_DEPTH} deep", field=field)
+        if len(values) > MAX_ATTR_ITEMS:
+            raise ProtocolError(f"{field}: {len(values)} entries; at most {MAX_ATTR_ITEMS}", field=field)
+        return tuple(_decode_attr(value, f"{field}[{index}]", depth + 1) for index, value in enumerate(values))
+    raise ProtocolError(f"{field}: an attribute of no kind that this version knows", field=field)
+
+
+def _decode_outputs(message: graph_pb2.Graph, n_nodes: int) -> tuple[Output, ...]:
+    outputs: list[Output] = []
+    seen: dict[str, int] = {}
+    for index, output in enumerate(message.outputs):
+        field = f"outputs[{index}]"
+        _check_name(output.name, f"{field}.name")
+        if not 0 <= output.node < n_nodes:
+            raise GraphError(f"output {output.name!r} is node {output.node}, but the graph has {n_nodes}", field=f"{field}.node")
+        if seen.setdefault(output.name, index) != index:
+            raise GraphError(f"two outputs are called {output.name!r}", field=f"{field}.name")
+        outputs.append(Output(output.name, output.node))
+    return tuple(outputs)
+
+
+def _check_name(name: str, field: str) -> None:
+    if not name or len(name) > MAX_NAME_CHARS:
+        raise ProtocolError(f"{field}: a name of {len(name)} characters; 1 to {MAX_NAME_CHARS} are allowed", field=field)
+

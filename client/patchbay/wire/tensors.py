@@ -1,0 +1,212 @@
+"""Tensors between three forms: the IR's `TensorData`, numpy arrays, and messages.
+
+numpy, and ml_dtypes for bfloat16 and the 8-bit floats, are imported when first needed. Conversions to and from numpy copy
+nothing when the array is C-contiguous and little-endian.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+from zlib import crc32
+
+from patchbay.errors import DTypeError, LimitExceededError, ProtocolError
+from patchbay.ir.dtypes import DTYPES, DType
+from patchbay.ir.graph import TensorData
+from patchbay.v1 import tensor_pb2
+from patchbay.wire.bounds import CHUNK_BYTES, MAX_CHUNK_BYTES, MAX_DIMS, MAX_TENSOR_SPAN
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_ELEMENT_TYPES: Mapping[str, tensor_pb2.ElementType] = MappingProxyType(
+    {name: tensor_pb2.ElementType.Value(f"ELEMENT_TYPE_{name.upper()}") for name in DTYPES}
+)
+_DTYPES: Mapping[int, DType] = MappingProxyType({number: DTYPES[name] for name, number in _ELEMENT_TYPES.items()})
+
+_ML_DTYPES = frozenset({"bfloat16", "float8_e4m3fn", "float8_e5m2"})
+
+
+# --- numpy --------------------------------------------------------------------------------------------------------
+
+
+def numpy_dtype(dtype: DType) -> np.dtype[Any]:
+    """The little-endian numpy dtype for `dtype`."""
+    import numpy as np
+
+    if dtype.name in _ML_DTYPES:
+        import ml_dtypes
+
+        return np.dtype(getattr(ml_dtypes, dtype.name))
+    return np.dtype(dtype.name).newbyteorder("<")
+
+
+def to_numpy(tensor: TensorData) -> NDArray[Any]:
+    """`tensor` as an array over the same memory (read-only where that is)."""
+    import numpy as np
+
+    return np.frombuffer(tensor.data, dtype=numpy_dtype(tensor.dtype)).reshape(tensor.shape)
+
+
+def from_numpy(array: NDArray[Any]) -> TensorData:
+    """`array` as a tensor over the same memory, or a copy where its layout or byte order must change.
+
+    Raises:
+        DTypeError: an element type that Patchbay does not carry.
+    """
+    import numpy as np
+
+    dtype = DTYPES.get(array.dtype.name)
+    if dtype is None:
+        raise DTypeError(f"arrays of {array.dtype} cannot be sent; cast to one of {', '.join(DTYPES)}")
+    swapped = array.dtype.byteorder == ">" or (array.dtype.byteorder == "=" and sys.byteorder == "big")
+    little = array.astype(array.dtype.newbyteorder("<")) if swapped else array
+    flat = np.ascontiguousarray(little).reshape(-1).view(np.uint8)
+    return TensorData(dtype, tuple(array.shape), memoryview(flat))
+
+
+# --- messages -----------------------------------------------------------------------------------------------------
+
+
+def encode_dtype(dtype: DType) -> tensor_pb2.ElementType:
+    return _ELEMENT_TYPES[dtype.name]
+
+
+def decode_dtype(number: int, field: str) -> DType:
+    """
+    Raises:
+        ProtocolError: a number that names no element type known here.
+    """
+    dtype = _DTYPES.get(number)
+    if dtype is None:
+        raise ProtocolError(f"{field}: {number} is not an element type that this version knows", field=field)
+    return dtype
+
+
+def decode_shape(extents: Sequence[int], dtype: DType, field: str) -> tuple[int, ...]:
+    """
+    Raises:
+        ProtocolError: too many extents, a negative one, or so large that strides would overflow.
+    """
+    if len(extents) > MAX_DIMS:
+        raise ProtocolError(f"{field}: {len(extents)} dimensions; at most {MAX_DIMS}", field=field)
+    shape = tuple(extents)
+    if any(extent < 0 for extent in shape):
+        raise ProtocolError(f"{field}: negative extent in {list(shape)}", field=field)
+    if math.prod(max(extent, 1) for extent in shape) * dtype.itemsize >= MAX_TENSOR_SPAN:
+        raise ProtocolError(f"{field}: {list(shape)} is larger than any memory", field=field)
+    return shape
+
+
+def _check_data(dtype: DType, shape: tuple[int, ...], size: int, field: str) -> None:
+    expected = math.prod(shape) * dtype.itemsize
+    if size != expected:
+        raise ProtocolError(f"{field}: {size} bytes for {dtype}{list(shape)}, which takes {expected}", field=field)
+
+
+def _check_elements(dtype: DType, data: bytes | bytearray, field: str) -> None:
+    # Any other byte in a bool is undefined behaviour in the C++ that reads it later.
+    if dtype.kind == "bool" and data.translate(None, b"\x00\x01"):
+        raise ProtocolError(f"{field}: a bool is the byte 0 or 1", field=field)
+
+
+def encode_tensor(tensor: TensorData) -> tensor_pb2.Tensor:
+    return tensor_pb2.Tensor(
+        element_type=encode_dtype(tensor.dtype), shape=tensor.shape, data=_as_bytes(tensor.data)
+    )
+
+
+def decode_tensor(message: tensor_pb2.Tensor, field: str) -> TensorData:
+    """
+    Raises:
+        ProtocolError: an unknown element type, an impossible shape, or bytes that do not fill it exactly.
+    """
+    dtype = decode_dtype(message.element_type, f"{field}.element_type")
+    shape = decode_shape(message.shape, dtype, f"{field}.shape")
+    data = message.data
+    _check_data(dtype, shape, len(data), f"{field}.data")
+    _check_elements(dtype, data, f"{field}.data")
+    return TensorData(dtype, shape, data)
+
+
+def _as_bytes(data: bytes | memoryview) -> bytes:
+    return data if isinstance(data, bytes) else data.tobytes()
+
+
+# --- chunks -------------------------------------------------------------------------------------------------------
+
+
+def encode_header(tensor: TensorData) -> tensor_pb2.TensorHeader:
+    return tensor_pb2.TensorHeader(
+        element_type=encode_dtype(tensor.dtype), shape=tensor.shape, size_bytes=tensor.nbytes
+    )
+
+
+def encode_chunks(tensor: TensorData, chunk_bytes: int = CHUNK_BYTES) -> Iterator[tensor_pb2.TensorChunk]:
+    """The bytes of `tensor` in messages of at most `chunk_bytes`; each byte is copied once, into its message."""
+    view = memoryview(tensor.data)
+    for offset in range(0, len(view), chunk_bytes):
+        part = bytes(view[offset : offset + chunk_bytes])
+        yield tensor_pb2.TensorChunk(offset=offset, data=part, crc32=crc32(part))
+
+
+class Assembler:
+    """Puts the chunks of one tensor together, straight into one buffer of the size that its header announced."""
+
+    def __init__(self, header: tensor_pb2.TensorHeader, field: str, max_bytes: int) -> None:
+        """
+        Raises:
+            ProtocolError: a header that contradicts itself.
+            LimitExceededError: a tensor of more than `max_bytes`; nothing has been allocated.
+        """
+        self._field = field
+        self._dtype = decode_dtype(header.element_type, f"{field}.element_type")
+        self._shape = decode_shape(header.shape, self._dtype, f"{field}.shape")
+        _check_data(self._dtype, self._shape, header.size_bytes, f"{field}.size_bytes")
+        if header.size_bytes > max_bytes:
+            raise LimitExceededError(
+                f"{field}: {header.size_bytes} bytes of results; this client takes {max_bytes} more",
+                limit="max_result_bytes",
+                allowed=max_bytes,
+                requested=header.size_bytes,
+            )
+        self._buffer = bytearray(header.size_bytes)
+        self._received = 0
+
+    @property
+    def complete(self) -> bool:
+        return self._received == len(self._buffer)
+
+    @property
+    def missing_bytes(self) -> int:
+        return len(self._buffer) - self._received
+
+    def add(self, chunk: tensor_pb2.TensorChunk) -> None:
+        """
+        Raises:
+            ProtocolError: a chunk out of order, repeated, empty, too large, or damaged.
+        """
+        data, offset, field = chunk.data, chunk.offset, self._field
+        if offset != self._received:
+            raise ProtocolError(f"{field}: a chunk at byte {offset} where {self._received} comes next", field=field)
+        if not data or len(data) > min(self.missing_bytes, MAX_CHUNK_BYTES):
+            allowed = min(self.missing_bytes, MAX_CHUNK_BYTES)
+            raise ProtocolError(f"{field}: a chunk of {len(data)} bytes where 1 to {allowed} may come", field=field)
+        if crc32(data) != chunk.crc32:
+            raise ProtocolError(f"{field}: the chunk at byte {offset} is damaged (its checksum differs)", field=field)
+        self._buffer[offset : offset + len(data)] = data
+        self._received += len(data)
+
+    def finish(self) -> TensorData:
+        """
+        Raises:
+            ProtocolError: bytes are missing.
+        """
+        if not self.complete:
+            raise ProtocolError(f"{self._field}: {self.missing_bytes} bytes never came", field=self._field)
+        _check_elements(self._dtype, self._buffer, self._field)
+        return TensorData(self._dtype, self._shape, memoryview(self._buffer))
