@@ -80,7 +80,9 @@ def index_shape(op: str, shape: tuple[int, ...], index: Index, arrays: Sequence[
     check_index(op, index, len(arrays))
     for spec in arrays:
         if not spec.dtype.is_integer or spec.scalar is not None:
-            raise DTypeError(f"{op}: array indices must be integer tensors, got {spec} (boolean masks have no static shape: use where)")
+            raise DTypeError(
+                f"{op}: array indices must be integer tensors, got {spec} (boolean masks have no static shape: use where)"
+            )
     items = expand_ellipsis(op, index, len(shape))
     advanced = any(item[0] == "array" for item in items)
     out: list[int | None] = []  # None marks the place of the broadcast axes

@@ -92,6 +92,12 @@ def no_flops(args: Sequence[TensorSpec], out: ValueSpec, attrs: Mapping[str, Any
     return 0
 
 
+def no_workspace(args: Sequence[TensorSpec], out: ValueSpec, attrs: Mapping[str, Any]) -> int:
+    """No temporary of note beside the arguments and the result."""
+    del args, out, attrs
+    return 0
+
+
 @dataclass(frozen=True, eq=False)
 class OpSpec:
     """One operation; compared and hashed by identity.
@@ -104,11 +110,12 @@ class OpSpec:
         attrs: static parameters.
         rule: the shape rule; None for structural operations, whose shape needs the model (see `verify`).
         flops: the cost rule, in floating-point operations.
+        workspace: bytes of temporaries while it runs, where they can outgrow arguments and result (broadcast products,
+            einsum's intermediates, attention scores).
         scalars: whether Python scalars may stand in for tensor arguments (elementwise operations).
         category: heading it is documented under.
         doc: one sentence, with its source where it is not the array API.
         results: names of the parts of a tuple-valued operation, such as ``("values", "indices")``.
-        random_example: left to tests; see tests/strategies.py.
     """
 
     name: str
@@ -118,6 +125,7 @@ class OpSpec:
     category: str
     attrs: tuple[AttrSpec, ...] = ()
     flops: FlopsRule = output_size_flops
+    workspace: FlopsRule = no_workspace
     variadic: bool = False
     optional: int = 0
     scalars: bool = False
