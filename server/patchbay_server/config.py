@@ -247,7 +247,13 @@ class Config(_Section):
 
 
 def _walk(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str]]:
-    inner = {"limits": LimitsConfig, "keys": KeysConfig, "tls": TlsConfig, "ray": RayConfig, "models": ModelConfig}
+    inner: dict[str, type[BaseModel]] = {
+        "limits": LimitsConfig,
+        "keys": KeysConfig,
+        "tls": TlsConfig,
+        "ray": RayConfig,
+        "models": ModelConfig,
+    }
     for name, info in section.model_fields.items():
         key = prefix + name
         if section is Config and name in inner:

@@ -1,0 +1,189 @@
+"""Admission and dispatch: which requests may enter, which runs next, and what the waiting ones are told.
+
+A request is a `Ticket`. `Scheduler.enter` admits it or refuses with ResourceExhaustedError; `Scheduler.submit` starts
+it at once when a slot of the engine is free, or queues it; `Scheduler.release` gives the slot back and starts the next.
+Every method may be called from any thread; the callbacks of a ticket run in the caller's thread, outside the lock, and
+must not block.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from patchbay.errors import ResourceExhaustedError
+from patchbay_server.scheduling.fair_queue import FairQueue, RoundRobinQueue
+
+#: Weight of the newest run in the running mean of run times.
+_RUN_TIME_WEIGHT = 0.2
+_MIN_RETRY_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class AdmissionLimits:
+    """How much may wait.
+
+    Attributes:
+        max_queue_length: requests that may wait.
+        max_concurrent_per_account: requests of one account that are admitted and not yet finished.
+        slots: requests that the engine runs at a time.
+    """
+
+    max_queue_length: int = 256
+    max_concurrent_per_account: int = 32
+    slots: int = 1
+
+
+@dataclass(eq=False, slots=True)
+class Ticket:
+    """One admitted request.
+
+    Attributes:
+        account: whose it is.
+        on_start: called once, when a slot is given to it.
+        on_position: called with the number of requests that run or wait before it, whenever that number changes.
+        position: the number last told, or None before it waited.
+        holds_slot: whether it occupies a slot of the engine.
+    """
+
+    account: str
+    on_start: Callable[[], None] = lambda: None
+    on_position: Callable[[int], None] = lambda position: None
+    position: int | None = None
+    holds_slot: bool = False
+    _open: bool = field(default=False)
+    _entering: bool = field(default=False)
+
+
+class Scheduler:
+    """Admits requests and hands out the engine's slots, fairly between accounts."""
+
+    def __init__(self, limits: AdmissionLimits, queue: FairQueue[Ticket] | None = None) -> None:
+        self._limits = limits
+        self._queue: FairQueue[Ticket] = RoundRobinQueue[Ticket]() if queue is None else queue
+        self._lock = threading.Lock()
+        self._concurrent: dict[str, int] = {}
+        self._running = 0
+        self._entering = 0  # admitted, not yet submitted: they will need a place in the queue
+        self._mean_run_s = 0.0
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait."""
+        return len(self._queue)
+
+    @property
+    def running(self) -> int:
+        """How many requests hold a slot."""
+        return self._running
+
+    def admitted(self, account: str) -> int:
+        """How many requests of the account are admitted and not yet left."""
+        return self._concurrent.get(account, 0)
+
+    def enter(self, ticket: Ticket) -> None:
+        """Count the request in.
+
+        Raises:
+            ResourceExhaustedError: the queue is full, or the account has too many requests already; says when to retry.
+        """
+        with self._lock:
+            limits, account = self._limits, ticket.account
+            count = self._concurrent.get(account, 0)
+            retry_s = max(_MIN_RETRY_S, self._mean_run_s * (len(self._queue) + 1) / limits.slots)
+            if count >= limits.max_concurrent_per_account:
+                raise ResourceExhaustedError(
+                    f"this account has {count} requests waiting or running; the limit is "
+                    f"{limits.max_concurrent_per_account}. Wait for one to end, or ask the operator for a higher "
+                    "limits.max_concurrent_per_account",
+                    reason="TOO_MANY_CONCURRENT_REQUESTS",
+                    metadata={
+                        "limit": "max_concurrent_per_account",
+                        "allowed": str(limits.max_concurrent_per_account),
+                    },
+                    retry_after_s=retry_s,
+                )
+            ahead = self._running + self._entering + len(self._queue)
+            if ahead >= limits.slots + limits.max_queue_length:
+                raise ResourceExhaustedError(
+                    f"the queue of this model is full ({len(self._queue)} requests wait); try again in {retry_s:.2g} s",
+                    reason="QUEUE_FULL",
+                    metadata={"limit": "max_queue_length", "allowed": str(limits.max_queue_length)},
+                    retry_after_s=retry_s,
+                )
+            self._concurrent[account] = count + 1
+            self._entering += 1
+            ticket._open = ticket._entering = True
+
+    def submit(self, ticket: Ticket) -> None:
+        """Start an entered request, or put it in the queue and tell it its position."""
+        with self._lock:
+            self._entered(ticket)
+            start = self._running < self._limits.slots
+            moved: list[Ticket] = []
+            if start:
+                self._running += 1
+                ticket.holds_slot = True
+            else:
+                self._queue.push(ticket.account, ticket)
+                moved = self._moved()
+        if start:
+            ticket.on_start()
+        for other in moved:
+            _tell(other)
+
+    def release(self, ticket: Ticket, run_s: float = 0.0) -> None:
+        """Take back the slot of a request that ran for `run_s` seconds, and start the next."""
+        with self._lock:
+            if not ticket.holds_slot:
+                return
+            ticket.holds_slot = False
+            self._running -= 1
+            weight = _RUN_TIME_WEIGHT if self._mean_run_s else 1.0
+            self._mean_run_s += weight * (run_s - self._mean_run_s)
+            self._queue.charge(ticket.account, run_s)
+            following = self._queue.pop()
+            if following is not None:
+                self._running += 1
+                following.holds_slot = True
+            moved = self._moved()
+        if following is not None:
+            following.on_start()
+        for other in moved:
+            _tell(other)
+
+    def leave(self, ticket: Ticket) -> None:
+        """Count the request out (its client has everything, or is gone); a waiting one leaves the queue. Idempotent."""
+        with self._lock:
+            if not ticket._open:
+                return
+            ticket._open = False
+            self._entered(ticket)
+            left = self._concurrent[ticket.account] - 1
+            if left:
+                self._concurrent[ticket.account] = left
+            else:
+                del self._concurrent[ticket.account]
+            moved = self._moved() if self._queue.remove(ticket.account, ticket) else []
+        for other in moved:
+            _tell(other)
+
+    def _entered(self, ticket: Ticket) -> None:
+        if ticket._entering:
+            ticket._entering = False
+            self._entering -= 1
+
+    def _moved(self) -> list[Ticket]:
+        """Waiting tickets whose position is not the one last told; their new position is noted."""
+        changed = []
+        for position, ticket in enumerate(self._queue.order(), start=self._running):
+            if ticket.position != position:
+                ticket.position = position
+                changed.append(ticket)
+        return changed
+
+
+def _tell(ticket: Ticket) -> None:
+    if ticket.position is not None:
+        ticket.on_position(ticket.position)

@@ -1,0 +1,1 @@
+"""How hosted models are offered: in this process, by a plain gRPC server, or as Ray Serve applications."""

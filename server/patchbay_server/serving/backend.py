@@ -1,0 +1,92 @@
+"""What the servicer needs of whatever runs the models, and what a backend needs of an engine.
+
+The servicer sees only `Catalog` and `Backend`, so the same servicer serves in-process, under plain gRPC and in a Ray
+Serve replica.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, Protocol
+
+from patchbay.ir.card import ModelCard
+from patchbay.ir.events import Cost, Event, ExecuteOptions, ModelSummary, TokenizedRow, Usage
+from patchbay.ir.graph import Graph
+
+
+class Backend(Protocol):
+    """One hosted model."""
+
+    @property
+    def summary(self) -> ModelSummary:
+        """The model's line in ListModels."""
+
+    @property
+    def card(self) -> ModelCard:
+        """The model's card."""
+
+    async def tokenize(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> tuple[TokenizedRow, ...]:
+        """Tokenize texts with the model's own tokenizer; one row per text, in order."""
+
+    def execute(
+        self, graph: Graph, options: ExecuteOptions, *, account: str, bytes_in: int = 0
+    ) -> AsyncIterator[Event]:
+        """Run a graph; closing the iterator cancels.
+
+        Args:
+            graph: the graph.
+            options: how to run it.
+            account: who is charged and queued.
+            bytes_in: bytes of the request, for `Usage`.
+
+        Raises:
+            GraphError: the graph breaks a rule or a limit.
+            ServiceError: the queue is full, the deadline has passed, the device failed, ...
+        """
+
+
+class Catalog(Protocol):
+    """The models that a server offers."""
+
+    async def list_models(self) -> tuple[ModelSummary, ...]:
+        """A summary of each model, ordered by name."""
+
+    def get(self, name: str) -> Backend:
+        """The model called `name`.
+
+        Raises:
+            NotFoundError: there is none; the message names those there are.
+        """
+
+
+class Plan(Protocol):
+    """A graph made ready to run."""
+
+    @property
+    def cost(self) -> Cost:
+        """What running it will need."""
+
+
+class ExecutionEngine(Protocol):
+    """The interface of `patchbay_server.engine.Engine` that a backend uses (tests put a fake in its place)."""
+
+    def prepare(self, graph: Graph, options: ExecuteOptions) -> Any:
+        """Verify, optimise and price a graph; returns a `Plan`."""
+
+    def run(self, plan: Any, emit: Callable[[Event], None], cancelled: Callable[[], bool]) -> Usage:
+        """Run a plan; blocks, and belongs in one thread."""
+
+
+class Hosted(Protocol):
+    """The interface of `patchbay_server.models.loader.HostedModel` that a backend uses."""
+
+    @property
+    def card(self) -> ModelCard:
+        """The model's card."""
+
+    @property
+    def summary(self) -> ModelSummary:
+        """The model's line in ListModels."""
+
+    def tokenize(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> tuple[TokenizedRow, ...]:
+        """Tokenize texts; blocks."""

@@ -1,0 +1,419 @@
+"""Models hosted in this process: one engine thread per model, and an event loop that never waits for it.
+
+A request crosses from the loop to the engine thread once and its events cross back through `_Channel`, which wakes the
+loop at most once per batch of events; nothing polls. `local_servicer` serves a model to `patchbay.local` in-process;
+`patchbay_server.serving.plain` puts a gRPC server before it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import difflib
+import functools
+import logging
+import os
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from patchbay.errors import (
+    AbortedError,
+    DeadlineExceededError,
+    InternalServerError,
+    NotFoundError,
+    PatchbayError,
+    UnavailableError,
+)
+from patchbay.ir.card import ModelCard
+from patchbay.ir.events import Done, Event, ExecuteOptions, ModelSummary, Started, TensorValue, TokenizedRow, Usage
+from patchbay.ir.events import Queued as QueuedEvent
+from patchbay.ir.graph import Graph
+from patchbay_server.config import Config, LimitsConfig
+from patchbay_server.scheduling import AdmissionLimits, Scheduler, Ticket
+from patchbay_server.serving.backend import Backend, ExecutionEngine, Hosted
+
+if TYPE_CHECKING:
+    from patchbay_server.transport.servicer import Servicer
+
+log = logging.getLogger("patchbay.serving")
+
+#: Graphs of at most so many nodes are verified on the event loop itself (a few milliseconds); larger ones beside it.
+INLINE_NODES = 1_000
+#: Texts of at most so many characters are tokenized on the event loop itself.
+INLINE_CHARACTERS = 4_096
+#: How long after a device failure the process still answers, so that clients learn why.
+EXIT_GRACE_S = 0.5
+#: Exit status of a replica whose device failed (EX_SOFTWARE): the supervisor starts another.
+EXIT_DEVICE_FAILED = 70
+#: Time beyond the deadline after which a request that is still inside the engine counts as stuck.
+STUCK_AFTER_S = 60.0
+
+
+class _Channel:
+    """Events from the engine thread to one coroutine; unbounded, since `max_result_bytes` bounds what it emits."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._items: deque[Event | BaseException] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self._wake_pending = False
+
+    def put(self, item: Event | BaseException) -> None:
+        """Hand over an event, or the exception that ends the request; from any thread."""
+        self._items.append(item)
+        if not self._wake_pending:
+            self._wake_pending = True
+            # A closed loop means that the client is gone with it.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        self._wake_pending = False
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def get(self) -> Event:
+        """The next event; raises the exception that was put."""
+        while not self._items:
+            self._waiter = self._loop.create_future()
+            await self._waiter
+        item = self._items.popleft()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+
+class _Job:
+    """One request on its way through the queue and the engine thread."""
+
+    def __init__(self, plan: Any, channel: _Channel, ticket: Ticket, nodes: int, bytes_in: int) -> None:
+        self.plan = plan
+        self.channel = channel
+        self.ticket = ticket
+        self.nodes = nodes
+        self.bytes_in = bytes_in
+        self.bytes_out = 0
+        self.submitted_at = time.perf_counter()
+        self.stopped = False
+
+    def emit(self, event: Event) -> None:
+        """Pass an event of the engine on to the client."""
+        if isinstance(event, TensorValue):
+            self.bytes_out += event.value.nbytes
+        self.channel.put(event)
+
+    def cancelled(self) -> bool:
+        """Whether the engine should stop: the client is gone, or the deadline has passed."""
+        return self.stopped
+
+    def stop(self, error: BaseException) -> None:
+        """End the request with an error, wherever it is."""
+        self.stopped = True
+        self.channel.put(error)
+
+
+class LocalBackend:
+    """One model, its engine thread and its queue.
+
+    Args:
+        hosted: the model.
+        limits: what requests are held to.
+        engine: what runs graphs; None: `patchbay_server.engine.Engine` on the hosted model.
+        torch_threads: threads of one forward on the CPU; None leaves torch as it is.
+        on_device_failure: called from the engine thread after an error that the device will not recover from, when all
+            clients have been told. A served replica ends its process there; in-process use only refuses more work.
+    """
+
+    def __init__(
+        self,
+        hosted: Hosted,
+        limits: LimitsConfig | None = None,
+        *,
+        engine: ExecutionEngine | None = None,
+        torch_threads: int | None = None,
+        on_device_failure: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        limits = LimitsConfig() if limits is None else limits
+        if engine is None:
+            from patchbay_server.engine import Engine
+
+            engine = Engine(hosted, limits.graph_limits())
+        self._hosted = hosted
+        # The limits that hold here, so that clients check graphs against them before sending.
+        self._card = replace(hosted.card, limits=limits.graph_limits())
+        self._engine = engine
+        self._deadline_s = limits.deadline_s
+        self._torch_threads = torch_threads
+        self._on_device_failure = on_device_failure
+        self._scheduler = Scheduler(
+            AdmissionLimits(
+                max_queue_length=limits.max_queue_length,
+                max_concurrent_per_account=limits.max_concurrent_per_account,
+            )
+        )
+        self._inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._jobs: set[_Job] = set()
+        self._running_since: float | None = None
+        self._failure: BaseException | None = None
+        self._closed = False
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix=f"patchbay-prepare-{hosted.card.name}")
+        self._thread = threading.Thread(target=self._work, name=f"patchbay-engine-{hosted.card.name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def summary(self) -> ModelSummary:
+        """The model's line in ListModels."""
+        return self._hosted.summary
+
+    @property
+    def card(self) -> ModelCard:
+        """The model's card, with this server's limits."""
+        return self._card
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """The queue, for tests and figures."""
+        return self._scheduler
+
+    def check(self) -> None:
+        """Say whether this backend can still serve.
+
+        Raises:
+            UnavailableError: the device failed, the engine thread is gone, or a request has been inside the engine for
+                longer than its deadline and a minute.
+        """
+        if self._failure is not None:
+            raise UnavailableError("the device of this model failed; the replica is being replaced", retry_after_s=5.0)
+        if self._closed or not self._thread.is_alive():
+            raise UnavailableError("this model is shutting down", retry_after_s=5.0)
+        since = self._running_since
+        if since is not None and time.perf_counter() - since > self._deadline_s + STUCK_AFTER_S:
+            raise UnavailableError("the engine is stuck; the replica is being replaced", retry_after_s=5.0)
+
+    async def tokenize(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> tuple[TokenizedRow, ...]:
+        """Tokenize texts with the model's own tokenizer; one row per text, in order."""
+        if sum(map(len, texts)) <= INLINE_CHARACTERS:
+            return self._hosted.tokenize(texts, add_special_tokens=add_special_tokens)
+        loop = asyncio.get_running_loop()
+        call = functools.partial(self._hosted.tokenize, texts, add_special_tokens=add_special_tokens)
+        return await loop.run_in_executor(self._beside, call)
+
+    async def execute(
+        self, graph: Graph, options: ExecuteOptions, *, account: str, bytes_in: int = 0
+    ) -> AsyncIterator[Event]:
+        """Run a graph; closing the iterator cancels. See `patchbay_server.serving.backend.Backend.execute`."""
+        self.check()
+        loop = asyncio.get_running_loop()
+        channel = _Channel(loop)
+        ticket = Ticket(account)
+        self._scheduler.enter(ticket)
+        job: _Job | None = None
+        deadline: asyncio.TimerHandle | None = None
+        try:
+            if len(graph.nodes) <= INLINE_NODES:
+                plan = self._engine.prepare(graph, options)
+            else:
+                plan = await loop.run_in_executor(self._beside, self._engine.prepare, graph, options)
+            if options.dry_run:
+                yield Done(Usage(nodes=len(graph.nodes), bytes_in=bytes_in, cost=plan.cost))
+                return
+            job = _Job(plan, channel, ticket, len(graph.nodes), bytes_in)
+            ticket.on_start = lambda: self._inbox.put(job)
+            ticket.on_position = lambda position: channel.put(QueuedEvent(position))
+            self._jobs.add(job)
+            deadline = loop.call_later(self._deadline_s, job.stop, self._too_late())
+            self._scheduler.submit(ticket)
+            while True:
+                event = await channel.get()
+                yield event
+                if isinstance(event, Done):
+                    return
+        finally:
+            if deadline is not None:
+                deadline.cancel()
+            if job is not None:
+                job.stopped = True
+                self._jobs.discard(job)
+            self._scheduler.leave(ticket)
+
+    def _too_late(self) -> DeadlineExceededError:
+        return DeadlineExceededError(
+            f"the request took longer than the server's limit of {self._deadline_s:g} s (limits.deadline_s), waiting "
+            "included; split it, or ask the operator for more",
+            reason="DEADLINE",
+            metadata={"limit": "deadline_s", "allowed": f"{self._deadline_s:g}"},
+        )
+
+    def close(self) -> None:
+        """Refuse new work, end what runs, and stop the engine thread."""
+        self._closed = True
+        for job in list(self._jobs):
+            job.stop(UnavailableError("the server is shutting down", retry_after_s=5.0))
+        self._inbox.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=10)
+        self._beside.shutdown(wait=False, cancel_futures=True)
+
+    def _work(self) -> None:
+        """The engine thread: one job after the other, whatever happens to each."""
+        if self._torch_threads is not None:
+            set_torch_threads(self._torch_threads)
+        while (job := self._inbox.get()) is not None:
+            started = time.perf_counter()
+            ending: Done | PatchbayError | None = None
+            if not job.stopped:
+                self._running_since = started
+                try:
+                    ending = self._run(job, started)
+                except BaseException as error:  # noqa: BLE001 - the thread outlives whatever a request did
+                    ending = self._explain(error)
+                self._running_since = None
+            # The slot is free before the client hears of the end, so that its next request does not wait for this one.
+            self._scheduler.release(job.ticket, time.perf_counter() - started)
+            if isinstance(ending, Done):
+                job.emit(ending)
+            elif ending is not None:
+                job.stop(ending)
+
+    def _run(self, job: _Job, started: float) -> Done:
+        job.emit(Started())
+        usage = self._engine.run(job.plan, job.emit, job.cancelled)
+        return Done(
+            replace(
+                usage,
+                nodes=usage.nodes or job.nodes,
+                queue_ms=(started - job.submitted_at) * 1e3,
+                run_ms=usage.run_ms or (time.perf_counter() - started) * 1e3,
+                bytes_in=job.bytes_in,
+                bytes_out=job.bytes_out,
+            )
+        )
+
+    def _explain(self, error: BaseException) -> PatchbayError:
+        """What the client is told; an error that is not ours is logged here and only named there."""
+        if isinstance(error, PatchbayError):
+            # The traceback's frames hold the tensors of the failed request.
+            return error.with_traceback(None)
+        log.error("a request failed inside the engine", exc_info=error)
+        if is_device_failure(error):
+            self._fail(error.with_traceback(None))
+            return _device_failed()
+        return InternalServerError(
+            f"the engine failed on this graph ({type(error).__name__}); the server's log has the details",
+            reason="ENGINE_FAILURE",
+        )
+
+    def _fail(self, error: BaseException) -> None:
+        """After the device failed nothing can run here any more: tell everybody, then let the owner end the process."""
+        self._failure = error
+        for job in list(self._jobs):
+            job.stop(_device_failed())
+        if self._on_device_failure is not None:
+            self._on_device_failure(error)
+
+
+def _device_failed() -> AbortedError:
+    return AbortedError(
+        "the device of this model failed and the replica is being replaced; try again in a moment",
+        reason="DEVICE_FAILURE",
+        retry_after_s=5.0,
+    )
+
+
+def is_device_failure(error: BaseException) -> bool:
+    """Whether an error of torch means that this process can no longer use its device (a sticky CUDA error)."""
+    names = {cls.__name__ for cls in type(error).__mro__}
+    if "OutOfMemoryError" in names:
+        return False
+    text = str(error)
+    return "AcceleratorError" in names or any(
+        sign in text
+        for sign in ("CUDA error", "device-side assert", "illegal memory access", "NVLink error", "ECC error")
+    )
+
+
+def exit_replica(error: BaseException) -> None:
+    """End this process a moment from now (the clients' last events still leave); whoever supervises starts another."""
+    log.critical("unrecoverable device error, this replica exits: %s", error)
+    timer = threading.Timer(EXIT_GRACE_S, os._exit, (EXIT_DEVICE_FAILED,))
+    timer.daemon = True
+    timer.start()
+
+
+def choose_torch_threads(configured: int | None, cores: int | None = None) -> int:
+    """Threads for a forward on the CPU: as configured, else all cores but one for the event loop and the ingress.
+
+    With as many torch threads as cores, every other busy thread stalls each parallel region until it is scheduled
+    again: a 2 ms forward took 500 ms with two threads on two cores that something else was using.
+    """
+    if configured is not None:
+        return configured
+    if cores is None:
+        affinity = getattr(os, "sched_getaffinity", None)
+        cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    return max(1, cores - 1)
+
+
+def set_torch_threads(count: int) -> None:
+    """Let the calling thread's torch operations use `count` threads."""
+    import torch
+
+    torch.set_num_threads(count)
+
+
+class LocalCatalog:
+    """Backends by name."""
+
+    def __init__(self, backends: Mapping[str, Backend]) -> None:
+        self._backends = dict(sorted(backends.items()))
+
+    async def list_models(self) -> tuple[ModelSummary, ...]:
+        """A summary of each model, ordered by name."""
+        return tuple(backend.summary for backend in self._backends.values())
+
+    def get(self, name: str) -> Backend:
+        """The model called `name`.
+
+        Raises:
+            NotFoundError: there is none; the message names those there are.
+        """
+        backend = self._backends.get(name)
+        if backend is None:
+            near = difflib.get_close_matches(name, self._backends, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it hosts: {', '.join(self._backends) or 'none'}"
+            raise NotFoundError(f"this server hosts no model {name!r}; {hint}", reason="MODEL_NOT_FOUND")
+        return backend
+
+
+def local_servicer(hf_model: Any, tokenizer: Any = None, name: str = "local") -> Servicer:
+    """A servicer for a transformers model that the caller already holds; `patchbay.local` calls it in-process.
+
+    The process's torch settings are left alone, and no key is asked for.
+    """
+    from patchbay_server.models.loader import host
+    from patchbay_server.transport.auth import AllowAll
+    from patchbay_server.transport.servicer import Servicer
+
+    hosted = host(hf_model, tokenizer, name=name)
+    limits = LimitsConfig()
+    return Servicer(LocalCatalog({name: LocalBackend(hosted, limits)}), AllowAll(), limits)
+
+
+def backends_of(config: Config, hosted: Sequence[Hosted], *, exit_on_device_failure: bool) -> dict[str, LocalBackend]:
+    """A backend for each hosted model, with the configuration's limits."""
+    threads = choose_torch_threads(config.torch_threads)
+    return {
+        model.card.name: LocalBackend(
+            model,
+            config.limits,
+            torch_threads=threads,
+            on_device_failure=exit_replica if exit_on_device_failure else None,
+        )
+        for model in hosted
+    }
