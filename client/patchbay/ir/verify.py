@@ -1,0 +1,291 @@
+"""Whether a graph is valid, decided from static facts alone: on the client before sending, on the server before running.
+
+The rules are a table of small checks. Each looks at one node (or at the whole graph) and raises the most specific
+`GraphError`; the verifier adds the node's id, so that the client can add the user's line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from patchbay.errors import DTypeError, GraphError, LimitExceededError, ShapeError, SiteNotWritableError, UnknownSiteError
+from patchbay.ir.card import ModelCard
+from patchbay.ir.dtypes import bool_, float32, int64
+from patchbay.ir.graph import Graph, Node, TensorData
+from patchbay.ir.indexing import index_shape
+from patchbay.ir.limits import Limits
+from patchbay.ir.ops import spec as op_spec
+from patchbay.ir.ops.spec import OpSpec, TensorSpec, ValueSpec
+from patchbay.ir.price import price
+from patchbay.ir.schedule import site_chains, topological_order
+
+#: The value of a node that yields none (``site.write``).
+NO_VALUE: tuple[TensorSpec, ...] = ()
+
+_SCALAR_DTYPES = {"bool": bool_, "int": int64, "float": float32}
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A graph known to be valid for a model.
+
+    Attributes:
+        graph: the graph.
+        card: the model's card.
+        specs: the value spec of every node.
+    """
+
+    graph: Graph
+    card: ModelCard
+    specs: tuple[ValueSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Context:
+    graph: Graph
+    card: ModelCard
+    specs: Sequence[ValueSpec]  # of the nodes before this one
+
+
+# --- what a node's value is ---------------------------------------------------------------------------------------
+
+
+def infer_node(graph: Graph, card: ModelCard, node: Node, specs: Sequence[ValueSpec]) -> ValueSpec:
+    """The value spec of `node`, which may refer to nodes of `specs` and runs of `graph`.
+
+    The tracing API calls this as each node is made; the verifier calls it for all of them.
+
+    Raises:
+        GraphError: the most specific subclass; without the node's id, which the caller knows.
+    """
+    spec = op_spec(node.op)
+    arg_specs: list[TensorSpec] = []
+    for position, arg in enumerate(node.args):
+        value = specs[arg]
+        if isinstance(value, TensorSpec):
+            arg_specs.append(value)
+        elif value == NO_VALUE:
+            raise GraphError(f"{node.op}: argument {position} is a write, which has no value")
+        elif node.op != "item":
+            raise GraphError(f"{node.op}: argument {position} has {len(value)} parts; pick one with item")
+    if spec.structural:
+        if node.op != "item":
+            _check_arity(spec, node)
+        return _STRUCTURAL_INFERENCE[node.op](_Context(graph, card, specs), node, spec, arg_specs)
+    if node.run is not None:
+        raise GraphError(f"{node.op} is a pure operation and belongs to no run")
+    return spec.infer(arg_specs, node.attrs)
+
+
+def _check_arity(spec: OpSpec, node: Node) -> None:
+    upper = spec.max_args
+    if len(node.args) < spec.min_args or (upper is not None and len(node.args) > upper):
+        raise GraphError(f"{spec.name} takes {spec.min_args} or more tensor arguments, got {len(node.args)}")
+
+
+def _infer_const(ctx: _Context, node: Node, spec: OpSpec, args: Sequence[TensorSpec]) -> ValueSpec:
+    del ctx, args
+    attrs = spec.fill(node.attrs)
+    value, scalar = attrs["value"], attrs["scalar"]
+    if (value is None) == (scalar is None):
+        raise GraphError("const takes either value or scalar")
+    if isinstance(value, TensorData):
+        out = TensorSpec(value.shape, value.dtype)
+        if any(extent < 0 for extent in value.shape) or out.nbytes != value.nbytes:
+            raise ShapeError(f"const: {value.nbytes} bytes do not hold a {out}")
+        return out
+    kind = "bool" if isinstance(scalar, bool) else "int" if isinstance(scalar, int) else "float"
+    if kind == "int" and not -(2**63) <= scalar < 2**63:
+        raise DTypeError("const: a Python integer must fit into 64 bits")
+    return TensorSpec((), _SCALAR_DTYPES[kind], scalar=kind)
+
+
+def _infer_read(ctx: _Context, node: Node, spec: OpSpec, args: Sequence[TensorSpec]) -> ValueSpec:
+    del args
+    run = _run_of(ctx, node)
+    site = ctx.card.site(spec.fill(node.attrs)["site"])
+    return TensorSpec(site.shape(run.rows, run.seq), site.dtype)
+
+
+def _infer_write(ctx: _Context, node: Node, spec: OpSpec, args: Sequence[TensorSpec]) -> ValueSpec:
+    run = _run_of(ctx, node)
+    attrs = spec.fill(node.attrs)
+    site = ctx.card.site(attrs["site"])
+    if not site.writable:
+        raise SiteNotWritableError(f"the site {site.name!r} can be read but not written: {site.doc}")
+    full = site.shape(run.rows, run.seq)
+    part = index_shape(f"write at {site.name}", full, attrs["index"], args[1:])
+    value = args[0]
+    if site.dtype.kind != value.dtype.kind and not (site.dtype.is_floating and (value.dtype.is_integer or value.scalar)):
+        raise DTypeError(f"write at {site.name}: the site holds {site.dtype}, the value is {value}")
+    if not _broadcasts_to(value.shape, part):
+        where = f"{site.name} has shape {list(full)}" + (f", its selected part {list(part)}" if part != full else "")
+        raise ShapeError(f"write at {site.name}: a value of shape {list(value.shape)} does not fit ({where})")
+    return NO_VALUE
+
+
+def _infer_call(ctx: _Context, node: Node, spec: OpSpec, args: Sequence[TensorSpec]) -> ValueSpec:
+    target = ctx.card.callable(spec.fill(node.attrs)["target"])
+    value = args[0]
+    if value.scalar is not None or not value.shape or value.shape[-1] != target.d_in:
+        raise ShapeError(f"{target.name} takes a value whose last axis has extent {target.d_in}, got {value}")
+    if not value.dtype.is_floating:
+        raise DTypeError(f"{target.name} takes floating-point values, got {value}")
+    return TensorSpec((*value.shape[:-1], target.d_out), target.dtype)
+
+
+def _infer_item(ctx: _Context, node: Node, spec: OpSpec, args: Sequence[TensorSpec]) -> ValueSpec:
+    if len(node.args) != 1:
+        raise GraphError(f"item takes one argument, got {len(node.args)}")
+    parts = ctx.specs[node.args[0]]
+    index = spec.fill(node.attrs)["index"]
+    if args or isinstance(parts, TensorSpec):
+        raise GraphError("item picks from a value with several parts, got a single tensor")
+    if not 0 <= index < len(parts):
+        raise GraphError(f"item {index} of a value with {len(parts)} parts")
+    return parts[index]
+
+
+_STRUCTURAL_INFERENCE: dict[str, Callable[[_Context, Node, OpSpec, Sequence[TensorSpec]], ValueSpec]] = {
+    "const": _infer_const,
+    "site.read": _infer_read,
+    "site.write": _infer_write,
+    "call": _infer_call,
+    "item": _infer_item,
+}
+
+
+def _run_of(ctx: _Context, node: Node):  # noqa: ANN202  (Run; importing it only for the annotation adds nothing)
+    if node.run is None or not 0 <= node.run < len(ctx.graph.runs):
+        raise GraphError(f"{node.op} needs a run between 0 and {len(ctx.graph.runs) - 1}, got {node.run}")
+    return ctx.graph.runs[node.run]
+
+
+def _broadcasts_to(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    return len(shape) <= len(target) and all(s in (1, t) for s, t in zip(reversed(shape), reversed(target), strict=False))
+
+
+# --- rules over the whole graph -----------------------------------------------------------------------------------
+
+
+def _runs_are_well_formed(graph: Graph, card: ModelCard) -> None:
+    for index, run in enumerate(graph.runs):
+        field = f"runs[{index}]"
+        if not run.rows:
+            raise GraphError(f"run {index} has no rows", field=field)
+        for row, tokens in enumerate(run.tokens):
+            if not tokens:
+                raise GraphError(f"run {index}, row {row} has no tokens", field=f"{field}.tokens[{row}]")
+            if len(tokens) > card.n_ctx:
+                raise GraphError(
+                    f"run {index}, row {row} has {len(tokens)} tokens; {card.name!r} takes at most {card.n_ctx}",
+                    field=f"{field}.tokens[{row}]",
+                )
+            if min(tokens) < 0 or max(tokens) >= card.d_vocab:
+                bad = next(t for t in tokens if not 0 <= t < card.d_vocab)
+                raise GraphError(
+                    f"run {index}, row {row}: token id {bad} is outside the vocabulary of {card.d_vocab}",
+                    field=f"{field}.tokens[{row}]",
+                )
+        if run.ragged and not card.causal:
+            raise GraphError(f"run {index}: rows of unequal length need a causal model", field=field)
+
+
+def _arguments_refer_backwards(graph: Graph, card: ModelCard) -> None:
+    del card
+    for i, node in enumerate(graph.nodes):
+        for position, arg in enumerate(node.args):
+            if not 0 <= arg < i:
+                raise GraphError(
+                    f"{node.op}: argument {position} refers to node {arg}; arguments refer to earlier nodes",
+                    node=i,
+                    field=f"nodes[{i}].args[{position}]",
+                )
+
+
+def _outputs_are_values(graph: Graph, card: ModelCard) -> None:
+    del card
+    names: set[str] = set()
+    for index, output in enumerate(graph.outputs):
+        field = f"outputs[{index}]"
+        if output.name in names:
+            raise GraphError(f"two outputs are called {output.name!r}", field=field)
+        names.add(output.name)
+        if not 0 <= output.node < len(graph.nodes):
+            raise GraphError(f"output {output.name!r} refers to node {output.node}, which does not exist", field=field)
+
+
+GraphRule: TypeAlias = "Callable[[Graph, ModelCard], None]"
+GRAPH_RULES: tuple[GraphRule, ...] = (_runs_are_well_formed, _arguments_refer_backwards, _outputs_are_values)
+
+
+def _check_counts(graph: Graph, limits: Limits) -> None:
+    """The limits that cost nothing to check come first: nothing is inferred for a graph that is too large."""
+    consts = sum(v.nbytes for n in graph.nodes if n.op == "const" for v in n.attrs.values() if isinstance(v, TensorData))
+    for limit, requested, what in (
+        ("max_nodes", len(graph.nodes), "nodes"),
+        ("max_runs", len(graph.runs), "runs"),
+        ("max_rows", sum(r.rows for r in graph.runs), "rows"),
+        ("max_tokens", sum(r.rows * r.seq for r in graph.runs), "token positions"),
+        ("max_const_bytes", consts, "bytes of constants"),
+    ):
+        _check_limit(limits, limit, requested, what)
+
+
+def _check_limit(limits: Limits, limit: str, requested: int, what: str) -> None:
+    allowed = getattr(limits, limit)
+    if requested > allowed:
+        raise LimitExceededError(
+            f"the graph needs {requested:,} {what}; {limit} of this server is {allowed:,}",
+            limit=limit,
+            allowed=allowed,
+            requested=requested,
+        )
+
+
+def verify(graph: Graph, card: ModelCard, limits: Limits | None = None) -> Verified:
+    """Check every rule and infer every node.
+
+    Args:
+        graph: the graph.
+        card: the card of the model it is meant for.
+        limits: what to hold it to; the card's own limits when None.
+
+    Returns:
+        The graph with the value spec of every node.
+
+    Raises:
+        GraphError: the most specific subclass, naming the node; nothing has been run or allocated by then.
+    """
+    limits = card.limits if limits is None else limits
+    _check_counts(graph, limits)
+    for rule in GRAPH_RULES:
+        rule(graph, card)
+    specs: list[ValueSpec] = []
+    for i, node in enumerate(graph.nodes):
+        try:
+            specs.append(infer_node(graph, card, node, specs))
+        except GraphError as error:
+            if error.node is None:
+                error.node = i
+                error.field = error.field or f"nodes[{i}]"
+            raise
+    for index, output in enumerate(graph.outputs):
+        value = specs[output.node]
+        if not isinstance(value, TensorSpec):
+            what = "is a write and has no value" if value == NO_VALUE else f"has {len(value)} parts; pick one with item"
+            raise GraphError(f"output {output.name!r} {what}", node=output.node, field=f"outputs[{index}]")
+    topological_order(graph, site_chains(graph, card))
+    cost = price(graph, specs)
+    for limit, requested, what in (
+        ("max_result_bytes", cost.result_bytes, "bytes of results"),
+        ("max_peak_bytes", cost.peak_bytes, "bytes at its peak"),
+        ("max_flops", cost.flops, "floating-point operations"),
+    ):
+        _check_limit(limits, limit, requested, what)
+    return Verified(graph, card, tuple(specs))
+
+
+__all__ = ["GRAPH_RULES", "NO_VALUE", "UnknownSiteError", "Verified", "infer_node", "verify"]

@@ -1,0 +1,93 @@
+"""A model that is ready to be experimented on: the module, its tokenizer, its card and the taps behind every site."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from patchbay.errors import InvalidRequestError
+from patchbay.ir.card import ModelCard
+from patchbay.ir.events import ModelSummary, TokenizedRow
+from patchbay.ir.limits import Limits
+from patchbay_server.models.taps import Tap
+
+
+@dataclass
+class HostedModel:
+    """A model behind a card.
+
+    Attributes:
+        model: the transformers module, in eval mode, on its device, using Patchbay's attention function.
+        tokenizer: its tokenizer, or None.
+        card: what clients see.
+        taps: the way to every site that the card offers, by name.
+        layers: paths of the decoder layers, in order.
+        callables: the modules that ``call`` may apply, by name; each maps ``[..., d_in]`` to ``[..., d_out]``.
+        proofs: for every canonical site, what was checked at load and what came out, in words.
+    """
+
+    model: torch.nn.Module
+    tokenizer: Any
+    card: ModelCard
+    taps: Mapping[str, Tap]
+    layers: tuple[str, ...]
+    callables: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
+    proofs: Mapping[str, str]
+    _tokenizer_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def summary(self) -> ModelSummary:
+        card = self.card
+        return ModelSummary(card.name, card.family, card.source, card.n_params, card.n_layers, card.d_model)
+
+    def with_limits(self, limits: Limits) -> HostedModel:
+        """The same model, its card announcing `limits`."""
+        return replace(self, card=replace(self.card, limits=limits))
+
+    def tokenize(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> tuple[TokenizedRow, ...]:
+        """Token ids, strings and character offsets of each text.
+
+        Raises:
+            InvalidRequestError: the model has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise InvalidRequestError(f"{self.card.name!r} is hosted without a tokenizer: give token ids instead of text")
+        with self._tokenizer_lock:  # the fast tokenizers' padding state is not safe to share between threads
+            return tuple(self._tokenize_one(text, add_special_tokens) for text in texts)
+
+    def _tokenize_one(self, text: str, add_special_tokens: bool) -> TokenizedRow:
+        fast = bool(getattr(self.tokenizer, "is_fast", False))
+        encoded = self.tokenizer(
+            text,
+            add_special_tokens=add_special_tokens,
+            return_special_tokens_mask=True,
+            return_offsets_mapping=fast,
+            return_attention_mask=False,
+            truncation=False,
+        )
+        ids = tuple(int(i) for i in encoded["input_ids"])
+        strings = tuple(self.tokenizer.decode([i]) for i in ids)
+        offsets = tuple((int(a), int(b)) for a, b in encoded["offset_mapping"]) if fast else ((0, 0),) * len(ids)
+        special = tuple(bool(s) for s in encoded["special_tokens_mask"])
+        return TokenizedRow(ids, strings, offsets, special)
+
+
+def weights_digest(model: torch.nn.Module, *, full_below_bytes: int = 2**30) -> str:
+    """A digest of a model's weights: of every byte for small models, of a strided sample for large ones."""
+    digest = hashlib.sha256()
+    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    stride = max(1, total // full_below_bytes)
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name}:{tuple(parameter.shape)}:{parameter.dtype};".encode())
+        flat = parameter.detach().reshape(-1)[::stride].contiguous().cpu()
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
