@@ -27,6 +27,8 @@ TEXT_MAP: Schema = {"type": "object", "additionalProperties": {"type": "string"}
 #: Whatever Kubernetes allows there: not the chart's to judge.
 FOREIGN: Schema = {"type": "object"}
 FOREIGN_LIST: Schema = {"type": "array", "items": FOREIGN}
+ACCOUNT: Schema = {"type": "string", "pattern": r"^[A-Za-z0-9]([A-Za-z0-9._@-]{0,62}[A-Za-z0-9])?$"}
+DURATION: Schema = {"type": "string", "pattern": r"^[0-9]+(ms|s|m)$"}
 PORT: Schema = {"type": "integer", "minimum": 1, "maximum": 65535}
 #: Names of Kubernetes objects (DNS subdomain), or nothing.
 NAME: Schema = {"type": "string", "maxLength": 253, "pattern": r"^([a-z0-9]([a-z0-9.-]*[a-z0-9])?)?$"}
@@ -69,7 +71,7 @@ PLACEMENT: dict[str, Schema] = {
 def chart_values() -> dict[str, Schema]:
     """Everything in values.yaml but `config`."""
     return {
-        "keys": closed({"existingSecret": NAME, "firstAccount": {"type": "string", "pattern": r"^[A-Za-z0-9._@-]{1,64}$"}}),
+        "keys": closed({"existingSecret": NAME, "firstAccount": ACCOUNT}),
         "image": closed(
             {
                 "repository": {"type": "string", "minLength": 1},
@@ -158,7 +160,11 @@ def chart_values() -> dict[str, Schema]:
             {
                 "annotations": FLAG,
                 "podMonitor": closed(
-                    {"enabled": FLAG, "labels": TEXT_MAP, "interval": {"type": "string", "pattern": r"^[0-9]+(ms|s|m)$"}}
+                    {
+                        "enabled": FLAG,
+                        "labels": TEXT_MAP,
+                        "interval": {"type": "string", "pattern": r"^[0-9]+(ms|s|m)$"},
+                    }
                 ),
             }
         ),
@@ -175,12 +181,13 @@ def chart_values() -> dict[str, Schema]:
 
 
 def values_schema() -> Schema:
-    """The whole schema; `config` is the service's own, and a model's name is required, since it names an application."""
+    """The whole schema; `config` is the service's own, but a model needs its name: it names an application."""
     config = Config.json_schema()
     definitions = config.pop("$defs")
     model = definitions["ModelConfig"]
     model["required"] = sorted({*model.get("required", []), "name"})
-    model["properties"]["name"] = {k: v for k, v in model["properties"]["name"].items() if k != "default"} | {"minLength": 1}
+    name = {key: value for key, value in model["properties"]["name"].items() if key != "default"}
+    model["properties"]["name"] = {**name, "minLength": 1}
     config["required"] = ["models", "keys"]
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",

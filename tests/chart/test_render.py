@@ -207,7 +207,7 @@ def test_insecure_has_no_keys(tmp_path: Path) -> None:
 
 
 def test_config_change_replaces_pods_and_key_change_does_not(tmp_path: Path) -> None:
-    """Pods differ when the configuration does; another key Secret's contents, or a newer chart, leave them as they are."""
+    """Pods differ when the configuration does; other keys, or a newer chart, leave them as they are."""
     base = charts.render().templates
     assert charts.render().templates == base  # although each rendering makes a new key
     changed = charts.render(values={"config": {"limits": {"max_rows": 7}}}, tmp=tmp_path).templates

@@ -13,7 +13,8 @@ import yaml
 from patchbay._version import __version__
 from tests.chart import charts
 
-WORKER = {"name": "w", "replicas": 1, "resources": {"requests": {"cpu": 1, "memory": "1Gi"}, "limits": {"cpu": 1, "memory": "1Gi"}}}
+SMALL = {"cpu": 1, "memory": "1Gi"}
+WORKER = {"name": "w", "replicas": 1, "resources": {"requests": SMALL, "limits": SMALL}}
 MODEL = {"name": "m", "source": "demo"}
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
@@ -31,8 +32,12 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("a port out of range", {"service": {"port": 70000}}, "port"),
     ("a number as text", {"config": {"port": "nine thousand"}}, "port"),
     ("a worker without resources", {"workers": [{"name": "w", "replicas": 1}]}, "resources"),
-    ("no limits", {"workers": [{**WORKER, "resources": {"requests": WORKER["resources"]["requests"]}}]}, "limits"),
-    ("a quantity that is none", {"workers": [{**WORKER, "resources": {"requests": {"cpu": "two", "memory": "1Gi"}, "limits": {"cpu": 1, "memory": "1Gi"}}}]}, "cpu"),
+    ("no limits", {"workers": [{**WORKER, "resources": {"requests": SMALL}}]}, "limits"),
+    (
+        "no quantity",
+        {"workers": [{**WORKER, "resources": {"requests": {**SMALL, "cpu": "two"}, "limits": SMALL}}]},
+        "cpu",
+    ),
     ("unknown key of a worker", {"workers": [{**WORKER, "gpus": 1}]}, "gpus"),
     ("an unknown upgrade strategy", {"upgradeStrategy": "Recreate"}, "upgradeStrategy"),
     ("a digest that is none", {"image": {"digest": "latest"}}, "digest"),
@@ -57,7 +62,7 @@ def test_refused(values: dict[str, Any], named: str, tmp_path: Path) -> None:
 @pytest.mark.chart
 def test_gpus_of_all_groups_count(tmp_path: Path) -> None:
     """The GPU check adds up replicas of models and pods of groups, fractions included."""
-    gpu = {"requests": {"cpu": 1, "memory": "1Gi"}, "limits": {"cpu": 1, "memory": "1Gi", "nvidia.com/gpu": 1}}
+    gpu = {"requests": SMALL, "limits": {**SMALL, "nvidia.com/gpu": 1}}
     workers = [{**WORKER, "name": "a", "replicas": 2, "resources": gpu}, WORKER]
     fits = {"config": {"models": [{**MODEL, "num_gpus": 0.5, "replicas": 4}]}, "workers": workers}
     assert charts.render(values=fits, tmp=tmp_path).templates.keys() == {"head", "a", "w"}
