@@ -50,7 +50,7 @@ def test_notes_lead_to_a_first_trace(tmp_path: Path) -> None:
 def test_notes_name_the_public_address(example: str, tmp_path: Path) -> None:
     """Behind a Gateway or an Ingress the notes give its address, and the Secret of keys that the operator named."""
     text = notes(tmp_path, example)
-    assert "https://patchbay.example.org" in text
+    assert "grpcs://patchbay.example.org:443" in text
     assert "port-forward" not in text
     assert re.search(r"Secret (patchbay|team)-keys", text)
 
