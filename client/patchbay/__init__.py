@@ -1,0 +1,94 @@
+"""Patchbay: causal experiments inside a large model that runs somewhere else.
+
+    import patchbay as pb
+
+    model = pb.connect("localhost:9000").model("demo")
+    with model.trace("The capital of France is") as run:
+        h = run.blocks[2].resid_post[:, -1].save()
+    h.value
+
+Every public name loads on first use: importing the package costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from patchbay._version import __version__
+
+if TYPE_CHECKING:
+    from patchbay import errors, ops
+    from patchbay.client import AsyncClient, Client, connect, connect_async, local
+    from patchbay.errors import GraphError, PatchbayError, ServiceError, TraceError
+    from patchbay.ir.card import ModelCard, SiteSpec
+    from patchbay.ir.graph import Graph
+    from patchbay.model import AsyncModel, Model
+    from patchbay.results import Results
+    from patchbay.tokens import Tokens
+    from patchbay.tracing import AsyncTrace, Proxy, Run, Trace
+
+__all__ = [
+    "AsyncClient",
+    "AsyncModel",
+    "AsyncTrace",
+    "Client",
+    "Graph",
+    "GraphError",
+    "Model",
+    "ModelCard",
+    "PatchbayError",
+    "Proxy",
+    "Results",
+    "Run",
+    "ServiceError",
+    "SiteSpec",
+    "Tokens",
+    "Trace",
+    "TraceError",
+    "__version__",
+    "connect",
+    "connect_async",
+    "errors",
+    "local",
+    "ops",
+]
+
+_HOMES = {
+    "AsyncClient": "client",
+    "AsyncModel": "model",
+    "AsyncTrace": "tracing",
+    "Client": "client",
+    "Graph": "ir.graph",
+    "GraphError": "errors",
+    "Model": "model",
+    "ModelCard": "ir.card",
+    "PatchbayError": "errors",
+    "Proxy": "tracing",
+    "Results": "results",
+    "Run": "tracing",
+    "ServiceError": "errors",
+    "SiteSpec": "ir.card",
+    "Tokens": "tokens",
+    "Trace": "tracing",
+    "TraceError": "errors",
+    "connect": "client",
+    "connect_async": "client",
+    "local": "client",
+}
+_MODULES = frozenset({"errors", "methods", "ops", "plots", "testing"})
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"patchbay.{_HOMES[name]}"), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"patchbay.{name}")
+    else:
+        raise AttributeError(f"module 'patchbay' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_MODULES})

@@ -1,0 +1,249 @@
+"""The way in: `connect` to a service, or `local` for a model in this process; both give the same models.
+
+A client holds one connection. `Client` blocks and keeps its event loop in a background thread; `AsyncClient` is for
+programs that have a loop of their own. What they do is written once, in `Connection` and `patchbay.model.ModelCore`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import os
+import weakref
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any
+
+from patchbay.credentials import find_api_key, find_target
+from patchbay.errors import MissingExtraError, TraceError
+from patchbay.ir.events import ModelSummary
+from patchbay.model import AsyncModel, Model, ModelCore
+from patchbay.portal import Portal
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from patchbay.transport.base import Transport
+
+DEFAULT_TIMEOUT_S = 600.0
+
+
+class Connection:
+    """A transport that is made when it is first needed, in the loop that needs it, and its models' cards.
+
+    Args:
+        transport: the transport, or a function that makes it; called inside the running loop.
+        timeout_s: default for executions.
+        name: what to call the other side in a repr.
+    """
+
+    def __init__(self, transport: Transport | Callable[[], Transport], *, timeout_s: float | None, name: str) -> None:
+        self.timeout_s = timeout_s
+        self.name = name
+        self._make_transport = transport if callable(transport) else lambda: transport
+        self._transport: Transport | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._pid = os.getpid()
+        self._lost: list[Transport] = []
+        self._cores: dict[str, ModelCore] = {}
+        self._closed = False
+
+    async def transport(self) -> Transport:
+        """The transport of this loop and process.
+
+        Raises:
+            TraceError: the client was closed, or is used in another event loop than it began in.
+        """
+        if self._closed:
+            raise TraceError("this client is closed; connect again")
+        loop = asyncio.get_running_loop()
+        if self._transport is not None and self._pid != os.getpid():
+            self._lost.append(self._transport)  # a fork must neither use nor tear down its parent's connection
+            self._transport = None
+        if self._transport is None:
+            self._transport, self._loop, self._pid = self._make_transport(), loop, os.getpid()
+        elif self._loop is not loop:
+            raise TraceError("an async client belongs to the event loop that it was first used in; connect again in this one")
+        return self._transport
+
+    async def models(self) -> tuple[ModelSummary, ...]:
+        """What the other side hosts."""
+        return await (await self.transport()).list_models()
+
+    async def core(self, name: str) -> ModelCore:
+        """The model called `name`; its card is fetched once."""
+        if name not in self._cores:
+            card = await (await self.transport()).get_model(name)
+            self._cores[name] = ModelCore(self, card)
+        return self._cores[name]
+
+    async def close(self) -> None:
+        """Lets go of the transport."""
+        self._closed = True
+        transport, self._transport = self._transport, None
+        if transport is not None and self._pid == os.getpid():
+            await transport.close()
+
+
+class Client:
+    """A connection whose calls block. Use it as a context manager, or `close` it, or leave it to the garbage collector.
+
+    Args:
+        transport: the way to the server, or a function that makes it inside the client's event loop.
+        timeout_s: seconds that an execution may take unless its trace says otherwise; None waits for ever.
+        name: what to call the other side in a repr.
+    """
+
+    def __init__(
+        self,
+        transport: Transport | Callable[[], Transport],
+        *,
+        timeout_s: float | None = DEFAULT_TIMEOUT_S,
+        name: str = "a transport",
+    ) -> None:
+        self._connection = connection = Connection(transport, timeout_s=timeout_s, name=name)
+        self._portal = Portal()
+        self._finalizer = weakref.finalize(self, _close_client, self._portal, connection)
+
+    def models(self) -> tuple[ModelSummary, ...]:
+        """One line for each model that is served."""
+        return self._wait(self._connection.models())
+
+    def model(self, name: str) -> Model:
+        """The model called `name`.
+
+        Raises:
+            NotFoundError: the server has none of that name.
+        """
+        core = self._wait(self._connection.core(name))
+        return Model(core, self._wait, self._portal_events)
+
+    def close(self) -> None:
+        """Closes the connection and ends the background thread; a second time does nothing."""
+        self._finalizer()
+
+    def _wait(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return self._portal.run(work)
+
+    def _portal_events(
+        self, make: Callable[[Callable[[Any], None]], Coroutine[Any, Any, Any]], on_event: Callable[[Any], None]
+    ) -> Any:
+        return self._portal.run_with_events(make, on_event)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<patchbay client of {self._connection.name}>"
+
+
+def _close_client(portal: Portal, connection: Connection) -> None:
+    portal.close(connection.close())
+
+
+class AsyncClient:
+    """A connection whose calls are awaited: ``async with pb.connect_async(...) as client``; arguments as for `Client`."""
+
+    def __init__(
+        self,
+        transport: Transport | Callable[[], Transport],
+        *,
+        timeout_s: float | None = DEFAULT_TIMEOUT_S,
+        name: str = "a transport",
+    ) -> None:
+        self._connection = Connection(transport, timeout_s=timeout_s, name=name)
+
+    async def models(self) -> tuple[ModelSummary, ...]:
+        """One line for each model that is served."""
+        return await self._connection.models()
+
+    async def model(self, name: str) -> AsyncModel:
+        """The model called `name`; see `Client.model`."""
+        return AsyncModel(await self._connection.core(name))
+
+    async def close(self) -> None:
+        """Closes the connection; a second time does nothing."""
+        await self._connection.close()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        return f"<patchbay async client of {self._connection.name}>"
+
+
+def connect(
+    target: str | None = None,
+    *,
+    api_key: str | None = None,
+    timeout_s: float | None = DEFAULT_TIMEOUT_S,
+    **transport_options: Any,
+) -> Client:
+    """A client of the service at `target`. Nothing is sent until the first call.
+
+    Args:
+        target: ``host:port``; ``grpcs://`` before it for TLS. Left out: ``PATCHBAY_URL``, else this machine's port 9000.
+        api_key: left out: ``PATCHBAY_API_KEY``, else, for this machine, the key that ``patchbay serve`` left for its user.
+        timeout_s: seconds that an execution may take unless its trace says otherwise; None waits for ever.
+        transport_options: of `patchbay.transport.grpc.GrpcTransport`, such as ``tls_roots``.
+    """
+    address, make = _grpc(target, api_key, transport_options)
+    return Client(make, timeout_s=timeout_s, name=address)
+
+
+def connect_async(
+    target: str | None = None,
+    *,
+    api_key: str | None = None,
+    timeout_s: float | None = DEFAULT_TIMEOUT_S,
+    **transport_options: Any,
+) -> AsyncClient:
+    """An asynchronous client; see `connect`. It belongs to the event loop that it is first used in."""
+    address, make = _grpc(target, api_key, transport_options)
+    return AsyncClient(make, timeout_s=timeout_s, name=address)
+
+
+def _grpc(
+    target: str | None, api_key: str | None, transport_options: dict[str, Any]
+) -> tuple[str, Callable[[], Transport]]:
+    address = find_target(target)
+    key = find_api_key(address, api_key)
+
+    def make() -> Transport:
+        from patchbay.transport.grpc import GrpcTransport
+
+        return GrpcTransport(address, api_key=key, **transport_options)
+
+    return address, make
+
+
+def local(hf_model: Any, tokenizer: Any = None) -> Model:
+    """A Hugging Face model of this process as a `Model`: the same traces, no network.
+
+    Args:
+        hf_model: a ``transformers`` causal language model.
+        tokenizer: its tokenizer; without one, runs are made from token ids.
+
+    Raises:
+        MissingExtraError: the ``server`` extra is not installed.
+    """
+    try:
+        serving = importlib.import_module("patchbay_server.serving.local")
+    except ImportError as error:
+        raise MissingExtraError(
+            f"running a model in this process needs the server's packages ({error}): pip install 'patchbay[server]'"
+        ) from error
+    name = "local"
+    servicer = serving.local_servicer(hf_model, tokenizer, name=name)
+
+    def make() -> Transport:
+        from patchbay.transport.local import LocalTransport
+
+        return LocalTransport(servicer)
+
+    return Client(make, timeout_s=None, name="this process").model(name)

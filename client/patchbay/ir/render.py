@@ -1,0 +1,193 @@
+"""Readable text of a graph: one line a node, in the order in which it runs through the user's program.
+
+    graph of 2 runs, 3 nodes, 1 output
+      run 0: 'The capital of France is'  1 row of 6 tokens
+      run 1: 'The capital of Italy is'   1 row of 6 tokens
+      %0 = run0.blocks[2].resid_post            float32[1, 6, 64]
+      run1.blocks[2].resid_post[:, -1] = %1
+      ...
+      return p = %8
+
+For reading only: nothing parses it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from patchbay.ir.graph import Graph, Node, Run, TensorData
+from patchbay.ir.sites import is_module_site
+
+_INFIX: Mapping[str, str] = {
+    "add": "+",
+    "subtract": "-",
+    "multiply": "*",
+    "divide": "/",
+    "floor_divide": "//",
+    "remainder": "%",
+    "pow": "**",
+    "matmul": "@",
+    "equal": "==",
+    "not_equal": "!=",
+    "less": "<",
+    "less_equal": "<=",
+    "greater": ">",
+    "greater_equal": ">=",
+    "bitwise_and": "&",
+    "bitwise_or": "|",
+    "bitwise_xor": "^",
+}
+_WRITE = {"set": "=", "add": "+=", "mul": "*="}
+_BLOCK = re.compile(r"\Ablocks\.(\d+)")
+_MAX_VALUES = 6
+
+
+def render(
+    graph: Graph,
+    *,
+    specs: Sequence[object] | None = None,
+    locations: Sequence[str | None] | None = None,
+    max_nodes: int | None = None,
+) -> str:
+    """`graph` as text.
+
+    Args:
+        graph: what to show.
+        specs: the spec of each node, shown at the right when given.
+        locations: ``file:line`` of each node, shown as a comment when given.
+        max_nodes: leave out the middle of longer graphs; None shows everything.
+    """
+    runs, nodes, outputs = len(graph.runs), len(graph.nodes), len(graph.outputs)
+    lines = [f"graph of {_count(runs, 'run')}, {_count(nodes, 'node')}, {_count(outputs, 'output')}"]
+    shown_runs = _elide(range(runs), max_nodes)
+    lines += ["  ..." if i is None else f"  run {i}: {describe_run(graph.runs[i])}" for i in shown_runs]
+    left = {i: statement(graph, i) for i in _elide(range(nodes), max_nodes) if i is not None}
+    width = min(max(map(len, left.values()), default=0), 60)
+    for i in _elide(range(nodes), max_nodes):
+        if i is None:
+            lines.append(f"  ... ({nodes - len(left)} more nodes)")
+            continue
+        line = f"  {left[i]}"
+        if specs is not None and specs[i] != ():
+            line = f"{line:<{width + 4}}{show_spec(specs[i])}"
+        if locations is not None and locations[i]:
+            line = f"{line:<{width + 30}}# {locations[i]}"
+        lines.append(line)
+    lines += [f"  return {o.name} = %{o.node}" for o in graph.outputs]
+    return "\n".join(lines)
+
+
+def statement(graph: Graph, i: int) -> str:
+    """Node `i` as a line of a program in which every value is assigned once."""
+    node = graph.nodes[i]
+    if node.op == "site.write":
+        sign = _WRITE.get(str(node.attrs.get("mode", "set")), "?=")
+        index = show_index(node.attrs.get("index", ()), [f"%{a}" for a in node.args[1:]])
+        value = f"%{node.args[0]}" if node.args else "?"
+        return f"{site_expression(node)}{index} {sign} {value}"
+    return f"%{i} = {expression(node, [f'%{a}' for a in node.args])}"
+
+
+def expression(node: Node, args: Sequence[str]) -> str:
+    """What `node` computes, with `args` as the texts of its arguments."""
+    attrs = node.attrs
+    if node.op == "site.read":
+        return site_expression(node)
+    if node.op == "const":
+        value = attrs.get("value")
+        return show_tensor(value) if isinstance(value, TensorData) else repr(attrs.get("scalar"))
+    if node.op == "item":
+        return f"{args[0]}[{attrs.get('index')}]" if args else "item(?)"
+    if node.op in _INFIX and len(args) == 2:
+        return f"{args[0]} {_INFIX[node.op]} {args[1]}"
+    if isinstance(attrs.get("index"), tuple) and args and node.op != "set_index":
+        return f"{args[0]}{show_index(attrs['index'], args[1:])}"
+    name = str(attrs.get("target", "call")) if node.op == "call" else node.op
+    shown = [f"{k}={_show_attr(v, args)}" for k, v in attrs.items() if k != "target"]
+    return f"{name}({', '.join([*args, *shown])})"
+
+
+def site_expression(node: Node) -> str:
+    """``run0.blocks[2].resid_post`` for a read or write."""
+    return f"run{node.run}.{site_path(str(node.attrs.get('site', '?')))}"
+
+
+def site_path(site: str) -> str:
+    """A canonical site as it is written in Python, behind a run."""
+    if is_module_site(site):
+        path, _, side = site[len("module:") :].rpartition(".")
+        return f"module({path!r}).{side}"
+    return _BLOCK.sub(r"blocks[\1]", site)
+
+
+def show_index(index: object, arrays: Sequence[str]) -> str:
+    """An index in brackets as Python would write it; nothing for the whole."""
+    if not isinstance(index, tuple) or not index:
+        return ""
+    return f"[{', '.join(_show_item(item, arrays) for item in index)}]"
+
+
+def _show_item(item: Any, arrays: Sequence[str]) -> str:
+    if not isinstance(item, tuple) or not item:
+        return "?"
+    kind, parts = item[0], item[1:]
+    if kind == "slice" and len(parts) == 3:
+        start, stop, step = ("" if p is None else str(p) for p in parts)
+        return f"{start}:{stop}" + (f":{step}" if step else "")
+    if kind == "array" and parts and isinstance(parts[0], int) and 0 <= parts[0] < len(arrays):
+        return arrays[parts[0]]
+    return {"ellipsis": "...", "newaxis": "None"}.get(str(kind), str(parts[0]) if parts else "?")
+
+
+def show_tensor(data: TensorData) -> str:
+    """A constant: its values when there are few, else its spec."""
+    shape = ", ".join(map(str, data.shape))
+    values = _values(data)
+    return f"{data.dtype}[{shape}]" + (f"({values})" if values else "(...)")
+
+
+def show_spec(spec: object) -> str:
+    """``float32[1, 6, 64]``; several for operations with several results."""
+    return ", ".join(map(repr, spec)) if isinstance(spec, tuple) else repr(spec)
+
+
+def describe_run(run: Run) -> str:
+    """A run's label, rows and lengths."""
+    label = f"{run.label!r}  " if run.label else ""
+    lengths = f"{run.seq}" if not run.ragged else f"{min(run.lengths)} to {run.seq}"
+    return f"{label}{_count(run.rows, 'row')} of {lengths} token{'s' if run.seq != 1 else ''}"
+
+
+def _values(data: TensorData) -> str:
+    """The elements of a small tensor of a type that the standard library can unpack."""
+    codes = {"bool": "?", "uint8": "B", "int8": "b", "int16": "h", "int32": "i", "int64": "q"}
+    codes |= {"float16": "e", "float32": "f", "float64": "d"}
+    code = codes.get(data.dtype.name)
+    count = data.nbytes // data.dtype.itemsize
+    if code is None or count > _MAX_VALUES:
+        return ""
+    import struct
+
+    values = struct.unpack(f"<{count}{code}", bytes(data.data))
+    return ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
+
+
+def _show_attr(value: object, args: Sequence[str]) -> str:
+    if isinstance(value, TensorData):
+        return show_tensor(value)
+    if isinstance(value, tuple) and value and all(isinstance(v, tuple) for v in value):
+        return show_index(value, args[1:])
+    return repr(value)
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def _elide(items: range, limit: int | None) -> list[int | None]:
+    if limit is None or len(items) <= limit:
+        return list(items)
+    half = max(limit // 2, 1)
+    return [*items[:half], None, *items[len(items) - half :]]

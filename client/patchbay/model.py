@@ -1,0 +1,388 @@
+"""A hosted model as an object: its card, its tokenizer, and traces over it.
+
+`ModelCore` does the talking, as coroutines; `Model` waits for it in the client's background thread, `AsyncModel` awaits it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar, overload
+
+from patchbay.errors import ProtocolError, TraceError
+from patchbay.ir.card import ModelCard
+from patchbay.ir.events import Done, Event, ExecuteOptions, TensorValue, Usage
+from patchbay.ir.sites import is_module_site
+from patchbay.results import Price
+from patchbay.tokens import Tokens
+
+if TYPE_CHECKING:
+    from patchbay.client import Connection
+    from patchbay.ir.graph import Graph
+    from patchbay.tracing.namespaces import SiteTree
+    from patchbay.tracing.trace import AsyncRunTrace, AsyncTrace, Input, ProgressCallback, RunTrace, Trace
+
+T = TypeVar("T")
+_CACHED_TEXTS = 4096
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an execution gave."""
+
+    values: dict[str, TensorValue]
+    usage: Usage
+    sent_bytes: int
+    received_bytes: int
+
+
+class ModelCore:
+    """Everything about a model that may wait for its server."""
+
+    def __init__(self, connection: Connection, card: ModelCard) -> None:
+        self.card = card
+        self._connection = connection
+        self._texts: OrderedDict[tuple[str, bool], Tokens] = OrderedDict()
+
+    @cached_property
+    def site_tree(self) -> SiteTree:
+        """The model's sites by the parts of their names."""
+        from patchbay.tracing.namespaces import site_tree
+
+        return site_tree(self.card)
+
+    # --- tokens ---------------------------------------------------------------------------------------------------
+
+    async def tokenize(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[Tokens]:
+        """Tokens of each text; texts seen before cost nothing, the others one call together."""
+        cache = self._texts
+        found: dict[str, Tokens] = {}
+        new: list[str] = []
+        for text in dict.fromkeys(texts):
+            key = (text, add_special_tokens)
+            if key in cache:
+                cache.move_to_end(key)
+                found[text] = cache[key]
+            else:
+                new.append(text)
+        if new:
+            transport = await self._connection.transport()
+            rows = await transport.tokenize(self.card.name, new, add_special_tokens=add_special_tokens)
+            if len(rows) != len(new):
+                raise ProtocolError(f"the server tokenized {len(rows)} texts of {len(new)}")
+            for text, row in zip(new, rows, strict=True):
+                found[text] = cache[(text, add_special_tokens)] = Tokens.from_row(text, row)
+            while len(cache) > _CACHED_TEXTS:
+                cache.popitem(last=False)
+        return [found[text] for text in texts]
+
+    async def token_id(self, text: str) -> int:
+        """The id of a text that is exactly one token."""
+        (tokens,) = await self.tokenize([text], add_special_tokens=False)
+        ids = [i for i, special in zip(tokens.ids, tokens.special, strict=True) if not special]
+        if len(ids) != 1:
+            pieces = ", ".join(map(repr, tokens.strings)) or "none"
+            raise TraceError(f"{text!r} is {len(ids)} tokens ({pieces}), not one; with a leading space it may be another text")
+        return ids[0]
+
+    async def rows_of(self, inputs: Input) -> tuple[list[Tokens], bool]:
+        """`inputs` as rows of tokens, and whether they were one row that was not in a list."""
+        given, single = split_rows(inputs)
+        texts = iter(await self.tokenize([g for g in given if isinstance(g, str)]))
+        rows = [next(texts) if isinstance(g, str) else g for g in given]
+        for number, row in enumerate(rows):
+            self._check_row(row, f"row {number}" if len(rows) > 1 else "the input")
+        return rows, single
+
+    def _check_row(self, row: Tokens, what: str) -> None:
+        card = self.card
+        shown = f" {row.text!r}" if row.text is not None else ""
+        if not row.ids:
+            raise TraceError(f"{what}{shown} has no tokens")
+        if len(row) > card.n_ctx:
+            raise TraceError(f"{what} has {len(row)} tokens; {card.name!r} takes at most {card.n_ctx}")
+        low, high = min(row.ids), max(row.ids)
+        if low < 0 or high >= card.d_vocab:
+            bad = low if low < 0 else high
+            raise TraceError(f"{what} holds the token id {bad}; the vocabulary of {card.name!r} has ids 0 to {card.d_vocab - 1}")
+
+    # --- running --------------------------------------------------------------------------------------------------
+
+    async def execute(
+        self,
+        graph: Graph,
+        options: ExecuteOptions,
+        timeout_s: float | None,
+        on_event: Callable[[Event], Any] | None = None,
+    ) -> Outcome:
+        """Runs a graph and gathers what it sends back."""
+        transport = await self._connection.transport()
+        sent, received = transport.bytes_sent, transport.bytes_received
+        limit = self._connection.timeout_s if timeout_s is None else timeout_s
+        values: dict[str, TensorValue] = {}
+        usage: Usage | None = None
+        async with aclosing(transport.execute(self.card.name, graph, options, timeout_s=limit)) as events:  # type: ignore[type-var]
+            async for event in events:
+                if isinstance(event, TensorValue):
+                    values[event.name] = event
+                elif isinstance(event, Done):
+                    usage = event.usage
+                if on_event is not None:
+                    on_event(event)
+        if usage is None:
+            raise ProtocolError("the server ended the stream without saying that it was done")
+        return Outcome(values, usage, transport.bytes_sent - sent, transport.bytes_received - received)
+
+    async def price(self, graph: Graph, timeout_s: float | None) -> Price:
+        """The server's own price for a graph."""
+        outcome = await self.execute(graph, ExecuteOptions(dry_run=True), timeout_s)
+        return Price.of(outcome.usage.cost)
+
+
+def split_rows(inputs: Input) -> tuple[list[str | Tokens], bool]:
+    """The rows of anything that a run takes, texts still as they are; and whether it was one row, not a list of rows.
+
+    Raises:
+        TraceError: it is none of the forms.
+    """
+    one = _row(inputs)
+    if one is not None:
+        return [one], True
+    if hasattr(inputs, "ndim") and hasattr(inputs, "tolist"):
+        if inputs.ndim not in (1, 2) or getattr(inputs.dtype, "kind", "i") not in "iu":
+            raise TraceError(f"an array of token ids has integers and 1 or 2 axes; this one is {inputs.dtype}{list(inputs.shape)}")
+        return split_rows(inputs.tolist())
+    if isinstance(inputs, Sequence) and not isinstance(inputs, (bytes, bytearray)):
+        rows = [_row(item) for item in inputs]
+        if rows and all(row is not None for row in rows):
+            return [row for row in rows if row is not None], False
+        if not rows:
+            raise TraceError("a run needs at least one row; this list is empty")
+    raise TraceError(
+        "a run takes a text, a list of texts, token ids, a list of lists of ids, an integer array or Tokens,"
+        f" not {type(inputs).__name__} {repr(inputs)[:80]}"
+    )
+
+
+def _row(item: object) -> str | Tokens | None:
+    """One row: a text, tokens, or a sequence of ids; None when it is something else (a list of rows, perhaps)."""
+    if isinstance(item, (str, Tokens)):
+        return item
+    if getattr(item, "ndim", None) == 1 and hasattr(item, "tolist"):
+        item = item.tolist()
+    if isinstance(item, (list, tuple, range)) and item and all(_is_id(i) for i in item):
+        return Tokens(tuple(int(i) for i in item))
+    return None
+
+
+def _is_id(value: object) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
+class BaseModel:
+    """What a model shows without waiting."""
+
+    def __init__(self, core: ModelCore) -> None:
+        self.core = core
+
+    @property
+    def card(self) -> ModelCard:
+        """Widths, sites (absent ones with the reason), callables and limits."""
+        return self.core.card
+
+    @property
+    def name(self) -> str:
+        """The name that it is served under."""
+        return self.core.card.name
+
+    def __repr__(self) -> str:
+        return describe_model(self.core.card)
+
+
+class Model(BaseModel):
+    """A model whose calls block."""
+
+    def __init__(
+        self,
+        core: ModelCore,
+        wait: Callable[[Coroutine[Any, Any, Any]], Any],
+        wait_with_events: Callable[[Callable[[Callable[[Any], None]], Coroutine[Any, Any, Any]], Callable[[Any], None]], Any],
+    ) -> None:
+        super().__init__(core)
+        self._wait = wait
+        self._wait_with_events = wait_with_events
+
+    def wait(self, work: Coroutine[Any, Any, T]) -> T:
+        """Runs a coroutine of the core in the client's thread."""
+        result: T = self._wait(work)
+        return result
+
+    def wait_with_events(
+        self, make: Callable[[Callable[[Event], None] | None], Coroutine[Any, Any, T]], on_event: Callable[[Event], Any] | None
+    ) -> T:
+        """Like `wait`; events reach `on_event` in the calling thread."""
+        result: T = self._wait(make(None)) if on_event is None else self._wait_with_events(make, on_event)
+        return result
+
+    @overload
+    def tokenize(self, text: str, *, add_special_tokens: bool = True) -> Tokens: ...
+
+    @overload
+    def tokenize(self, text: Sequence[str], *, add_special_tokens: bool = True) -> list[Tokens]: ...
+
+    def tokenize(self, text: str | Sequence[str], *, add_special_tokens: bool = True) -> Tokens | list[Tokens]:
+        """Tokens of a text (or of each of several): ids, strings, offsets."""
+        texts = [text] if isinstance(text, str) else list(text)
+        rows = self.wait(self.core.tokenize(texts, add_special_tokens=add_special_tokens))
+        return rows[0] if isinstance(text, str) else rows
+
+    def to_single_token(self, text: str) -> int:
+        """The id of a text that is exactly one token, special tokens aside.
+
+        Raises:
+            TraceError: it is several tokens, or none.
+        """
+        return self.wait(self.core.token_id(text))
+
+    token_id = to_single_token
+
+    @overload
+    def trace(
+        self,
+        inputs: None = None,
+        *,
+        deterministic: bool = False,
+        disabled: Sequence[str] = (),
+        timeout_s: float | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> Trace: ...
+
+    @overload
+    def trace(
+        self,
+        inputs: Input,
+        *,
+        deterministic: bool = False,
+        disabled: Sequence[str] = (),
+        timeout_s: float | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> RunTrace: ...
+
+    def trace(
+        self,
+        inputs: Input | None = None,
+        *,
+        deterministic: bool = False,
+        disabled: Sequence[str] = (),
+        timeout_s: float | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> Trace | RunTrace:
+        """A trace: inside the ``with`` block a graph is built, on leaving it is run.
+
+        Args:
+            inputs: of the one run (see `Trace.run`); left out, the block makes its runs with ``t.run(...)``.
+            deterministic: run alone and one run at a time, bit for bit like the same forwards done by hand.
+            disabled: names of the engine's optimisations to leave out.
+            timeout_s: seconds the execution may take; the client's own by default.
+            progress: called with every event of the execution, in this thread.
+        """
+        from patchbay.tracing import trace as tracing
+
+        options = ExecuteOptions(deterministic=deterministic, disabled=tuple(disabled))
+        kind = tracing.Trace if inputs is None else tracing.RunTrace
+        return kind(self, options=options, timeout_s=timeout_s, progress=progress, first=inputs)
+
+
+class AsyncModel(BaseModel):
+    """A model whose calls are awaited."""
+
+    @overload
+    async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> Tokens: ...
+
+    @overload
+    async def tokenize(self, text: Sequence[str], *, add_special_tokens: bool = True) -> list[Tokens]: ...
+
+    async def tokenize(self, text: str | Sequence[str], *, add_special_tokens: bool = True) -> Tokens | list[Tokens]:
+        """Tokens of a text (or of each of several): ids, strings, offsets."""
+        texts = [text] if isinstance(text, str) else list(text)
+        rows = await self.core.tokenize(texts, add_special_tokens=add_special_tokens)
+        return rows[0] if isinstance(text, str) else rows
+
+    async def to_single_token(self, text: str) -> int:
+        """The id of a text that is exactly one token; see `Model.to_single_token`."""
+        return await self.core.token_id(text)
+
+    token_id = to_single_token
+
+    @overload
+    def trace(
+        self,
+        inputs: None = None,
+        *,
+        deterministic: bool = False,
+        disabled: Sequence[str] = (),
+        timeout_s: float | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> AsyncTrace: ...
+
+    @overload
+    def trace(
+        self,
+        inputs: Input,
+        *,
+        deterministic: bool = False,
+        disabled: Sequence[str] = (),
+        timeout_s: float | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> AsyncRunTrace: ...
+
+    def trace(
+        self,
+        inputs: Input | None = None,
+        *,
+        deterministic: bool = False,
+        disabled: Sequence[str] = (),
+        timeout_s: float | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> AsyncTrace | AsyncRunTrace:
+        """A trace for ``async with``; see `Model.trace`. `progress` is called in the event loop."""
+        from patchbay.tracing import trace as tracing
+
+        options = ExecuteOptions(deterministic=deterministic, disabled=tuple(disabled))
+        kind = tracing.AsyncTrace if inputs is None else tracing.AsyncRunTrace
+        return kind(self, options=options, timeout_s=timeout_s, progress=progress, first=inputs)
+
+
+def describe_model(card: ModelCard) -> str:
+    """Layers, widths, dtype, and the sites as a compact tree."""
+    heads = f"{card.n_heads} heads" + (f" ({card.n_kv_heads} key-value)" if card.n_kv_heads != card.n_heads else "")
+    lines = [
+        f"{card.name}: {card.family}, {card.n_params:,} parameters, {card.dtype}, from {card.source}",
+        f"  {card.n_layers} layers, d_model {card.d_model}, {heads} of {card.d_head}, d_mlp {card.d_mlp},"
+        f" vocabulary {card.d_vocab:,}, context {card.n_ctx:,}",
+    ]
+    groups: OrderedDict[str, OrderedDict[str, None]] = OrderedDict()
+    modules = absent = 0
+    for site in card.sites:
+        if site.absent is not None:
+            absent += 1
+        elif is_module_site(site.name):
+            modules += 1
+        else:
+            name = re.sub(r"\.\d+\.", "[i].", site.name, count=1)
+            group, _, leaf = name.rpartition(".")
+            groups.setdefault(group, OrderedDict())[leaf] = None
+    if "" in groups:
+        lines.append(f"  {', '.join(groups.pop(''))}")
+    lines += [f"  {group}: {', '.join(leaves)}" for group, leaves in groups.items()]
+    if modules:
+        lines.append(f"  {modules} module sites: run.module(path).output, .input")
+    if card.callables:
+        lines.append("  callable: " + ", ".join(c.name for c in card.callables))
+    if absent:
+        lines.append(f"  {absent} canonical sites absent (reasons in model.card.sites)")
+    return "\n".join(lines)

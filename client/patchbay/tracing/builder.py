@@ -1,0 +1,259 @@
+"""Appends nodes to a graph while the user's program runs; every node's shape and dtype is known as it is made.
+
+A mistake therefore raises at the user's own line. Where each node was made stays here, on the client, and is joined to
+what the verifier or the server says later.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
+
+from patchbay.errors import CausalityError, GraphError, TraceError
+from patchbay.ir.card import ModelCard
+from patchbay.ir.graph import Attr, Graph, Node, Output, Run, TensorData
+from patchbay.ir.ops.spec import TensorSpec, ValueSpec
+from patchbay.ir.render import expression, render, show_index, show_spec, site_path
+from patchbay.ir.verify import infer_node
+
+if TYPE_CHECKING:
+    from types import CodeType
+
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_NO_ATTRS: Mapping[str, Attr] = {}
+_MAX_DEPTH = 3
+
+_Error = TypeVar("_Error", bound=GraphError)
+#: Where a node was made: code object and line, made into text only when somebody asks.
+Place = "tuple[CodeType, int] | None"
+
+
+class TracedGraph(Graph):
+    """A graph that knows its values' shapes and the user's lines, and prints as readable text."""
+
+    specs: tuple[ValueSpec, ...]
+    locations: tuple[str | None, ...]
+
+    def __init__(
+        self, graph: Graph, specs: Sequence[ValueSpec] = (), locations: Sequence[str | None] = ()
+    ) -> None:
+        super().__init__(graph.runs, graph.nodes, graph.outputs)
+        object.__setattr__(self, "specs", tuple(specs))
+        object.__setattr__(self, "locations", tuple(locations))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Graph):
+            return NotImplemented
+        return (self.runs, self.nodes, self.outputs) == (other.runs, other.nodes, other.outputs)
+
+    __hash__ = Graph.__hash__
+
+    def __str__(self) -> str:
+        return render(self, specs=self.specs or None, locations=self.locations or None)
+
+    __repr__ = __str__
+
+
+class GraphBuilder:
+    """A graph under construction.
+
+    Attributes:
+        card: the model's card.
+        runs, nodes, specs: so far, in order.
+        closed: why nothing more can be added, or None while it is open.
+    """
+
+    def __init__(self, card: ModelCard) -> None:
+        self.card = card
+        self.runs: list[Run] = []
+        self.nodes: list[Node] = []
+        self.specs: list[ValueSpec] = []
+        self.closed: str | None = None
+        self._places: list[tuple[CodeType, int] | None] = []
+        self._constants: dict[object, int] = {}
+        self._last_write: dict[tuple[int, str], int] = {}
+        self._draft = Graph()
+
+    # --- growing --------------------------------------------------------------------------------------------------
+
+    def add_run(self, run: Run) -> int:
+        """Appends a run; returns its index."""
+        self._check_open()
+        self.runs.append(run)
+        self._draft = Graph(runs=tuple(self.runs))
+        return len(self.runs) - 1
+
+    def add(self, op: str, args: tuple[int, ...] = (), attrs: Mapping[str, Attr] = _NO_ATTRS, run: int | None = None) -> int:
+        """Appends a node; returns its position.
+
+        Raises:
+            GraphError: what the operation's rule says; the message names the operands and where they were made.
+            TraceError: the trace is over.
+        """
+        self._check_open()
+        node = Node(op, args, attrs, run)
+        try:
+            spec = infer_node(self._draft, self.card, node, self.specs)
+        except GraphError as error:
+            raise self._explain(error, args) from None
+        nodes = self.nodes
+        position = len(nodes)
+        nodes.append(node)
+        self.specs.append(spec)
+        # Inlined: this runs once a node, and a call would be a frame more to walk out of.
+        frame = sys._getframe(1)
+        while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+            frame = frame.f_back  # type: ignore[assignment]
+        self._places.append(None if frame is None else (frame.f_code, frame.f_lineno))
+        if op == "site.write":
+            self._last_write[(run, attrs["site"])] = position  # type: ignore[index]
+        return position
+
+    def constant(self, data: TensorData) -> int:
+        """The node of a constant; equal contents share one."""
+        key = (data.dtype, data.shape, data.data)
+        found = self._constants.get(key)
+        if found is None:
+            found = self._constants[key] = self.add("const", (), {"value": data})
+        return found
+
+    def scalar(self, value: bool | int | float) -> int:
+        """The node of a Python number; equal numbers of the same type share one."""
+        key = (type(value), repr(value))  # repr tells -0.0 from 0.0 and joins NaNs
+        found = self._constants.get(key)
+        if found is None:
+            found = self._constants[key] = self.add("const", (), {"scalar": value})
+        return found
+
+    def written_since(self, run: int, site: str, node: int) -> bool:
+        """Whether the site was written after `node` was made."""
+        return self._last_write.get((run, site), -1) > node
+
+    def _check_open(self) -> None:
+        if self.closed is not None:
+            raise TraceError(self.closed)
+
+    # --- finishing ------------------------------------------------------------------------------------------------
+
+    def finish(self, outputs: Sequence[Output], *, prune: bool = True) -> TracedGraph:
+        """The graph that leads to `outputs`.
+
+        Values that nothing uses are left out: ``x[...] = v`` makes Python read ``x`` first, and ``+=`` makes it add.
+        Writes always stay, so that a mistake in one is found even where nothing reads past it.
+        """
+        keep = self._needed(outputs) if prune else list(range(len(self.nodes)))
+        where = dict(zip(keep, range(len(keep)), strict=True))
+        nodes: list[Node] = []
+        for i in keep:
+            node = self.nodes[i]
+            nodes.append(replace(node, args=tuple(where[a] for a in node.args)) if node.args else node)
+        graph = Graph(tuple(self.runs), tuple(nodes), tuple(Output(o.name, where[o.node]) for o in outputs))
+        return TracedGraph(graph, [self.specs[i] for i in keep], [self.location(i) for i in keep])
+
+    def _needed(self, outputs: Sequence[Output]) -> list[int]:
+        needed = bytearray(len(self.nodes))
+        for output in outputs:
+            needed[output.node] = 1
+        for i in range(len(self.nodes) - 1, -1, -1):
+            node = self.nodes[i]
+            if needed[i] or node.op == "site.write":
+                needed[i] = 1
+                for a in node.args:
+                    needed[a] = 1
+        return [i for i, n in enumerate(needed) if n]
+
+    # --- talking about nodes --------------------------------------------------------------------------------------
+
+    def location(self, node: int) -> str | None:
+        """``file:line`` of the user's code that made `node`."""
+        place = self._places[node]
+        if place is None:
+            return None
+        name = place[0].co_filename
+        return f"{name if name.startswith('<') else _relative(name)}:{place[1]}"
+
+    def describe(self, node: int, depth: int = _MAX_DEPTH) -> str:
+        """What made `node`, such as ``blocks.2.resid_post[:, -1] of run 'The capital of France is'``."""
+        text = self._formula(node, depth)
+        run = self._run_of(node)
+        return text if run is None else f"{text} of run {self.run_name(run)}"
+
+    def run_name(self, run: int) -> str:
+        """A run's label in quotes, or its number."""
+        label = self.runs[run].label
+        return repr(label) if label else str(run)
+
+    def _formula(self, node: int, depth: int) -> str:
+        made = self.nodes[node]
+        if made.op == "site.read":
+            return str(made.attrs["site"])
+        if made.op == "site.write":
+            arrays = ["..." for _ in made.args[1:]]
+            return f"the write at {made.attrs['site']}{show_index(made.attrs.get('index', ()), arrays)}"
+        if depth == 0:
+            return "..."
+        args = [self._formula(a, depth - 1) for a in made.args]
+        if any(c in a for a in args[:1] for c in " ") and made.attrs.get("index"):
+            args[0] = f"({args[0]})"
+        return expression(made, args)
+
+    def _run_of(self, node: int) -> int | None:
+        """The one run whose sites `node` is an indexing or method call of; None when that is not one."""
+        for _ in range(_MAX_DEPTH + 1):
+            made = self.nodes[node]
+            if made.run is not None:
+                return made.run
+            tensors = [a for a in made.args if self.nodes[a].op != "const"]
+            if len(tensors) != 1:
+                return None
+            node = tensors[0]
+        return None
+
+    def _explain(self, error: _Error, args: tuple[int, ...]) -> _Error:
+        """`error` with a line for each operand: what it is, its spec, where it was made."""
+        lines = []
+        for a in args:
+            if not 0 <= a < len(self.nodes):
+                continue
+            spec = self.specs[a]
+            if isinstance(spec, TensorSpec) and spec.scalar is not None:
+                lines.append(f"\n  {self._formula(a, 1)}: a Python number")
+                continue
+            place = self.location(a)
+            lines.append(f"\n  {show_spec(spec)}: {self.describe(a)}" + (f", made at {place}" if place else ""))
+        error.message += "".join(lines)
+        return error
+
+    def locate(self, error: _Error, graph: TracedGraph) -> _Error:
+        """`error`, raised about a node of `graph`, with the user's lines joined to it."""
+        known = len(graph.locations)
+        if error.node is not None and 0 <= error.node < known and error.location is None:
+            error.location = graph.locations[error.node]
+        others = [i for i in error.related if 0 <= i < known]
+        if others:
+            shown = [f"\n  {_what(graph, i)} at {graph.locations[i]}" for i in others]
+            if isinstance(error, CausalityError) and error.node is not None and 0 <= error.node < known:
+                shown.insert(0, f"\n  {_what(graph, error.node)} at {graph.locations[error.node]}")
+            error.message += "".join(shown)
+        return error
+
+
+def _what(graph: Graph, i: int) -> str:
+    node = graph.nodes[i]
+    if node.op == "site.write":
+        return f"write: run{node.run}.{site_path(str(node.attrs['site']))}"
+    if node.op == "site.read":
+        return f"read: run{node.run}.{site_path(str(node.attrs['site']))}"
+    return node.op
+
+
+def _relative(path: str) -> str:
+    """`path` from the working directory where that is shorter: what an editor's terminal makes clickable."""
+    try:
+        shorter = os.path.relpath(path)
+    except (OSError, ValueError):
+        return path
+    return shorter if len(shorter) < len(path) else path

@@ -1,0 +1,205 @@
+"""Sites as attributes: ``run.blocks[3].attn.pattern`` reads, ``run.blocks[3].mlp_out = v`` writes.
+
+The tree of names comes from the model's card, so that tab completion shows exactly what the model has.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from patchbay.errors import TraceError, UnknownSiteError
+from patchbay.ir.card import ModelCard
+from patchbay.ir.sites import MODULE_SIDES, canonical, is_module_site, module_site
+from patchbay.tracing.proxy import Proxy, lift, write_site
+
+if TYPE_CHECKING:
+    from patchbay.tracing.trace import BaseTrace
+
+#: Names at one level: a site's canonical name, or the level below.
+SiteTree: TypeAlias = "dict[str, str | SiteTree]"
+
+
+class UnknownSiteAttributeError(UnknownSiteError, AttributeError):
+    """An unknown site reached as an attribute: also an AttributeError, so that ``hasattr`` answers False."""
+
+
+def site_tree(card: ModelCard) -> SiteTree:
+    """The canonical sites of `card` by the parts of their names; sites that the model cannot offer are left out."""
+    root: SiteTree = {}
+    for site in card.sites:
+        if is_module_site(site.name) or site.absent is not None:
+            continue
+        *path, leaf = site.name.split(".")
+        level = root
+        for part in path:
+            below = level.setdefault(part, {})
+            if isinstance(below, str):
+                break
+            level = below
+        else:
+            level.setdefault(leaf, site.name)
+    return root
+
+
+class SiteNamespace:
+    """One level of site names of a run."""
+
+    __slots__ = ("_prefix", "_run_index", "_trace", "_tree")
+
+    def __init__(self, trace: BaseTrace, run_index: int, tree: SiteTree, prefix: str) -> None:
+        fill = object.__setattr__  # plain assignment means writing at a site
+        fill(self, "_trace", trace)
+        fill(self, "_run_index", run_index)
+        fill(self, "_tree", tree)
+        fill(self, "_prefix", prefix)
+
+    if TYPE_CHECKING:
+        _trace: BaseTrace
+        _run_index: int
+        _tree: SiteTree
+        _prefix: str
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        found = self._tree.get(name)
+        if isinstance(found, str):
+            return read_site(self._trace, self._run_index, found)
+        if found is not None:
+            return namespace(self._trace, self._run_index, found, self._prefix + name)
+        return self._outside_tree(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        found = self._tree.get(name)
+        if not isinstance(found, str):
+            if found is not None:
+                raise TraceError(f"{self._prefix + name} is a group of sites, not a site: {', '.join(sorted(found))}")
+            found = self._canonical(name)
+        write_site(self._trace, self._run_index, found, (), (), value)
+
+    def _outside_tree(self, name: str) -> Any:
+        """A callable of the model, another tool's spelling of a site, or an error with the nearest names."""
+        trace = self._trace
+        if not self._prefix and any(c.name == name for c in trace.builder.card.callables):
+            return Callable(trace, name)
+        return read_site(trace, self._run_index, self._canonical(name))
+
+    def _canonical(self, name: str) -> str:
+        card = self._trace.builder.card
+        try:
+            return card.site(canonical(self._prefix + name, card.n_layers)).name
+        except UnknownSiteError as error:
+            here = ", ".join(k for k, v in self._tree.items() if isinstance(v, str))
+            message = error.message + (f" (here: {here})" if here and not error.suggestions else "")
+            raise UnknownSiteAttributeError(message, suggestions=error.suggestions) from None
+
+    def __call__(self, value: object) -> Proxy:
+        return Callable(self._trace, self._prefix.rstrip("."))(value)
+
+    def __dir__(self) -> list[str]:
+        return sorted(self._tree)
+
+    def __repr__(self) -> str:
+        run = self._trace.builder.run_name(self._run_index)
+        return f"<sites {self._prefix.rstrip('.')} of run {run}: {', '.join(self._tree)}>"
+
+
+class NumberedNamespace(SiteNamespace):
+    """Levels told apart by number, such as ``run.blocks``; negative numbers count from the end."""
+
+    __slots__ = ()
+
+    def __getitem__(self, index: object) -> SiteNamespace:
+        if isinstance(index, slice):
+            raise TraceError(
+                f"{self._prefix.rstrip('.')} takes one number at a time; for several write a loop:"
+                " [run.blocks[i].resid_post for i in range(...)], joined by pb.ops.stack"
+            )
+        if isinstance(index, Proxy):
+            raise TraceError("which block to read must be known before the run; it cannot be a value of the trace")
+        try:
+            number = operator.index(index)  # type: ignore[arg-type]
+        except TypeError:
+            raise TypeError(f"{self._prefix.rstrip('.')} takes an integer, not {type(index).__name__}") from None
+        count = len(self)
+        found = self._tree.get(str(number + count if number < 0 else number))
+        if found is None or isinstance(found, str):
+            raise UnknownSiteError(f"{self._prefix.rstrip('.')}[{number}]: there are {count}, 0 to {count - 1}")
+        return namespace(self._trace, self._run_index, found, f"{self._prefix}{number % count}")
+
+    def __len__(self) -> int:
+        return len(self._tree)
+
+    def __iter__(self) -> Iterator[SiteNamespace]:
+        return (self[i] for i in range(len(self)))
+
+
+def namespace(trace: BaseTrace, run_index: int, tree: SiteTree, path: str) -> SiteNamespace:
+    """The namespace for one level of the tree."""
+    numbered = bool(tree) and all(key.isdigit() for key in tree)
+    return (NumberedNamespace if numbered else SiteNamespace)(trace, run_index, tree, f"{path}.")
+
+
+class ModuleSites:
+    """Both sides of one module of the checkpoint: ``run.module("model.layers.3.mlp").output``."""
+
+    __slots__ = ("_path", "_run_index", "_trace")
+
+    def __init__(self, trace: BaseTrace, run_index: int, path: str) -> None:
+        object.__setattr__(self, "_trace", trace)
+        object.__setattr__(self, "_run_index", run_index)
+        object.__setattr__(self, "_path", path)
+
+    if TYPE_CHECKING:
+        _trace: BaseTrace
+        _run_index: int
+        _path: str
+
+    def __getattr__(self, name: str) -> Proxy:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return read_site(self._trace, self._run_index, self._name(name))
+
+    def __setattr__(self, name: str, value: object) -> None:
+        write_site(self._trace, self._run_index, self._name(name), (), (), value)
+
+    def _name(self, side: str) -> str:
+        try:
+            return self._trace.builder.card.site(module_site(self._path, side)).name
+        except UnknownSiteError as error:
+            raise UnknownSiteAttributeError(error.message, suggestions=error.suggestions) from None
+
+    def __dir__(self) -> list[str]:
+        return list(MODULE_SIDES)
+
+    def __repr__(self) -> str:
+        return f"<module {self._path} of run {self._trace.builder.run_name(self._run_index)}: output, input>"
+
+
+class Callable:
+    """A module of the model that values of the graph can be put through, such as ``run.unembed``."""
+
+    __slots__ = ("_name", "_trace")
+
+    def __init__(self, trace: BaseTrace, name: str) -> None:
+        self._trace = trace
+        self._name = name
+
+    def __call__(self, value: object) -> Proxy:
+        """`value` put through the module over its last axis."""
+        builder = self._trace.builder
+        builder.card.callable(self._name)
+        return Proxy(self._trace, builder.add("call", (lift(self._trace, value),), {"target": self._name}))
+
+    def __repr__(self) -> str:
+        spec = self._trace.builder.card.callable(self._name)
+        return f"<{spec.name}: {spec.d_in} -> {spec.d_out}>"
+
+
+def read_site(trace: BaseTrace, run_index: int, site: str) -> Proxy:
+    """The value at a canonical site, as the program has it at this point."""
+    return Proxy(trace, trace.builder.add("site.read", (), {"site": site}, run_index))
+
+

@@ -1,0 +1,442 @@
+"""The `with` block: collects what the user's program does, then verifies it, sends it and hands the results out.
+
+`BaseTrace` holds all of it that needs no waiting; the synchronous and asynchronous traces add the two places that do:
+tokenizing an input and executing the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from patchbay.errors import GraphError, ProtocolError, TraceError, ValueNotReadyError
+from patchbay.ir.events import Event, ExecuteOptions, Usage
+from patchbay.ir.graph import Output
+from patchbay.ir.graph import Run as GraphRun
+from patchbay.ir.ops.spec import TensorSpec
+from patchbay.ir.price import price
+from patchbay.ir.verify import verify
+from patchbay.results import Price, Results, RunUsage, map_tree
+from patchbay.tokens import Tokens, label_of
+from patchbay.tracing.arrays import to_array
+from patchbay.tracing.builder import GraphBuilder, TracedGraph
+from patchbay.tracing.namespaces import Callable as ModelCallable
+from patchbay.tracing.proxy import Proxy, lift, not_saved
+from patchbay.tracing.runs import Run
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from numpy.typing import NDArray
+
+    from patchbay.model import AsyncModel, Model, ModelCore, Outcome
+    from patchbay.tracing.namespaces import SiteTree
+
+#: What `Trace.run` takes: a text, token ids, `Tokens`, an integer array, or a list of any of the first three (rows).
+Input = Any
+ProgressCallback = Callable[[Event], None]
+
+
+class BaseTrace:
+    """A graph under construction, and its results once it has run.
+
+    Attributes:
+        builder: the graph so far.
+        runs: the runs so far.
+        sent_bytes, received_bytes: payload that crossed the transport for this trace, as the client counted it.
+    """
+
+    def __init__(
+        self,
+        core: ModelCore,
+        *,
+        options: ExecuteOptions,
+        timeout_s: float | None,
+        progress: ProgressCallback | None,
+        first: Input | None = None,
+    ) -> None:
+        self.builder = GraphBuilder(core.card)
+        self.runs: list[Run] = []
+        self.sent_bytes = 0
+        self.received_bytes = 0
+        self._core = core
+        self._options = options
+        self._timeout_s = timeout_s
+        self._progress = progress
+        self._first = first
+        self._state = "open"
+        self._trees: dict[str, Any] = {}
+        self._outputs: dict[int, str] = {}
+        self._output_names: set[str] = set()
+        self._arrays: dict[int, NDArray[Any]] = {}
+        self._results: Results | None = None
+        self._usage: RunUsage | None = None
+
+    # --- building -------------------------------------------------------------------------------------------------
+
+    @property
+    def site_tree(self) -> SiteTree:
+        """The model's sites by the parts of their names."""
+        return self._core.site_tree
+
+    @property
+    def has_run(self) -> bool:
+        """Whether results are here."""
+        return self._state == "done"
+
+    def _add_run(self, rows: Sequence[Tokens], single: bool, label: str | None) -> Run:
+        data = GraphRun(tuple(row.ids for row in rows), label_of(rows) if label is None else label)
+        run = Run(self, self.builder.add_run(data), rows, single)
+        self.runs.append(run)
+        return run
+
+    def call(self, name: str, value: object) -> Proxy:
+        """`value` put through a module of the model that its card lists as callable, such as ``"unembed"``."""
+        return ModelCallable(self, name)(value)
+
+    def constant(self, value: object) -> Proxy:
+        """A proxy for an array, list or number, for when an operation has no other proxy to begin from."""
+        return Proxy(self, lift(self, value))
+
+    def save(self, **trees: Any) -> None:
+        """Asks for values by name.
+
+        Args:
+            trees: proxies, or dicts, lists, tuples and named tuples that hold proxies. Anything else in them (strings,
+                numbers, arrays) stays on this side and comes back as it is.
+
+        Raises:
+            TraceError: a name is taken, or the trace is over.
+        """
+        self._check_open()
+        for name, tree in trees.items():
+            self._save_tree(name, tree)
+
+    def _save_tree(self, name: str, tree: Any) -> None:
+        if name in self._trees:
+            raise TraceError(f"a value was already saved as {name!r}; choose another name")
+
+        def want(leaf: object, path: tuple[str, ...]) -> object:
+            if isinstance(leaf, Proxy):
+                self._want(lift(self, leaf), ".".join((name, *path)))
+            return leaf
+
+        self._trees[name] = map_tree(tree, want)
+
+    def save_proxy(self, proxy: Proxy, name: str | None) -> None:
+        """`Proxy.save`: under `name`, or under one made up from where the value comes from."""
+        self._check_open()
+        node = lift(self, proxy)
+        if name is None:
+            if any(tree is proxy for tree in self._trees.values()):
+                return
+            name = self._auto_name(node)
+        self._save_tree(name, proxy)
+
+    def _auto_name(self, node: int) -> str:
+        nodes = self.builder.nodes
+        made = nodes[node]
+        while made.op == "getitem":
+            made = nodes[made.args[0]]
+        if made.op == "site.read":
+            base = str(made.attrs["site"])
+            if base not in self._trees:
+                return base
+            return next(n for i in range(2, len(self._trees) + 3) if (n := f"{base}_{i}") not in self._trees)
+        return next(n for i in range(1, len(self._trees) + 2) if (n := f"value_{i}") not in self._trees)
+
+    def _want(self, node: int, name: str) -> None:
+        if node in self._outputs:
+            return  # sent once; every name gets an array of its own
+        unique = name
+        while unique in self._output_names:
+            unique += "_"
+        self._output_names.add(unique)
+        self._outputs[node] = unique
+
+    # --- looking, without running ---------------------------------------------------------------------------------
+
+    @property
+    def graph(self) -> TracedGraph:
+        """The graph as it would be (or was) sent; ``print(t.graph)`` shows it as text."""
+        return self.builder.finish([Output(name, node) for node, name in self._outputs.items()])
+
+    def validate(self) -> None:
+        """Checks every rule and limit, as the server will.
+
+        Raises:
+            GraphError: the most specific subclass, with the user's line.
+        """
+        self._verified(self.graph)
+
+    def _verified(self, graph: TracedGraph) -> None:
+        try:
+            verify(graph, self.builder.card, self.builder.card.limits)
+        except GraphError as error:
+            raise self.builder.locate(error, graph) from None
+
+    def local_estimate(self) -> Price:
+        """The graph's price, worked out on this side.
+
+        Raises:
+            GraphError: the graph is not valid.
+        """
+        graph = self.graph
+        self._verified(graph)
+        return Price.of(price(graph, graph.specs))
+
+    # --- running --------------------------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self.builder.closed is not None:
+            raise TraceError(self.builder.closed)
+
+    def _prepare(self) -> TracedGraph | None:
+        """The graph to send, verified; None when nothing was saved, for then there is nothing to ask for."""
+        self._check_open()
+        graph = self.graph
+        try:
+            self._verified(graph)
+        except BaseException as error:
+            self._fail(error)
+            raise
+        self.builder.closed = "this trace has been sent; make another for further values"
+        if graph.outputs:
+            return graph
+        self._finish(graph, None)
+        return None
+
+    def _finish(self, graph: TracedGraph, outcome: Outcome | None) -> None:
+        """Takes the results in."""
+        values = {} if outcome is None else outcome.values
+        by_name = {name: node for node, name in self._outputs.items()}
+        for output in graph.outputs:
+            if output.name not in values:
+                raise ProtocolError(f"the server did not send {output.name!r}")
+            value = values[output.name].value
+            spec = graph.specs[output.node]
+            if not isinstance(spec, TensorSpec) or (value.shape, value.dtype) != (spec.shape, spec.dtype):
+                raise ProtocolError(f"the server sent {value.dtype}{list(value.shape)} as {output.name!r}, not {spec}")
+            self._arrays[by_name[output.name]] = to_array(value)
+        handed_out: set[int] = set()
+
+        def take(leaf: object, path: tuple[str, ...]) -> object:
+            del path
+            if not isinstance(leaf, Proxy):
+                return leaf
+            array = self._arrays[leaf._node]
+            if leaf._node in handed_out:
+                return array.copy()
+            handed_out.add(leaf._node)
+            return array
+
+        nonfinite = tuple(name for name, v in values.items() if not v.finite)
+        self._results = Results({name: map_tree(tree, take) for name, tree in self._trees.items()}, nonfinite)
+        self._usage = RunUsage.of(Usage() if outcome is None else outcome.usage)
+        if outcome is not None:
+            self.sent_bytes, self.received_bytes = outcome.sent_bytes, outcome.received_bytes
+        self._state = "done"
+        self.builder.closed = "this trace has run; make another for further values"
+
+    def _fail(self, error: BaseException) -> None:
+        self._state = "failed"
+        self.builder.closed = f"this trace failed ({type(error).__name__}: {error}); it has no values"
+
+    def _abandon(self) -> None:
+        """The block was left by an exception: nothing is sent."""
+        if self._state == "open":
+            self._state = "abandoned"
+            self.builder.closed = "the with block of this trace was left by an exception: nothing was sent"
+
+    def _located(self, error: GraphError, graph: TracedGraph) -> GraphError:
+        return self.builder.locate(error, graph)
+
+    # --- results --------------------------------------------------------------------------------------------------
+
+    def _need_run(self, what: str) -> None:
+        if self._state == "open":
+            raise ValueNotReadyError(f"{what} is known after the trace has run: use it below the with block")
+        if self._state != "done":
+            raise ValueNotReadyError(f"{what} was never computed: {self.builder.closed}")
+
+    def value_of(self, proxy: Proxy) -> NDArray[Any]:
+        """`Proxy.value`."""
+        if self._state != "done":
+            self._need_run(f"the value of {self.builder.describe(proxy._node)}")
+        if proxy._node not in self._arrays:
+            raise not_saved(proxy)
+        return self._arrays[proxy._node]
+
+    @property
+    def results(self) -> Results:
+        """Saved values by name.
+
+        Raises:
+            ValueNotReadyError: the trace has not run.
+        """
+        self._need_run("results")
+        assert self._results is not None
+        return self._results
+
+    @property
+    def usage(self) -> RunUsage:
+        """What the execution cost and saved; all zero when nothing was saved and so nothing was sent.
+
+        Raises:
+            ValueNotReadyError: the trace has not run.
+        """
+        self._need_run("usage")
+        assert self._usage is not None
+        return self._usage
+
+    def __repr__(self) -> str:
+        shown = {"open": "not run yet", "done": "has run", "failed": "failed", "abandoned": "abandoned"}[self._state]
+        saved = ", ".join(self._trees) or "nothing"
+        return f"<trace of {self.builder.card.name!r}, {shown}: {len(self.runs)} runs, {len(self.builder.nodes)} nodes; saves {saved}>"
+
+
+class SyncTrace(BaseTrace):
+    """A trace whose waiting blocks."""
+
+    def __init__(self, model: Model, **kwargs: Any) -> None:
+        super().__init__(model.core, **kwargs)
+        self._model = model
+
+    def run(self, inputs: Input, *, label: str | None = None) -> Run:
+        """Adds a forward over `inputs`.
+
+        Args:
+            inputs: a text, a list of texts (rows), token ids, a list of lists of ids, an integer array, or `Tokens`.
+            label: what to call it in errors and printed graphs; the text by default.
+
+        Raises:
+            TraceError: not an input; ids outside the vocabulary; too long.
+        """
+        self._check_open()
+        rows, single = self._model.wait(self._core.rows_of(inputs))
+        return self._add_run(rows, single, label)
+
+    def execute(self) -> None:
+        """Verifies and runs the graph; leaving the ``with`` block does this.
+
+        Raises:
+            GraphError: the graph breaks a rule: raised before anything is sent, or by the server.
+            ServiceError: the server, or the way to it, failed.
+        """
+        graph = self._prepare()
+        if graph is None:
+            return
+        try:
+            outcome = self._model.wait_with_events(
+                lambda emit: self._core.execute(graph, self._options, self._timeout_s, emit), self._progress
+            )
+            self._finish(graph, outcome)
+        except GraphError as error:
+            self._fail(error)
+            raise self._located(error, graph) from None
+        except BaseException as error:
+            self._fail(error)
+            raise
+
+    def estimate(self, *, remote: bool = False) -> Price:
+        """The graph's price without running it.
+
+        Args:
+            remote: ask the server, which knows what its optimisations save, instead of working it out here.
+
+        Raises:
+            GraphError: the graph is not valid.
+        """
+        if not remote:
+            return self.local_estimate()
+        graph = self.graph
+        self._verified(graph)
+        return self._model.wait(self._core.price(graph, self._timeout_s))
+
+    def _leave(self, failed: bool) -> None:
+        if failed:
+            self._abandon()
+        elif self._state == "open":
+            self.execute()
+
+
+class Trace(SyncTrace):
+    """Many runs: ``with model.trace() as t: a = t.run(...)``."""
+
+    def __enter__(self) -> Trace:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._leave(failed=kind is not None)
+
+
+class RunTrace(SyncTrace):
+    """One run: ``with model.trace(text) as run``."""
+
+    def __enter__(self) -> Run:
+        return self.runs[0] if self.runs else self.run(self._first)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._leave(failed=kind is not None)
+
+
+class AsyncBase(BaseTrace):
+    """A trace whose waiting is awaited."""
+
+    def __init__(self, model: AsyncModel, **kwargs: Any) -> None:
+        super().__init__(model.core, **kwargs)
+
+    async def run(self, inputs: Input, *, label: str | None = None) -> Run:
+        """Adds a forward over `inputs`; see `SyncTrace.run`."""
+        self._check_open()
+        rows, single = await self._core.rows_of(inputs)
+        return self._add_run(rows, single, label)
+
+    async def execute(self) -> None:
+        """Verifies and runs the graph; see `SyncTrace.execute`."""
+        graph = self._prepare()
+        if graph is None:
+            return
+        try:
+            outcome = await self._core.execute(graph, self._options, self._timeout_s, self._progress)
+            self._finish(graph, outcome)
+        except GraphError as error:
+            self._fail(error)
+            raise self._located(error, graph) from None
+        except BaseException as error:
+            self._fail(error)
+            raise
+
+    async def estimate(self, *, remote: bool = False) -> Price:
+        """The graph's price without running it; see `SyncTrace.estimate`."""
+        if not remote:
+            return self.local_estimate()
+        graph = self.graph
+        self._verified(graph)
+        return await self._core.price(graph, self._timeout_s)
+
+    async def _leave(self, failed: bool) -> None:
+        if failed:
+            self._abandon()
+        elif self._state == "open":
+            await self.execute()
+
+
+class AsyncTrace(AsyncBase):
+    """Many runs: ``async with model.trace() as t: a = await t.run(...)``."""
+
+    async def __aenter__(self) -> AsyncTrace:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self._leave(failed=kind is not None)
+
+
+class AsyncRunTrace(AsyncBase):
+    """One run: ``async with model.trace(text) as run``."""
+
+    async def __aenter__(self) -> Run:
+        return self.runs[0] if self.runs else await self.run(self._first)
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self._leave(failed=kind is not None)
