@@ -1,0 +1,82 @@
+"""The engine of one hosted model: plans graphs and runs plans."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from patchbay.errors import GraphError, ResourceExhaustedError
+from patchbay.ir.events import Event, ExecuteOptions, TensorValue, Usage
+from patchbay.ir.graph import Graph
+from patchbay.ir.limits import Limits
+from patchbay_server.engine.executor import Execution
+from patchbay_server.engine.plan import OPTIMISATIONS, Plan, make_plan
+from patchbay_server.models.hosted import HostedModel
+
+#: Token positions that one forward carries at most, unless configured.
+MAX_PASS_TOKENS = 16_384
+
+
+class Engine:
+    """Plans and runs graphs on one model. `prepare` may be called from any thread; `run` from one at a time."""
+
+    def __init__(
+        self, hosted: HostedModel, limits: Limits | None = None, *, max_pass_tokens: int = MAX_PASS_TOKENS
+    ) -> None:
+        self.hosted = hosted
+        self.limits = hosted.card.limits if limits is None else limits
+        self._max_pass_tokens = max_pass_tokens
+
+    def prepare(self, graph: Graph, options: ExecuteOptions | None = None) -> Plan:
+        """Verify, optimise and price `graph`; touches no tensor.
+
+        Raises:
+            GraphError: the most specific subclass, naming the node.
+        """
+        options = ExecuteOptions() if options is None else options
+        for name in options.disabled:
+            if name not in OPTIMISATIONS:
+                raise GraphError(f"no optimisation is called {name!r} (there are: {', '.join(OPTIMISATIONS)})")
+        return make_plan(graph, self.hosted.card, self.limits, options, max_pass_tokens=self._max_pass_tokens)
+
+    def run(
+        self, plan: Plan, emit: Callable[[Event], None], cancelled: Callable[[], bool] = lambda: False
+    ) -> Usage:
+        """Run `plan`, handing Progress and TensorValue events to `emit` as they happen. Blocks.
+
+        Runs out of memory once: the plan is made anew with one run per forward; twice: the request is refused.
+
+        Raises:
+            GraphError: data that only running reveals as wrong.
+            RequestCancelledError: `cancelled` turned true between layers.
+            ResourceExhaustedError: the device has too little memory even for one run at a time.
+        """
+        sent: set[str] = set()
+
+        def emit_once(event: Event) -> None:
+            if isinstance(event, TensorValue):
+                if event.name in sent:
+                    return
+                sent.add(event.name)
+            emit(event)
+
+        try:
+            return Execution(self.hosted, plan, emit_once, cancelled).run()
+        except torch.OutOfMemoryError:
+            pass
+        # Outside the except block, so that the traceback no longer holds the tensors that did not fit.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        alone = make_plan(
+            plan.graph, self.hosted.card, self.limits, replace(plan.options, deterministic=True), max_pass_tokens=0
+        )
+        alone = replace(alone, origin=tuple(plan.origin[o] for o in alone.origin), received=plan.received)
+        try:
+            return Execution(self.hosted, alone, emit_once, cancelled).run()
+        except torch.OutOfMemoryError:
+            raise ResourceExhaustedError(
+                "the device ran out of memory, with one run per forward too; use fewer rows or shorter texts, or save less",
+                reason="DEVICE_MEMORY",
+            ) from None

@@ -1,0 +1,244 @@
+"""Runs a plan: attaches its moments to the model's sites, forwards, and hands out results as they appear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from patchbay.errors import GraphError, RequestCancelledError
+from patchbay.ir.events import Event, Progress, TensorValue, Usage
+from patchbay.ir.graph import TensorData
+from patchbay_server.engine.plan import Compute, Emit, Actions, Pass, Plan, Read, Write
+from patchbay_server.engine.rows import left_padded, own_rows, seen_rows, write_back
+from patchbay_server.kernels import index_get, index_put, to_data, to_tensor
+from patchbay_server.models.hosted import HostedModel
+from patchbay_server.models.recording import forward
+from patchbay_server.models.taps import Handle
+
+#: Token that fills rows up to the longest of their forward; causal rows never see it.
+_FILLER = 0
+
+
+class _Stop(Exception):
+    """Everything that is needed has been seen; unwinds the forward."""
+
+
+class Execution:
+    """One run of one plan; used once, by one thread."""
+
+    def __init__(
+        self, hosted: HostedModel, plan: Plan, emit: Callable[[Event], None], cancelled: Callable[[], bool]
+    ) -> None:
+        self._hosted, self._plan, self._emit, self._cancelled = hosted, plan, emit, cancelled
+        self._values: dict[int, Any] = {}
+        self._sequence_axes = {s.name: s.sequence_axes for s in hosted.card.sites}
+        self._layers_run = 0
+        #: Memory of the model's own tensors while one of its sites is visited; nothing that outlives the visit may share it.
+        self._borrowed: set[int] = set()
+
+    def run(self) -> Usage:
+        """Run every pass.
+
+        Raises:
+            GraphError: data that only running reveals as wrong (an index out of range, a singular matrix).
+            RequestCancelledError: `cancelled` turned true.
+        """
+        plan = self._plan
+        with torch.no_grad():
+            for number, each in enumerate(plan.passes):
+                self._run_pass(each)
+                self._emit(Progress(number + 1, len(plan.passes)))
+            self._happen(plan.after)
+        layers = len(self._hosted.layers) * len(plan.passes)
+        skipped = layers - self._layers_run
+        return Usage(
+            tokens=sum(p.rows * p.seq for p in plan.passes),
+            passes=len(plan.passes),
+            layers_run=self._layers_run,
+            layers_skipped=skipped,
+            nodes=plan.received,
+            nodes_run=len(plan.graph.nodes),
+            cost=plan.cost,
+            saved={**plan.saved, "early_stop": skipped},
+        )
+
+    # --- one forward
+
+    def _run_pass(self, each: Pass) -> None:
+        self._check_cancelled()
+        self._happen(each.before)
+        model = self._hosted.model
+        handles: list[Handle] = []
+        try:
+            for path in self._hosted.layers:
+                handles.append(model.get_submodule(path).register_forward_pre_hook(self._enter_layer))
+            for site, moment in each.sites.items():
+                writes = any(isinstance(step, Write) for step in moment.steps)
+                handles.append(self._hosted.taps[site].attach(model, self._handler(each, site, moment), writes=writes))
+            forward(model, self._input_ids(each))
+        except _Stop:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _input_ids(self, each: Pass) -> torch.Tensor:
+        rows = [[*row, *([_FILLER] * (each.seq - len(row)))] for row in each.tokens]
+        return torch.tensor(rows, dtype=torch.long, device=self._hosted.device)  # [rows, seq]
+
+    def _enter_layer(self, module: torch.nn.Module, args: Any) -> None:
+        del module, args
+        self._check_cancelled()
+        self._layers_run += 1
+
+    def _check_cancelled(self) -> None:
+        if self._cancelled():
+            raise RequestCancelledError("the request was cancelled")
+
+    def _handler(self, each: Pass, site: str, moment: Actions) -> Callable[[torch.Tensor], torch.Tensor | None]:
+        axes = self._sequence_axes[site]
+        stops = site == each.stop_at
+
+        def handle(value: torch.Tensor) -> torch.Tensor | None:
+            new = self._happen_at(value, axes, moment)
+            if stops:
+                raise _Stop
+            return new
+
+        return handle
+
+    # --- one moment
+
+    def _happen(self, moment: Actions) -> None:
+        for step in moment.steps:
+            assert isinstance(step, (Compute, Emit))
+            self._compute(step) if isinstance(step, Compute) else self._send(step.node, step.outputs)
+            self._forget(step.free)
+
+    def _happen_at(self, value: torch.Tensor, axes: Sequence[int], moment: Actions) -> torch.Tensor | None:
+        """Everything at one site; returns its new value when something was written."""
+        current, owned = value, False
+        self._borrowed = {_storage(value)}
+        for step in moment.steps:
+            if isinstance(step, Read):
+                self._values[step.node] = seen_rows(current, axes, step.slot)
+                owned = False  # somebody looks at it now: the next write works on a copy
+                continue
+            if isinstance(step, Write):
+                try:
+                    current = self._write(current, axes, step, owned)
+                except GraphError as error:
+                    raise self._named(error, step.node) from None
+                owned = True
+                self._borrowed.add(_storage(current))
+            elif isinstance(step, Compute):
+                self._compute(step)
+            else:
+                self._send(step.node, step.outputs)
+            self._forget(step.free)
+        for node in moment.survivors:
+            kept = self._values.get(node)
+            if isinstance(kept, torch.Tensor):
+                self._values[node] = self._returned(kept)
+            elif isinstance(kept, tuple):
+                self._values[node] = tuple(map(self._returned, kept))
+        self._borrowed = set()
+        return current if current is not value else None
+
+    def _write(self, current: torch.Tensor, axes: Sequence[int], step: Write, owned: bool) -> torch.Tensor:
+        slot, new = step.slot, self._values[step.value]
+        if isinstance(new, torch.Tensor):
+            new = new.to(current.dtype)
+        arrays = [self._values[i] for i in step.indices]
+        everything = not slot.ragged and slot.start == 0 and slot.stop == current.shape[0]
+        everything = everything and all(current.shape[a] == slot.seq for a in axes)
+        if everything and not step.index:
+            return _meet(current, new, step.mode)
+        result = current if owned else current.clone()
+        part = own_rows(result, axes, slot)
+        target = left_padded(part, axes, slot) if slot.ragged else part
+        if step.mode != "set":
+            new = _meet(index_get(target, step.index, arrays), new, step.mode)
+        index_put(target, step.index, arrays, new)
+        if slot.ragged:
+            write_back(part, target, axes, slot)
+        return result
+
+    def _compute(self, step: Compute) -> None:
+        values = self._values
+        try:
+            if step.function is not None and not step.args:
+                with self._hosted.device:  # operations without arguments make tensors on torch's default device
+                    values[step.node] = step.function(**step.attrs)
+            elif step.function is not None:
+                values[step.node] = step.function(*[values[a] for a in step.args], **step.attrs)
+            else:
+                values[step.node] = self._structural(step)
+        except GraphError as error:
+            raise self._named(error, step.node) from None
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # what a kernel can only find out from the data: a singular matrix, say
+            reason = str(error).partition("\n")[0]
+            raise self._named(GraphError(f"{step.op} failed: {reason}"), step.node) from error
+        if step.outputs:
+            self._send(step.node, step.outputs)
+
+    def _structural(self, step: Compute) -> Any:
+        if step.op == "const":
+            value: TensorData | None = step.attrs["value"]
+            return step.attrs["scalar"] if value is None else to_tensor(value, self._hosted.device)
+        if step.op == "item":
+            return self._values[step.args[0]][step.attrs["index"]]
+        assert step.op == "call", step.op
+        module = self._hosted.callables[step.attrs["target"]]
+        dtype = next(iter(module.parameters())).dtype  # type: ignore[attr-defined]
+        # .forward, not a call: hooks of the pass belong to the model's own forward.
+        return module.forward(self._values[step.args[0]].to(dtype))  # type: ignore[attr-defined]
+
+    def _send(self, node: int, names: Sequence[str]) -> None:
+        if not names:
+            return
+        value = self._values[node]
+        tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
+        data, finite = to_data(self._returned(tensor)), _all_finite(tensor)
+        for name in names:
+            self._emit(TensorValue(name, data, finite))
+
+    def _returned(self, value: torch.Tensor) -> torch.Tensor:
+        """`value` in memory of its own."""
+        return value.clone() if _storage(value) in self._borrowed else value
+
+    def _forget(self, nodes: Sequence[int]) -> None:
+        for node in nodes:
+            self._values.pop(node, None)
+
+    def _named(self, error: GraphError, node: int) -> GraphError:
+        if error.node is None:
+            error.node = self._plan.origin[node]
+            error.field = f"nodes[{error.node}]"
+        return error
+
+
+def _meet(current: torch.Tensor, new: Any, mode: str) -> torch.Tensor:
+    if mode == "add":
+        return current + new
+    if mode == "mul":
+        return current * new
+    if isinstance(new, torch.Tensor):
+        return new.expand(current.shape).clone()
+    return torch.full_like(current, new)
+
+
+def _storage(value: torch.Tensor) -> int:
+    return value.untyped_storage().data_ptr()
+
+
+def _all_finite(value: torch.Tensor) -> bool:
+    if not value.is_floating_point() or value.numel() == 0:
+        return True
+    wide = value.float() if value.element_size() == 1 else value
+    # A finite sum proves finite terms in one cheap sweep; an infinite one may still be an overflow.
+    return bool(torch.isfinite(wide.sum())) or bool(torch.isfinite(wide).all())

@@ -1,0 +1,345 @@
+"""From a verified graph to forwards: which runs share one, what happens at which site, when a value can be forgotten."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+from patchbay.ir.card import ModelCard
+from patchbay.ir.events import Cost, ExecuteOptions
+from patchbay.ir.graph import Graph
+from patchbay.ir.limits import Limits
+from patchbay.ir.ops import spec as op_spec
+from patchbay.ir.schedule import BEFORE, Schedule, schedule
+from patchbay.ir.verify import verify
+from patchbay_server.engine.optimize import PASSES, optimize
+from patchbay_server.kernels import kernel
+
+#: Optimisations of the planner and the executor, by the name that switches them off.
+BATCH_RUNS = "batch_runs"
+EARLY_STOP = "early_stop"
+LIVENESS = "liveness"
+OPTIMISATIONS = (*PASSES, BATCH_RUNS, EARLY_STOP, LIVENESS)
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """The rows of a forward that belong to one run.
+
+    Attributes:
+        run: the run.
+        start, stop: its rows in the forward.
+        seq: extent of its sequence axes as its user sees them.
+        lengths: real length of each row.
+        ragged: whether the lengths differ.
+    """
+
+    run: int
+    start: int
+    stop: int
+    seq: int
+    lengths: tuple[int, ...]
+    ragged: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Take the value of a run's rows at the site."""
+
+    node: int
+    slot: Slot
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """Change a run's rows at the site."""
+
+    node: int
+    slot: Slot
+    value: int
+    indices: tuple[int, ...]
+    mode: str
+    index: tuple[Any, ...]
+    free: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Apply a kernel to values. `function` is None for constants, ``item`` and ``call``, which the executor knows."""
+
+    node: int
+    op: str
+    function: Callable[..., Any] | None
+    args: tuple[int, ...]
+    attrs: Mapping[str, Any]
+    outputs: tuple[str, ...] = ()
+    free: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Emit:
+    """Send a value that was read, under each of the names."""
+
+    node: int
+    outputs: tuple[str, ...]
+    free: tuple[int, ...] = ()
+
+
+Step = Read | Write | Compute | Emit
+
+
+@dataclass(frozen=True, slots=True)
+class Actions:
+    """What happens when a forward reaches one site (or before it begins, or after the last).
+
+    Attributes:
+        steps: in program order.
+        survivors: values made here that are needed later, and so must not share memory with the model's tensors.
+    """
+
+    steps: tuple[Step, ...] = ()
+    survivors: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward of the model.
+
+    Attributes:
+        slots: whose rows it carries.
+        rows, seq: extents of its batch; shorter rows are padded on the right.
+        tokens: one tuple of ids per row, unpadded.
+        before: what happens before it begins.
+        sites: what happens at each site, in forward order.
+        stop_at: the last site that anything needs; None runs the model to its end.
+    """
+
+    slots: tuple[Slot, ...]
+    rows: int
+    seq: int
+    tokens: tuple[tuple[int, ...], ...]
+    before: Actions
+    sites: Mapping[str, Actions]
+    stop_at: str | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done, and what it costs.
+
+    Attributes:
+        graph: the graph as rewritten.
+        origin: for every node of it, its id in the graph as it was received.
+        passes: forwards, in order.
+        after: what is left to compute when the last has ended.
+        cost: the price.
+        saved: what each rewrite saved.
+        received: number of nodes received.
+        options: as requested.
+    """
+
+    graph: Graph
+    origin: tuple[int, ...]
+    passes: tuple[Pass, ...]
+    after: Actions
+    cost: Cost
+    saved: Mapping[str, int]
+    received: int
+    options: ExecuteOptions
+
+
+#: When something happens: index of the pass, order of the site in it (BEFORE: before it begins).
+_Time = tuple[int, int]
+
+
+def make_plan(graph: Graph, card: ModelCard, limits: Limits, options: ExecuteOptions, *, max_pass_tokens: int) -> Plan:
+    """Verify, rewrite, schedule and price `graph`.
+
+    Args:
+        graph: as received.
+        card: the model's.
+        limits: what to hold it to.
+        options: as requested.
+        max_pass_tokens: token positions that one forward may carry; runs beyond it go into further forwards.
+
+    Raises:
+        GraphError: what `verify` raises.
+    """
+    verified = verify(graph, card, limits)
+    rewritten = optimize(graph, card, options.disabled)
+    small = rewritten.graph
+    together = not options.deterministic and BATCH_RUNS not in options.disabled
+    positions = sum(r.rows for r in small.runs) * max((r.seq for r in small.runs), default=0)
+    alike = card.causal or len({r.seq for r in small.runs}) <= 1
+    joint = together and alike and positions <= max_pass_tokens
+    timeline = schedule(small, card, joint=joint)
+    groups = _group_runs(small, card, timeline, max_pass_tokens if together and alike else 0)
+    builder = _Builder(small, card, timeline, groups, options)
+    passes, after = builder.build()
+    specs = [verified.specs[o] for o in rewritten.origin]
+    cost = replace(
+        _price(small, specs),
+        tokens=sum(p.rows * p.seq for p in passes),
+        passes=len(passes),
+    )
+    return Plan(small, rewritten.origin, passes, after, cost, rewritten.saved, len(graph.nodes), options)
+
+
+def _price(graph: Graph, specs: Sequence[Any]) -> Cost:
+    from patchbay.ir.price import price
+
+    return price(graph, specs)
+
+
+def _group_runs(graph: Graph, card: ModelCard, timeline: Schedule, budget: int) -> list[tuple[int, tuple[int, ...]]]:
+    """Pairs of level and runs that share a forward; a budget of 0 gives every run its own."""
+    del card
+    needed: dict[int, set[int]] = defaultdict(set)
+    for i, node in enumerate(graph.nodes):
+        if node.op == "site.read":
+            assert node.run is not None
+            needed[timeline.moments[i].level].add(node.run)
+    groups: list[tuple[int, tuple[int, ...]]] = []
+    for level in sorted(needed):
+        group: list[int] = []
+        rows = seq = 0
+        for run in sorted(needed[level]):
+            r = graph.runs[run]
+            if group and (rows + r.rows) * max(seq, r.seq) > budget:
+                groups.append((level, tuple(group)))
+                group, rows, seq = [], 0, 0
+            group.append(run)
+            rows, seq = rows + r.rows, max(seq, r.seq)
+        groups.append((level, tuple(group)))
+    return groups
+
+
+class _Builder:
+    """Places every node at a time, then cuts time into moments."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        card: ModelCard,
+        timeline: Schedule,
+        groups: Sequence[tuple[int, tuple[int, ...]]],
+        options: ExecuteOptions,
+    ) -> None:
+        self.graph, self.card, self.timeline, self.groups, self.options = graph, card, timeline, groups, options
+        self.order = [card.site(str(n.attrs["site"])).order if n.run is not None else BEFORE for n in graph.nodes]
+        self.slots = [self._slots(runs) for _, runs in groups]
+        self.names: dict[int, list[str]] = defaultdict(list)
+        for output in graph.outputs:
+            self.names[output.node].append(output.name)
+
+    def _slots(self, runs: Sequence[int]) -> tuple[Slot, ...]:
+        slots, start = [], 0
+        for run in runs:
+            r = self.graph.runs[run]
+            slots.append(Slot(run, start, start + r.rows, r.seq, r.lengths, r.ragged))
+            start += r.rows
+        return tuple(slots)
+
+    def build(self) -> tuple[tuple[Pass, ...], Actions]:
+        times = self._times()
+        last_use = self._last_uses(times)
+        events: dict[_Time, list[int]] = defaultdict(list)
+        for i, when in enumerate(times):
+            for time in when:
+                events[time].append(i)
+        moments = {time: self._actions(time, sorted(nodes), last_use) for time, nodes in events.items()}
+        site_at = {s.order: s.name for s in self.card.sites if s.absent is None}
+        passes = []
+        for p, (_, runs) in enumerate(self.groups):
+            at = sorted(order for (q, order) in moments if q == p and order != BEFORE)
+            tokens = tuple(row for run in runs for row in self.graph.runs[run].tokens)
+            stops = EARLY_STOP not in self.options.disabled and at
+            passes.append(
+                Pass(
+                    slots=self.slots[p],
+                    rows=len(tokens),
+                    seq=max(map(len, tokens)),
+                    tokens=tokens,
+                    before=moments.get((p, BEFORE), Actions()),
+                    sites=MappingProxyType({site_at[order]: moments[p, order] for order in at}),
+                    stop_at=site_at[at[-1]] if stops else None,
+                )
+            )
+        return tuple(passes), moments.get((len(self.groups), BEFORE), Actions())
+
+    def _times(self) -> list[tuple[_Time, ...]]:
+        """When each node happens: once, but for writes, which happen in every forward of their run that shows them."""
+        end: _Time = (len(self.groups), BEFORE)
+        pass_of = {(level, run): p for p, (level, runs) in enumerate(self.groups) for run in runs}
+        last_read: dict[tuple[int, int], int] = {}
+        for i, node in enumerate(self.graph.nodes):
+            if node.op == "site.read":
+                key = (pass_of[self.timeline.moments[i].level, node.run], node.run)  # type: ignore[index]
+                last_read[key] = max(last_read.get(key, BEFORE), self.order[i])  # type: ignore[index]
+        times: list[tuple[_Time, ...]] = [()] * len(self.graph.nodes)
+        for i in self.timeline.order:
+            node = self.graph.nodes[i]
+            level = self.timeline.moments[i].level
+            if node.op == "site.read":
+                assert node.run is not None
+                times[i] = ((pass_of[level, node.run], self.order[i]),)
+            elif node.op == "site.write":
+                times[i] = tuple(
+                    (p, self.order[i])
+                    for p, (pass_level, runs) in enumerate(self.groups)
+                    if node.run in runs and pass_level >= level and self.order[i] <= last_read[p, node.run]
+                )
+            elif node.op != "const":
+                times[i] = (max((t for a in node.args for t in times[a]), default=(0, BEFORE)),)
+        # Constants are made when they are first needed, so that none lies about.
+        first_use: dict[int, _Time] = {}
+        for i, node in enumerate(self.graph.nodes):
+            for a in node.args:
+                if self.graph.nodes[a].op == "const" and times[i]:
+                    first_use[a] = min(first_use.get(a, end), min(times[i]))
+        for i, node in enumerate(self.graph.nodes):
+            if node.op == "const":
+                times[i] = (first_use.get(i, (0, BEFORE)),)
+        return times
+
+    def _last_uses(self, times: Sequence[tuple[_Time, ...]]) -> dict[int, tuple[_Time, int]]:
+        """For every node, the time and node of its last use (itself, when nothing uses it)."""
+        last: dict[int, tuple[_Time, int]] = {}
+        for i, node in enumerate(self.graph.nodes):
+            if times[i]:
+                last.setdefault(i, (max(times[i]), i))
+                for a in node.args:
+                    last[a] = max(last[a], (max(times[i]), i))
+        return last
+
+    def _actions(self, time: _Time, nodes: Sequence[int], last_use: Mapping[int, tuple[_Time, int]]) -> Actions:
+        keep_all = LIVENESS in self.options.disabled
+        dying: dict[int, list[int]] = defaultdict(list)
+        for i in {a for n in nodes for a in (n, *self.graph.nodes[n].args)}:
+            when, user = last_use[i]
+            if when == time and not keep_all and self.graph.nodes[i].op != "site.write":
+                dying[user].append(i)
+        steps: list[Step] = []
+        for i in nodes:
+            steps.extend(self._steps(i, time, tuple(dying[i])))
+        made = [i for i in nodes if self.graph.nodes[i].op not in ("site.write", "const")]
+        survivors = tuple(i for i in made if keep_all or last_use[i][0] > time)
+        return Actions(tuple(steps), survivors)
+
+    def _steps(self, i: int, time: _Time, free: tuple[int, ...]) -> list[Step]:
+        node, names = self.graph.nodes[i], tuple(self.names.get(i, ()))
+        if node.op == "site.read":
+            read = Read(i, self._slot(time, node.run))
+            return [read, Emit(i, names, free)] if names or free else [read]
+        attrs = op_spec(node.op).fill(node.attrs)
+        if node.op == "site.write":
+            slot = self._slot(time, node.run)
+            return [Write(i, slot, node.args[0], node.args[1:], attrs["mode"], attrs["index"], free)]
+        function = None if op_spec(node.op).structural else kernel(op_spec(node.op))
+        return [Compute(i, node.op, function, node.args, attrs, names, free)]
+
+    def _slot(self, time: _Time, run: int | None) -> Slot:
+        return next(s for s in self.slots[time[0]] if s.run == run)
