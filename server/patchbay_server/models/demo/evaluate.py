@@ -26,7 +26,7 @@ MEANING: dict[str, str] = {
     "capitals": "share of prompts whose likeliest next token is the capital; templates never trained on",
     "indirect_objects": "share whose likeliest next token is the receiver; pairs of names never trained on",
     "new_names": "the same between names that no such sentence of the training corpus holds",
-    "induction": "share of a repeat's tokens, from the second on, that are the likeliest; random sequences, 6 to 31 words",
+    "induction": "share of a repeat's tokens, from the second on, that are the likeliest; random, 6 to 31 words",
     "greater_than": "mean probability of a year after the start; starting years (with their century) never trained on",
     "pronouns": "share whose likeliest next token is the right pronoun; names with actions never trained on",
     "sentiment": "share whose likeliest next token is a feeling of the right sign; things with adjectives never met",

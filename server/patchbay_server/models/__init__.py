@@ -1,0 +1,1 @@
+"""Models the service can host: loading, binding of sites, and the small embedded one."""
