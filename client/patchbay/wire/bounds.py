@@ -10,7 +10,7 @@ CHUNK_BYTES = 512 * 2**10
 MAX_CHUNK_BYTES = 4 * 2**20
 #: Extents of a tensor; numpy stops at 64.
 MAX_DIMS = 32
-#: An extent times the others (zeros counted as one) times the element size stays below this, so that no stride overflows.
+#: All extents (zeros counted as one) times the element size stay below this, so that no stride overflows.
 MAX_TENSOR_SPAN = 2**62
 #: How deeply attribute lists nest; an index is a list of lists.
 MAX_ATTR_DEPTH = 8

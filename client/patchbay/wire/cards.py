@@ -89,7 +89,9 @@ def decode_card(message: card_pb2.ModelCard) -> ModelCard:
 
 def _decode_site(message: card_pb2.SiteSpec, field: str) -> SiteSpec:
     if not 1 <= len(message.dims) <= MAX_DIMS:
-        raise ProtocolError(f"{field}.dims: {len(message.dims)} of them; 1 to {MAX_DIMS} are allowed", field=f"{field}.dims")
+        raise ProtocolError(
+            f"{field}.dims: {len(message.dims)} of them; 1 to {MAX_DIMS} are allowed", field=f"{field}.dims"
+        )
     return SiteSpec(
         name=message.name,
         dims=tuple(_decode_dim(dim, f"{field}.dims[{index}]") for index, dim in enumerate(message.dims)),

@@ -23,7 +23,6 @@ from patchbay.wire.bounds import (
 )
 from patchbay.wire.tensors import decode_tensor, encode_tensor
 
-
 # --- encoding -----------------------------------------------------------------------------------------------------
 
 
@@ -94,9 +93,7 @@ def decode_graph(message: graph_pb2.Graph, limits: Limits | None = None) -> Grap
     _check_counts(message, limits)
     runs = tuple(_decode_run(run, f"runs[{index}]") for index, run in enumerate(message.runs))
     interned: dict[str, str] = {}
-    nodes = tuple(
-        _decode_node(node, position, len(runs), interned) for position, node in enumerate(message.nodes)
-    )
+    nodes = tuple(_decode_node(node, position, len(runs), interned) for position, node in enumerate(message.nodes))
     return Graph(runs=runs, nodes=nodes, outputs=_decode_outputs(message, len(nodes)))
 
 
@@ -117,9 +114,9 @@ def _check_counts(message: graph_pb2.Graph, limits: Limits) -> None:
 
 def _check_limit(limit: str, field: str, count: int, allowed: int) -> None:
     if count > allowed:
-        what = limit.removeprefix("max_")
+        what = "outputs" if field == "outputs" else limit.removeprefix("max_")
         raise LimitExceededError(
-            f"the graph has {count} {what if field != 'outputs' else 'outputs'}; at most {allowed} are allowed (limit {limit})",
+            f"the graph has {count} {what}; at most {allowed} are allowed (limit {limit})",
             limit=limit,
             allowed=allowed,
             requested=count,
@@ -135,7 +132,9 @@ def _decode_run(message: graph_pb2.Run, field: str) -> Run:
             field=f"{field}.row_lengths",
         )
     if len(message.label) > MAX_LABEL_CHARS:
-        raise ProtocolError(f"{field}.label: {len(message.label)} characters; at most {MAX_LABEL_CHARS}", field=f"{field}.label")
+        raise ProtocolError(
+            f"{field}.label: {len(message.label)} characters; at most {MAX_LABEL_CHARS}", field=f"{field}.label"
+        )
     tokens = tuple(message.tokens)
     rows, start = [], 0
     for length in lengths:
@@ -157,7 +156,9 @@ def _decode_node(message: graph_pb2.Node, position: int, n_runs: int, interned: 
     run = message.run if message.HasField("run") else None
     if run is not None and not 0 <= run < n_runs:
         raise GraphError(
-            f"node {position} belongs to run {run}, but the graph has {n_runs}", node=position, field=f"nodes[{position}].run"
+            f"node {position} belongs to run {run}, but the graph has {n_runs}",
+            node=position,
+            field=f"nodes[{position}].run",
         )
     op = message.op
     _check_name(op, f"nodes[{position}].op")
@@ -206,7 +207,9 @@ def _decode_outputs(message: graph_pb2.Graph, n_nodes: int) -> tuple[Output, ...
         field = f"outputs[{index}]"
         _check_name(output.name, f"{field}.name")
         if not 0 <= output.node < n_nodes:
-            raise GraphError(f"output {output.name!r} is node {output.node}, but the graph has {n_nodes}", field=f"{field}.node")
+            raise GraphError(
+                f"output {output.name!r} is node {output.node}, but the graph has {n_nodes}", field=f"{field}.node"
+            )
         if seen.setdefault(output.name, index) != index:
             raise GraphError(f"two outputs are called {output.name!r}", field=f"{field}.name")
         outputs.append(Output(output.name, output.node))
@@ -215,5 +218,6 @@ def _decode_outputs(message: graph_pb2.Graph, n_nodes: int) -> tuple[Output, ...
 
 def _check_name(name: str, field: str) -> None:
     if not name or len(name) > MAX_NAME_CHARS:
-        raise ProtocolError(f"{field}: a name of {len(name)} characters; 1 to {MAX_NAME_CHARS} are allowed", field=field)
-
+        raise ProtocolError(
+            f"{field}: a name of {len(name)} characters; 1 to {MAX_NAME_CHARS} are allowed", field=field
+        )

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import re
 
-from patchbay.errors import ProtocolError
+from patchbay.errors import InvalidRequestError, ProtocolError
 
 _MODEL = re.compile(r"models/([A-Za-z0-9][A-Za-z0-9._-]*(?:/[A-Za-z0-9][A-Za-z0-9._-]*)?)", re.ASCII)
 _MAX_CHARS = 200
 
 
 def encode_model(name: str) -> str:
-    return f"models/{name}"
+    """
+    Raises:
+        InvalidRequestError: no model can be called so.
+    """
+    resource = f"models/{name}"
+    if len(resource) > _MAX_CHARS or _MODEL.fullmatch(resource) is None:
+        raise InvalidRequestError(
+            f"{name!r} cannot be a model's name: letters, digits, '.', '_', '-', and one '/' as in hub ids",
+            reason="INVALID_MODEL_NAME",
+        )
+    return resource
 
 
 def decode_model(name: str, field: str) -> str:
     """
     Raises:
-        ProtocolError: not of the form ``models/{name}`` (letters, digits, ``.``, ``_``, ``-``; one ``/`` as in hub ids).
+        ProtocolError: not ``models/`` and a name of letters, digits, ``.``, ``_``, ``-``, and one ``/`` as in hub ids.
     """
     match = _MODEL.fullmatch(name) if len(name) <= _MAX_CHARS else None
     if match is None:

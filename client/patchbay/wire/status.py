@@ -1,13 +1,13 @@
 """Exceptions to google.rpc.Status and back, so that what the server raised is what the client raises.
 
     code                INVALID_ARGUMENT for a GraphError or ProtocolError, else the ServiceError's own
-    ErrorInfo           reason (SHAPE_MISMATCH, ...), domain "patchbay", metadata (node, related, field, limit, suggestions, ...)
+    ErrorInfo           reason (SHAPE_MISMATCH, ...), domain "patchbay", metadata (node, related, field, limit, ...)
     BadRequest          field "graph.nodes[17].args[1]" and what is wrong with it
     QuotaFailure        for RESOURCE_EXHAUSTED
     RetryInfo           how long to wait
 
-The same bytes travel as trailing metadata ``grpc-status-details-bin`` (cut to `MAX_METADATA_BYTES`, because proxies drop long
-headers) and, whole, as the last event of a stream.
+The same bytes travel as trailing metadata ``grpc-status-details-bin`` (cut to `MAX_METADATA_BYTES`, because proxies drop
+long headers) and, whole, as the last event of a stream.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def cut(message: str) -> str:
 
 
 def decode_status(data: bytes) -> PatchbayError:
-    """The exception that a serialized google.rpc.Status stands for; what cannot be read becomes the plainest that fits."""
+    """The exception that a serialized google.rpc.Status stands for; what cannot be read becomes the plainest one."""
     from google.protobuf.message import DecodeError
     from google.rpc import error_details_pb2, status_pb2
 

@@ -1,7 +1,7 @@
 """Tensors between three forms: the IR's `TensorData`, numpy arrays, and messages.
 
-numpy, and ml_dtypes for bfloat16 and the 8-bit floats, are imported when first needed. Conversions to and from numpy copy
-nothing when the array is C-contiguous and little-endian.
+numpy, and ml_dtypes for bfloat16 and the 8-bit floats, are imported when first needed. Conversions to and from numpy
+copy nothing when the array is C-contiguous and little-endian.
 """
 
 from __future__ import annotations
@@ -115,9 +115,7 @@ def _check_elements(dtype: DType, data: bytes | bytearray, field: str) -> None:
 
 
 def encode_tensor(tensor: TensorData) -> tensor_pb2.Tensor:
-    return tensor_pb2.Tensor(
-        element_type=encode_dtype(tensor.dtype), shape=tensor.shape, data=_as_bytes(tensor.data)
-    )
+    return tensor_pb2.Tensor(element_type=encode_dtype(tensor.dtype), shape=tensor.shape, data=_as_bytes(tensor.data))
 
 
 def decode_tensor(message: tensor_pb2.Tensor, field: str) -> TensorData:

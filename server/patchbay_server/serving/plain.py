@@ -14,8 +14,9 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped,unused-ignore]
 from grpc_reflection.v1alpha import reflection
 
-from patchbay.v1 import service_pb2, service_pb2_grpc
+from patchbay.v1 import service_pb2
 from patchbay_server.config import Config, ConfigError
+from patchbay_server.transport.registration import add_servicer_to_server
 
 if TYPE_CHECKING:
     from patchbay_server.transport.servicer import Servicer
@@ -69,7 +70,7 @@ async def serve_grpc(servicer: Servicer, config: Config | None = None) -> PlainS
             ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
         ]
     )
-    service_pb2_grpc.add_PatchbayServiceServicer_to_server(servicer, server)
+    add_servicer_to_server(servicer, server)
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

@@ -1,0 +1,60 @@
+"""What the client needs of a way to a server: IR objects in, IR objects and Patchbay's own exceptions out."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import AsyncIterator, Sequence
+
+from patchbay.ir.card import ModelCard
+from patchbay.ir.events import Event, ExecuteOptions, ModelSummary, TokenizedRow
+from patchbay.ir.graph import Graph
+
+
+class Transport(abc.ABC):
+    """A way to a server; used from one event loop.
+
+    Every method raises `PatchbayError`s only: `ServiceError` for what the server or the way to it refused, `GraphError`
+    for what is wrong with a graph, `ProtocolError` for answers that cannot be understood.
+
+    Attributes:
+        bytes_sent: payload bytes of all requests so far.
+        bytes_received: payload bytes of all answers so far.
+    """
+
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+    @abc.abstractmethod
+    async def list_models(self) -> tuple[ModelSummary, ...]:
+        """The models that the server hosts, ordered by name."""
+
+    @abc.abstractmethod
+    async def get_model(self, name: str) -> ModelCard:
+        """The card of the model called `name`.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+
+    @abc.abstractmethod
+    async def tokenize(
+        self, model: str, texts: Sequence[str], *, add_special_tokens: bool = True
+    ) -> tuple[TokenizedRow, ...]:
+        """Tokenize texts with the tokenizer of `model`; one row per text, in order."""
+
+    @abc.abstractmethod
+    def execute(
+        self, model: str, graph: Graph, options: ExecuteOptions, *, timeout_s: float | None = None
+    ) -> AsyncIterator[Event]:
+        """Run a graph. Closing the iterator, or cancelling the task that iterates, cancels the call.
+
+        Args:
+            model: name of the model.
+            graph: what to run.
+            options: how.
+            timeout_s: seconds until the call is given up; None waits as long as the server does.
+        """
+
+    @abc.abstractmethod
+    async def close(self) -> None:
+        """Let go of the connection. Calls after it fail; closing twice does not."""

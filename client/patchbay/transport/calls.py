@@ -1,0 +1,67 @@
+"""The four calls as messages, shared by every transport: requests from IR objects, and answers back to them."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+
+from patchbay.errors import ProtocolError
+from patchbay.ir.card import ModelCard
+from patchbay.ir.events import ExecuteOptions, ModelSummary, TokenizedRow
+from patchbay.ir.graph import Graph
+from patchbay.v1 import service_pb2
+from patchbay.wire.cards import decode_card, decode_summary
+from patchbay.wire.events import encode_options
+from patchbay.wire.graphs import encode_graph
+from patchbay.wire.names import encode_model
+from patchbay.wire.tokens import decode_row
+
+#: Full name of the service, as in ``/patchbay.v1.PatchbayService/Execute``.
+SERVICE = service_pb2.DESCRIPTOR.services_by_name["PatchbayService"].full_name
+#: Pages of ListModels that a client follows before it calls the server broken.
+MAX_PAGES = 1_000
+
+
+def get_model_request(name: str) -> service_pb2.GetModelRequest:
+    return service_pb2.GetModelRequest(name=encode_model(name))
+
+
+def read_card(response: service_pb2.GetModelResponse) -> ModelCard:
+    return decode_card(response.card)
+
+
+def read_summaries(response: service_pb2.ListModelsResponse, before: int) -> list[ModelSummary]:
+    return [decode_summary(m, f"models[{before + i}]") for i, m in enumerate(response.models)]
+
+
+def tokenize_request(model: str, texts: Sequence[str], add_special_tokens: bool) -> service_pb2.TokenizeRequest:
+    """
+    Raises:
+        ProtocolError: a text that UTF-8 cannot carry.
+    """
+    try:
+        return service_pb2.TokenizeRequest(
+            model=encode_model(model), texts=list(texts), omit_special_tokens=not add_special_tokens
+        )
+    except UnicodeError:
+        raise ProtocolError("a text holds lone surrogates, which UTF-8 cannot carry", field="texts") from None
+
+
+def read_rows(response: service_pb2.TokenizeResponse, expected: int) -> tuple[TokenizedRow, ...]:
+    """
+    Raises:
+        ProtocolError: not one row per text.
+    """
+    if len(response.texts) != expected:
+        raise ProtocolError(f"{len(response.texts)} tokenized texts for {expected} texts", field="texts")
+    return tuple(decode_row(row, f"texts[{index}]") for index, row in enumerate(response.texts))
+
+
+def execute_request(model: str, graph: Graph, options: ExecuteOptions) -> service_pb2.ExecuteRequest:
+    """A request with an id of its own, to be kept when it is sent again."""
+    return service_pb2.ExecuteRequest(
+        model=encode_model(model),
+        graph=encode_graph(graph),
+        options=encode_options(options),
+        request_id=str(uuid.uuid4()),
+    )

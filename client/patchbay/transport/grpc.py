@@ -1,0 +1,291 @@
+"""A server across a network, over gRPC. `grpc` itself is imported with the first call.
+
+Messages cross this module as bytes: our own codecs parse them, so that a hostile or broken server meets the same checks
+as a hostile client. No exception of gRPC's leaves it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from google.protobuf.message import Message
+
+from patchbay._version import __version__
+from patchbay.errors import (
+    InternalServerError,
+    InvalidRequestError,
+    PatchbayError,
+    ProtocolError,
+    ServiceError,
+    UnavailableError,
+)
+from patchbay.ir.card import ModelCard
+from patchbay.ir.events import Event, ExecuteOptions, ModelSummary, TokenizedRow
+from patchbay.ir.graph import Graph
+from patchbay.transport import calls
+from patchbay.transport.base import Transport
+from patchbay.v1 import service_pb2
+from patchbay.wire.bounds import MAX_RESULT_BYTES
+from patchbay.wire.events import EventDecoder
+from patchbay.wire.parse import parse, serialize
+from patchbay.wire.status import decode_status, service_error
+
+if TYPE_CHECKING:
+    from grpc import aio
+
+R = TypeVar("R", bound=Message)
+
+#: Answers above this are refused by gRPC itself: chunks are half a MiB, and the card of a large model a few.
+MAX_RECEIVE_BYTES = 64 * 2**20
+#: Bytes in flight on one stream before the server must wait for us.
+WINDOW_BYTES = 16 * 2**20
+#: gRPC servers take pings more often than every five minutes for an attack.
+KEEPALIVE_MS = 330_000
+#: Wait before a lost Execute is sent again, unless the server names another.
+RETRY_DELAY_S = 0.25
+MAX_RETRY_DELAY_S = 2.0
+#: Name of the application on a Ray Serve port that knows about all models.
+CONTROL_APPLICATION = "control"
+
+_TLS_SCHEMES = ("https://", "grpcs://")
+_PLAIN_SCHEMES = ("http://", "grpc://")
+_DETAILS_KEY = "grpc-status-details-bin"
+
+_SERVICE_CONFIG = {
+    "methodConfig": [
+        {
+            "name": [{"service": calls.SERVICE, "method": method} for method in ("ListModels", "GetModel", "Tokenize")],
+            "retryPolicy": {
+                "maxAttempts": 4,
+                "initialBackoff": "0.1s",
+                "maxBackoff": "1s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ]
+}
+
+
+def split_target(target: str) -> tuple[str, bool]:
+    """``(host:port, whether TLS)`` of a target with or without a scheme.
+
+    Raises:
+        InvalidRequestError: an empty target, or a scheme that is none of ours.
+    """
+    for scheme in _TLS_SCHEMES + _PLAIN_SCHEMES:
+        if target.lower().startswith(scheme):
+            address, tls = target[len(scheme) :].rstrip("/"), scheme in _TLS_SCHEMES
+            break
+    else:
+        address, tls = target.rstrip("/"), False
+    if not address or ("://" in address) or "/" in address.removeprefix("unix:"):
+        raise InvalidRequestError(
+            f"{target!r} is not an address; give host:port, or grpcs://host:port for TLS", reason="INVALID_TARGET"
+        )
+    if tls and ":" not in address.rpartition("]")[2]:
+        address += ":443"
+    return address, tls
+
+
+class GrpcTransport(Transport):
+    """One gRPC channel to a server.
+
+    Args:
+        target: ``host:port``; ``grpcs://`` or ``https://`` before it turns TLS on.
+        api_key: sent as ``authorization: Bearer`` with every call.
+        timeout_s: deadline of ListModels, GetModel and Tokenize.
+        tls_roots: PEM certificates to trust instead of the system's; turns TLS on.
+        max_result_bytes: results of one execution beyond this are refused.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 60.0,
+        tls_roots: bytes | None = None,
+        max_result_bytes: int = MAX_RESULT_BYTES,
+    ) -> None:
+        self._address, tls = split_target(target)
+        self._tls = tls or tls_roots is not None
+        self._tls_roots = tls_roots
+        if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key):
+            raise InvalidRequestError("the API key holds characters that no key has", reason="INVALID_KEY")
+        self._api_key = api_key
+        self._timeout_s = timeout_s
+        self._max_result_bytes = max_result_bytes
+        self._channel: aio.Channel | None = None
+        self._closed = False
+
+    # --- calls ------------------------------------------------------------------------------------------------------
+
+    async def list_models(self) -> tuple[ModelSummary, ...]:
+        models: list[ModelSummary] = []
+        request = service_pb2.ListModelsRequest()
+        for _ in range(calls.MAX_PAGES):
+            response = await self._unary("ListModels", request, service_pb2.ListModelsResponse, CONTROL_APPLICATION)
+            models += calls.read_summaries(response, len(models))
+            if not response.next_page_token:
+                return tuple(models)
+            request.page_token = response.next_page_token
+        raise ProtocolError(f"the server's list of models does not end after {calls.MAX_PAGES} pages")
+
+    async def get_model(self, name: str) -> ModelCard:
+        request = calls.get_model_request(name)
+        return calls.read_card(await self._unary("GetModel", request, service_pb2.GetModelResponse, name))
+
+    async def tokenize(
+        self, model: str, texts: Sequence[str], *, add_special_tokens: bool = True
+    ) -> tuple[TokenizedRow, ...]:
+        request = calls.tokenize_request(model, texts, add_special_tokens)
+        response = await self._unary("Tokenize", request, service_pb2.TokenizeResponse, model)
+        return calls.read_rows(response, len(texts))
+
+    async def execute(
+        self, model: str, graph: Graph, options: ExecuteOptions, *, timeout_s: float | None = None
+    ) -> AsyncIterator[Event]:
+        data = serialize(calls.execute_request(model, graph, options))
+        give_up_at = None if timeout_s is None else time.monotonic() + timeout_s
+        for last_try in (False, True):
+            heard = False
+            remaining_s = None if give_up_at is None else max(give_up_at - time.monotonic(), 0.001)
+            decoder = EventDecoder(self._max_result_bytes)
+            try:
+                async with aclosing(self._stream(model, data, remaining_s)) as messages:
+                    async for message in messages:
+                        heard = True
+                        event = decoder.feed(message)
+                        if event is not None:
+                            yield event
+                decoder.finish()
+                return
+            except ServiceError as error:
+                # A graph changes nothing on the server, so sending it again is safe; but once something has been handed
+                # on, a second answer could not be told from the first.
+                if last_try or heard or not _lost(error):
+                    raise
+                delay_s = RETRY_DELAY_S if error.retry_after_s is None else error.retry_after_s
+                await asyncio.sleep(min(max(delay_s, 0.0), MAX_RETRY_DELAY_S))
+
+    async def close(self) -> None:
+        self._closed = True
+        if self._channel is not None:
+            channel, self._channel = self._channel, None
+            await channel.close()
+
+    # --- the channel ------------------------------------------------------------------------------------------------
+
+    def _open(self) -> aio.Channel:
+        if self._closed:
+            raise UnavailableError("this connection has been closed; open a new one")
+        if self._channel is None:
+            import grpc
+            from grpc import aio
+
+            options: list[tuple[str, Any]] = [
+                ("grpc.max_send_message_length", -1),
+                ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
+                ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
+                ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+                ("grpc.keepalive_timeout_ms", 20_000),
+                ("grpc.enable_retries", 1),
+                ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
+                ("grpc.primary_user_agent", f"patchbay/{__version__}"),
+            ]
+            if self._tls:
+                credentials = grpc.ssl_channel_credentials(root_certificates=self._tls_roots)
+                self._channel = aio.secure_channel(self._address, credentials, options=options)
+            else:
+                self._channel = aio.insecure_channel(self._address, options=options)
+        return self._channel
+
+    def _metadata(self, application: str) -> tuple[tuple[str, str], ...]:
+        routing = (("application", application),)
+        return routing if self._api_key is None else (*routing, ("authorization", f"Bearer {self._api_key}"))
+
+    async def _unary(self, method: str, request: Message, response_type: type[R], application: str) -> R:
+        channel = self._open()
+        import grpc
+        from grpc import aio
+
+        data = serialize(request)
+        call = channel.unary_unary(f"/{calls.SERVICE}/{method}")
+        self.bytes_sent += len(data)
+        try:
+            answer: bytes = await call(data, timeout=self._timeout_s, metadata=self._metadata(application))
+        except (grpc.RpcError, aio.BaseError) as error:
+            raise self._translated(error, self._timeout_s) from None
+        self.bytes_received += len(answer)
+        return parse(response_type, answer)
+
+    async def _stream(
+        self, application: str, data: bytes, timeout_s: float | None
+    ) -> AsyncGenerator[service_pb2.ExecuteResponse, None]:
+        channel = self._open()
+        import grpc
+        from grpc import aio
+
+        call = channel.unary_stream(f"/{calls.SERVICE}/Execute")(
+            data, timeout=timeout_s, metadata=self._metadata(application)
+        )
+        self.bytes_sent += len(data)
+        try:
+            async for answer in call:
+                self.bytes_received += len(answer)
+                yield parse(service_pb2.ExecuteResponse, answer)
+        except (grpc.RpcError, aio.BaseError) as error:
+            raise self._translated(error, timeout_s) from None
+        finally:
+            # Also reached when the iteration is closed, cancelled, or ends by an exception of ours: the server must not
+            # go on for nobody. Cancelling a finished call does nothing.
+            call.cancel()
+
+    def _translated(self, error: Exception, timeout_s: float | None) -> PatchbayError:
+        """The exception of ours for one of gRPC's."""
+        from grpc import aio
+
+        if not isinstance(error, aio.AioRpcError):
+            return UnavailableError(f"the connection to {self._address} cannot be used: {error}")
+        code, details = error.code().name, error.details() or ""
+        for key, value in error.trailing_metadata() or ():
+            if key == _DETAILS_KEY and isinstance(value, bytes):
+                told = decode_status(value)
+                # Details that contradict the status were not made for it.
+                if not isinstance(told, ServiceError) or told.code == code:
+                    return told
+        return service_error(code, self._explain(code, details, timeout_s))
+
+    def _explain(self, code: str, details: str, timeout_s: float | None) -> str:
+        match code:
+            case "UNAVAILABLE":
+                return (
+                    f"no Patchbay server answers at {self._address}. Is it running (`patchbay serve`), and is the "
+                    f"address right? `patchbay doctor` checks what is in the way. (gRPC says: {details})"
+                )
+            case "DEADLINE_EXCEEDED":
+                waited = "the deadline" if timeout_s is None else f"{timeout_s:.3g} s"
+                return f"{self._address} did not finish within {waited}; give more time, or ask for less at once"
+            case "UNIMPLEMENTED":
+                return (
+                    f"the server at {self._address} does not offer this call; is it Patchbay, and not older than this "
+                    f"client? ({details})"
+                )
+            case "INTERNAL" | "UNKNOWN":
+                return f"the server at {self._address} failed: {details}"
+        return details or f"{self._address} answered {code}"
+
+
+def _lost(error: ServiceError) -> bool:
+    """Whether the request may never have reached a living server.
+
+    A replica that is killed shows as UNAVAILABLE or, behind Ray Serve's proxies, as INTERNAL. An INTERNAL error that a
+    servicer of ours reports carries a reason; that one would only happen again.
+    """
+    return isinstance(error, UnavailableError) or (isinstance(error, InternalServerError) and not error.reason)
