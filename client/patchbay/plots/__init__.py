@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from patchbay.plots.base import Plot
     from patchbay.plots.grids import Heatmap, attention, head_grid, heatmap
+    from patchbay.plots.logbook import Logbook
     from patchbay.plots.page import Report, Section
     from patchbay.plots.token_views import TokenStrip, TokenTable, token_strip, token_table
 
 #: No module here bears the name of a public function: importing it would bind the module over the function.
 _HOME = {
     "Heatmap": "grids",
+    "Logbook": "logbook",
     "Plot": "base",
     "Report": "page",
     "Section": "page",
@@ -40,6 +42,7 @@ _HOME = {
 
 __all__ = [
     "Heatmap",
+    "Logbook",
     "Plot",
     "Report",
     "Section",

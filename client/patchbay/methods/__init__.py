@@ -1,0 +1,82 @@
+"""What the field does, as functions that build graphs.
+
+Each takes runs and values of an open trace and returns values of that trace; nothing is sent before the trace ends, and
+several methods may share one::
+
+    with model.trace() as t:
+        run = t.run("The capital of France is")
+        lens = methods.logit_lens(run)
+        t.save(tokens=lens.tokens, heads=methods.previous_token_scores(run))
+
+    lens.py      logit lens, the rank of a token, a difference of logits
+    patching.py  activation patching, and how much of an effect a patch recovers
+    heads.py     scores of attention heads, ablation of heads
+    steering.py  directions from differences of means, adding and removing them, greedy continuations
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from patchbay.methods.heads import (
+        ablate_head,
+        copying_accuracy,
+        induction_scores,
+        previous_token_scores,
+    )
+    from patchbay.methods.lens import LogitLens, lens_labels, logit_difference, logit_lens, residual_stream, token_rank
+    from patchbay.methods.patching import activation_patching, recovered_share
+    from patchbay.methods.steering import add_direction, continue_greedily, difference_in_means, remove_direction
+
+_HOME = {
+    "LogitLens": "lens",
+    "ablate_head": "heads",
+    "activation_patching": "patching",
+    "add_direction": "steering",
+    "continue_greedily": "steering",
+    "copying_accuracy": "heads",
+    "difference_in_means": "steering",
+    "induction_scores": "heads",
+    "lens_labels": "lens",
+    "logit_difference": "lens",
+    "logit_lens": "lens",
+    "previous_token_scores": "heads",
+    "recovered_share": "patching",
+    "remove_direction": "steering",
+    "residual_stream": "lens",
+    "token_rank": "lens",
+}
+
+__all__ = [
+    "LogitLens",
+    "ablate_head",
+    "activation_patching",
+    "add_direction",
+    "continue_greedily",
+    "copying_accuracy",
+    "difference_in_means",
+    "induction_scores",
+    "lens_labels",
+    "logit_difference",
+    "logit_lens",
+    "previous_token_scores",
+    "recovered_share",
+    "remove_direction",
+    "residual_stream",
+    "token_rank",
+]
+
+
+def __getattr__(name: str) -> object:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

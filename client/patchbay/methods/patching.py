@@ -1,0 +1,60 @@
+"""Activation patching: put a value of one run into another and see how much of the difference comes with it.
+
+Also called causal tracing or interchange intervention (Vig et al. 2020; Meng et al. 2022, "Locating and Editing Factual
+Associations in GPT"; Geiger et al. 2021). Heimersheim & Nanda 2024, "How to use and interpret activation patching",
+says how to read the numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from patchbay import ops
+from patchbay.tracing import Proxy, Run
+
+if TYPE_CHECKING:
+    from patchbay.tracing import Trace
+
+
+def activation_patching(
+    trace: Trace,
+    source: Run,
+    base: Any,
+    metric: Callable[[Run], Proxy],
+    *,
+    site: str = "resid_post",
+    layers: Iterable[int] | None = None,
+    positions: Iterable[int] | None = None,
+) -> Proxy:
+    """`metric` of a new run over `base` for every layer and position at which `source` is patched in.
+
+    Args:
+        trace: the open trace that `source` belongs to.
+        source: the run whose values are put in.
+        base: what the patched runs read: a text or token ids, as many tokens as `source`.
+        metric: makes a scalar of a run (a difference of logits, say).
+        site: a site of a block with a position axis after the rows, such as ``"resid_pre"`` or ``"mlp_out"``.
+        layers: which blocks; all when left out.
+        positions: which token positions; all when left out.
+
+    Returns:
+        [layers, positions], the metric of each patched run.
+    """
+    rows = []
+    columns = list(range(source.seq) if positions is None else positions)
+    for layer in range(len(source.blocks)) if layers is None else layers:
+        cells = []
+        for position in columns:
+            patched = trace.run(base)
+            value = getattr(source.blocks[layer], site)[:, position]
+            getattr(patched.blocks[layer], site)[:, position] = value
+            cells.append(metric(patched))
+        rows.append(ops.stack(cells))
+    grid: Proxy = ops.stack(rows)
+    return grid
+
+
+def recovered_share(patched: Any, base: Any, source: Any) -> Any:
+    """How far a patch moves the metric from `base` (0) to `source` (1); values of a trace or numpy arrays."""
+    return (patched - base) / (source - base)

@@ -1,0 +1,307 @@
+"""Five experiments inside a language model that runs somewhere else.
+
+``make demo`` starts a service and runs this file against it. By hand, against any service that hosts the demo model::
+
+    PATCHBAY_URL=localhost:9000 python examples/demo.py --report demo-report.html
+
+Each experiment is one function, written to be read: it builds a graph with ordinary Python, sends it, and gets back
+only the tensors that it asked for. What it states in the end is put together from those numbers and checked; the exit
+status is 0 only when every check holds. Needs ``pip install 'patchbay[plots]'``: no torch, no weights and no GPU on
+this side."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+import patchbay as pb
+from patchbay import methods, plots
+
+PROMPT = "The capital of {} is"
+SUBJECT, ANSWER = "France", "Paris"
+OTHER_SUBJECT, OTHER_ANSWER = "Italy", "Rome"
+
+#: Single words of the demo model's vocabulary, for random sequences.
+WORDS = (
+    "river mountain forest village bridge lake tower field island road store park school office library market station "
+    "beach hospital church museum restaurant theatre garden bank hotel airport cinema harbour castle drink book ring "
+    "letter bag ticket flower key cake map coin ball pen cup hat basket knife present necklace candle"
+).split()
+
+GLAD = "happy glad delighted pleased cheerful joyful thrilled proud".split()
+SAD = "sad angry upset disappointed bored miserable annoyed unhappy".split()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+def logit_lens(model: pb.Model, book: plots.Logbook) -> None:
+    """What would the model say if it stopped after each layer?"""
+    prompt = PROMPT.format(SUBJECT)
+    book.section(
+        "Logit lens",
+        f"What would the model say after {prompt!r} if it stopped after each layer? The residual stream after every "
+        "layer is put through the model's own final norm and unembedding.",
+    )
+    answer = model.token_id(ANSWER)
+
+    with model.trace(prompt) as run:
+        lens = methods.logit_lens(run, target=answer)
+        run.save(tokens=lens.tokens, probabilities=lens.probabilities, ranks=lens.ranks)
+
+    tokens = run.results["tokens"][:, 0, :, 0]  # [depth, position]: the likeliest token
+    probabilities = run.results["probabilities"][:, 0, :, 0]  # [depth, position]: its probability
+    places = run.results["ranks"][:, 0, -1] + 1  # [depth]: the answer's place at the last position
+    depths = methods.lens_labels(model.card.n_layers)
+    words = [model.token_strings(row) for row in tokens]
+    title = "The likeliest next token at every layer and position"
+    book.show(plots.token_table(words, probabilities, run.tokens[0].strings, depths, title, highlight=[ANSWER]))
+    book.table(["", *depths], [[f"place of {ANSWER}", *places]])
+    book.details("The graph that was sent", str(run.graph))
+    book.usage(run.trace)
+
+    first = next((depth for depth in range(len(places)) if (places[depth:] == 1).all()), None)
+    if first is None:
+        book.finding(f"{ANSWER} ends in place {places[-1]} of {model.card.d_vocab}, not first.", passed=False)
+    else:
+        book.finding(
+            f"{ANSWER} starts in place {places[0]} of {model.card.d_vocab}, is first from '{depths[first]}' on, and "
+            f"ends with a probability of {probabilities[-1, -1]:.1%}."
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+def causal_tracing(model: pb.Model, book: plots.Logbook) -> None:
+    """Where, and after which layer, does the model hold which country it was asked about?"""
+    clean, corrupted = PROMPT.format(SUBJECT), PROMPT.format(OTHER_SUBJECT)
+    book.section(
+        "Causal tracing",
+        f"The model reads {corrupted!r}, but after one layer and at one token its residual stream is replaced by that "
+        f"of {clean!r}. Where does this alone make it answer {ANSWER}? One run for every layer and token, all in one "
+        "trace: a plain Python double loop.",
+    )
+    answer, other = model.token_id(ANSWER), model.token_id(OTHER_ANSWER)
+    depths = range(model.card.n_layers + 1)
+
+    with model.trace() as t:
+        source, base = t.run(clean), t.run(corrupted)
+        positions = range(source.seq)
+        differences = []
+        for depth in depths:
+            for position in positions:
+                patched = t.run(corrupted)
+                stream(patched, depth)[:, position] = stream(source, depth)[:, position]
+                differences.append(methods.logit_difference(patched, answer, other))
+        t.save(
+            patched=pb.ops.stack(differences),
+            source=methods.logit_difference(source, answer, other),
+            base=methods.logit_difference(base, answer, other),
+        )
+
+    grid = t.results["patched"].reshape(len(depths), len(positions))
+    recovered = methods.recovered_share(grid, t.results["base"], t.results["source"])
+    labels = methods.lens_labels(model.card.n_layers)
+    tokens = source.tokens[0].strings
+    pairs = zip(tokens, base.tokens[0].strings, strict=True)
+    book.show(
+        plots.heatmap(
+            recovered,
+            x_labels=[a if a == b else f"{a}/{b}" for a, b in pairs],
+            y_labels=labels,
+            title=f"How far one patch moves the answer from {OTHER_ANSWER} to {ANSWER}",
+            x_title="patched token",
+            scale_title="share of the logit difference",
+            scale="sequential",
+        )
+    )
+    book.text(
+        f"{len(t.runs)} runs in one trace. Logit of {ANSWER} minus logit of {OTHER_ANSWER}: {t.results['source']:.1f} "
+        f"for {SUBJECT}, {t.results['base']:.1f} for {OTHER_SUBJECT}."
+    )
+    book.usage(t)
+
+    subject, last = source.position(SUBJECT), source.seq - 1
+    strongest = recovered.argmax(axis=1)  # [depth]: the token where a patch does most
+    early = [depth for depth in depths if strongest[depth] == subject]
+    late = [depth for depth in depths if strongest[depth] == last]
+    if early and late and max(early) < min(late) and recovered[0, subject] > 0.9 and recovered[-1, last] > 0.9:
+        a, b = max(early), min(late)
+        book.finding(
+            f"Up to '{labels[a]}' the answer hangs on the token {tokens[subject]!r} (a patch there goes "
+            f"{recovered[a, subject]:.0%} of the way to {ANSWER}); from '{labels[b]}' on it hangs on the last token, "
+            f"{tokens[last]!r} ({recovered[b, last]:.0%}). In between, attention has carried the fact across."
+        )
+    else:
+        book.finding("The fact was not seen to move from the country's token to the last one.", passed=False)
+
+
+def stream(run: pb.Run, depth: int) -> pb.Proxy:
+    """The residual stream after `depth` layers: a site, so it can be read and, with an index, written."""
+    return run.blocks[0].resid_pre if depth == 0 else run.blocks[depth - 1].resid_post
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+def induction_heads(model: pb.Model, book: plots.Logbook) -> None:
+    """Which heads copy what followed the same word before, and what is lost without them?"""
+    rows, period = 16, 20
+    book.section(
+        "Induction heads",
+        f"{rows} sequences of {period} random words, each said twice. An induction head looks from a word in the "
+        "repeat to what followed the same word the first time, and so knows what comes next. Every head is scored by "
+        "the attention that it pays there; then the best one, and in another run a random one, is ablated (its output "
+        "set to zero).",
+    )
+    rng = random.Random(0)
+    texts = [" ".join(rng.sample(WORDS, period) * 2) for _ in range(rows)]
+    start = len(model.tokenize(texts[0])) - 2 * period  # tokens before the sequence, such as <bos>
+
+    with model.trace(texts) as run:
+        scores = methods.induction_scores(run, period, start=start).save()
+
+    grid = scores.value  # [layer, head]
+    best = tuple(int(i) for i in np.unravel_index(grid.argmax(), grid.shape))
+    other = rng.choice([head for head in np.ndindex(*grid.shape) if head != best])
+    book.show(plots.head_grid(grid, "Attention paid to what followed the same word the first time"))
+
+    with model.trace() as t:
+        intact, without_best, without_other = t.run(texts), t.run(texts), t.run(texts)
+        methods.ablate_head(without_best, *best)
+        methods.ablate_head(without_other, *other)
+        for name, r in {"intact": intact, "best": without_best, "other": without_other}.items():
+            t.save(**{name: methods.copying_accuracy(r, period, start=start)})
+
+    before, after, control = (float(t.results[name]) for name in ("intact", "best", "other"))
+    book.table(
+        ["ablated", "score", "words copied"],
+        [
+            ["nothing", "", f"{before:.1%}"],
+            ["best: layer {}, head {}".format(*best), f"{grid[best]:.2f}", f"{after:.1%}"],
+            ["random: layer {}, head {}".format(*other), f"{grid[other]:.2f}", f"{control:.1%}"],
+        ],
+    )
+    book.usage(run.trace, t)
+    book.finding(
+        f"Layer {best[0]}, head {best[1]} pays {grid[best]:.0%} of its attention to the right place. Without it the "
+        f"model copies {after:.1%} of the words instead of {before:.1%}; without a random head (layer {other[0]}, head "
+        f"{other[1]}), {control:.1%}.",
+        passed=before > 0.9 and after < before - 0.05 and after < control,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+def steering(model: pb.Model, book: plots.Logbook) -> None:
+    """Does one direction in the residual stream decide whether a text goes on gladly or sadly?"""
+    prompt = "I watched the film and it was terrible. I felt"
+    example = "I read the story and it was {}. I felt"
+    good = ["wonderful", "great", "excellent", "lovely", "amazing", "brilliant", "fantastic", "superb"]
+    bad = ["terrible", "awful", "horrible", "bad", "dreadful", "boring", "dull", "nasty"]
+    layer, scale, count = 1, 1.0, 8
+    book.section(
+        "Steering",
+        f"The mean residual stream after layer {layer} over {len(good)} kind judgements, minus the mean over "
+        f"{len(bad)} harsh ones, is a direction. It is added while the model continues {prompt!r}.",
+    )
+    with model.trace() as t:
+        kind = t.run([example.format(word) for word in good])
+        harsh = t.run([example.format(word) for word in bad])
+        means = [run.blocks[layer].resid_post[:, -1] for run in (kind, harsh)]
+        t.save(direction=methods.difference_in_means(*means))
+    direction = t.results["direction"]  # [d_model]
+    traces = [t]
+
+    glad, sad = ([model.token_id(word) for word in words] for words in (GLAD, SAD))
+    steps = [0.0, 0.5 * scale, scale, 1.5 * scale]
+    with model.trace() as t:
+        rows = []
+        for step in steps:
+            run = t.run(prompt)
+            methods.add_direction(run, layer, direction, step, positions=-1)
+            p = run.logits[0, -1].softmax(-1)
+            rows.append(pb.ops.stack([p[glad].sum(), p[sad].sum()]))
+        t.save(shares=pb.ops.stack(rows))
+    shares = t.results["shares"]  # [step, glad or sad]
+    traces.append(t)
+    book.table(
+        ["times the direction", "P(a glad word)", "P(a sad word)"],
+        [[f"{step:g}", f"{a:.1%}", f"{b:.1%}"] for step, (a, b) in zip(steps, shares, strict=True)],
+    )
+
+    end = len(model.tokenize(prompt)) - 1  # the prompt's last token; what is added there and after it
+
+    def steer(run: pb.Run) -> None:
+        methods.add_direction(run, layer, direction, scale, positions=slice(end, None))
+
+    plain, steered = (
+        model.token_strings(methods.continue_greedily(model, prompt, count, change, on_trace=traces.append))
+        for change in (None, steer)
+    )
+    book.table(["", f"{prompt} ..."], [["as it is", "... " + " ".join(plain)], ["steered", "... " + " ".join(steered)]])
+    book.usage(*traces)
+    book.finding(
+        f"Left alone the model goes on with {plain[0]!r}; with the direction added it goes on with {steered[0]!r}, and "
+        f"the probability of a glad word rises from {shares[0, 0]:.1%} to {shares[steps.index(scale), 0]:.1%}.",
+        passed=plain[0] in SAD and steered[0] in GLAD,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+def mistake(model: pb.Model, book: plots.Logbook) -> None:
+    """What happens when shapes do not fit?"""
+    width = model.card.d_model
+    book.section(
+        "A mistake, on purpose",
+        f"{width + 1} numbers are written where the residual stream has {width}. Every shape is known on this side, so "
+        "the mistake is reported at its own line, before anything is sent.",
+    )
+    model.tokenize(PROMPT.format(SUBJECT))  # known already, so that nothing is sent for the tokens either
+    message, line = "nothing was raised", 0
+    try:
+        with model.trace(PROMPT.format(SUBJECT)) as run:
+            run.blocks[1].resid_post[:, -1] = np.zeros(width + 1, dtype=np.float32)  # the mistake
+            run.logits.save()
+    except pb.errors.ShapeError as error:
+        message = f"ShapeError: {error}"
+        line = error.__traceback__.tb_lineno if error.__traceback__ else 0
+
+    source = Path(__file__).read_text(encoding="utf-8").splitlines()
+    book.code(f"{Path(__file__).name}, line {line}\n    {source[line - 1].strip()}\n{message}")
+    book.usage(run.trace)
+    book.finding(
+        f"Line {line} is named, the one with the mistake, and {run.trace.sent_bytes} bytes were sent.",
+        passed="# the mistake" in source[line - 1] and run.trace.sent_bytes == 0,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+def main() -> int:
+    """Run the experiments; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Five experiments inside a model that runs somewhere else.")
+    parser.add_argument("--url", help="address of the service (default: PATCHBAY_URL, else localhost:9000)")
+    parser.add_argument("--model", default="demo", help="name of the model (default: %(default)s)")
+    parser.add_argument("--report", default="demo-report.html", help="where the report goes (default: %(default)s)")
+    args = parser.parse_args()
+
+    start = time.perf_counter()
+    with pb.connect(args.url) as client:
+        model = client.model(args.model)
+        card = model.card
+        book = plots.Logbook(
+            "Five experiments inside a model that runs somewhere else",
+            f"{card.name!r} is a {card.family} of {card.n_params:,} parameters: {card.n_layers} layers of "
+            f"{card.n_heads} heads, d_model {card.d_model}, {card.d_vocab} tokens. It ran in a service; the side that "
+            "wrote this page held no weights and sent no code, only graphs.",
+        )
+        for experiment in (logit_lens, causal_tracing, induction_heads, steering, mistake):
+            experiment(model, book)
+    book.summary()
+    book.write(
+        args.report, f"Patchbay {pb.__version__}. All experiments together: {time.perf_counter() - start:.1f} s."
+    )
+    return 0 if book.all_passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
