@@ -10,7 +10,7 @@ import asyncio
 import importlib
 import os
 import weakref
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from patchbay.credentials import find_api_key, find_target
@@ -20,8 +20,6 @@ from patchbay.model import AsyncModel, Model, ModelCore
 from patchbay.portal import Portal
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from patchbay.transport.base import Transport
 
 DEFAULT_TIMEOUT_S = 600.0
@@ -62,7 +60,9 @@ class Connection:
         if self._transport is None:
             self._transport, self._loop, self._pid = self._make_transport(), loop, os.getpid()
         elif self._loop is not loop:
-            raise TraceError("an async client belongs to the event loop that it was first used in; connect again in this one")
+            raise TraceError(
+                "an async client belongs to the event loop it was first used in; connect again in this one"
+            )
         return self._transport
 
     async def models(self) -> tuple[ModelSummary, ...]:
@@ -106,7 +106,7 @@ class Client:
 
     def models(self) -> tuple[ModelSummary, ...]:
         """One line for each model that is served."""
-        return self._wait(self._connection.models())
+        return self._portal.run(self._connection.models())
 
     def model(self, name: str) -> Model:
         """The model called `name`.
@@ -114,25 +114,17 @@ class Client:
         Raises:
             NotFoundError: the server has none of that name.
         """
-        core = self._wait(self._connection.core(name))
-        return Model(core, self._wait, self._portal_events)
+        core = self._portal.run(self._connection.core(name))
+        return Model(core, self._portal, self)
 
     def close(self) -> None:
         """Closes the connection and ends the background thread; a second time does nothing."""
         self._finalizer()
 
-    def _wait(self, work: Coroutine[Any, Any, Any]) -> Any:
-        return self._portal.run(work)
-
-    def _portal_events(
-        self, make: Callable[[Callable[[Any], None]], Coroutine[Any, Any, Any]], on_event: Callable[[Any], None]
-    ) -> Any:
-        return self._portal.run_with_events(make, on_event)
-
     def __enter__(self) -> Client:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -144,7 +136,10 @@ def _close_client(portal: Portal, connection: Connection) -> None:
 
 
 class AsyncClient:
-    """A connection whose calls are awaited: ``async with pb.connect_async(...) as client``; arguments as for `Client`."""
+    """A connection whose calls are awaited: ``async with pb.connect_async(...) as client``.
+
+    Arguments as for `Client`.
+    """
 
     def __init__(
         self,
@@ -170,7 +165,7 @@ class AsyncClient:
     async def __aenter__(self) -> AsyncClient:
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(self, kind: object, error: object, trace: object) -> None:
         await self.close()
 
     def __repr__(self) -> str:
@@ -187,8 +182,8 @@ def connect(
     """A client of the service at `target`. Nothing is sent until the first call.
 
     Args:
-        target: ``host:port``; ``grpcs://`` before it for TLS. Left out: ``PATCHBAY_URL``, else this machine's port 9000.
-        api_key: left out: ``PATCHBAY_API_KEY``, else, for this machine, the key that ``patchbay serve`` left for its user.
+        target: ``host:port``; ``grpcs://`` before it for TLS. Left out: ``PATCHBAY_URL``, else port 9000 here.
+        api_key: left out: ``PATCHBAY_API_KEY``, else, on this machine, the key that ``patchbay serve`` left.
         timeout_s: seconds that an execution may take unless its trace says otherwise; None waits for ever.
         transport_options: of `patchbay.transport.grpc.GrpcTransport`, such as ``tls_roots``.
     """

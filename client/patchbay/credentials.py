@@ -1,4 +1,4 @@
-"""Where a client finds the server's address and its key without being told: environment, then this machine's key files."""
+"""Where a client finds the server's address and its key without being told: environment, then key files."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A hosted model as an object: its card, its tokenizer, and traces over it.
 
-`ModelCore` does the talking, as coroutines; `Model` waits for it in the client's background thread, `AsyncModel` awaits it.
+`ModelCore` does the talking, as coroutines; `Model` waits for it in the client's thread, `AsyncModel` awaits it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from patchbay.tokens import Tokens
 if TYPE_CHECKING:
     from patchbay.client import Connection
     from patchbay.ir.graph import Graph
+    from patchbay.portal import Portal
     from patchbay.tracing.namespaces import SiteTree
     from patchbay.tracing.trace import AsyncRunTrace, AsyncTrace, Input, ProgressCallback, RunTrace, Trace
 
@@ -86,7 +87,7 @@ class ModelCore:
         ids = [i for i, special in zip(tokens.ids, tokens.special, strict=True) if not special]
         if len(ids) != 1:
             pieces = ", ".join(map(repr, tokens.strings)) or "none"
-            raise TraceError(f"{text!r} is {len(ids)} tokens ({pieces}), not one; with a leading space it may be another text")
+            raise TraceError(f"{text!r} is {len(ids)} tokens ({pieces}), not one; try it with a leading space")
         return ids[0]
 
     async def rows_of(self, inputs: Input) -> tuple[list[Tokens], bool]:
@@ -108,7 +109,7 @@ class ModelCore:
         low, high = min(row.ids), max(row.ids)
         if low < 0 or high >= card.d_vocab:
             bad = low if low < 0 else high
-            raise TraceError(f"{what} holds the token id {bad}; the vocabulary of {card.name!r} has ids 0 to {card.d_vocab - 1}")
+            raise TraceError(f"{what} holds the token id {bad}; those of {card.name!r} go from 0 to {card.d_vocab - 1}")
 
     # --- running --------------------------------------------------------------------------------------------------
 
@@ -154,7 +155,9 @@ def split_rows(inputs: Input) -> tuple[list[str | Tokens], bool]:
         return [one], True
     if hasattr(inputs, "ndim") and hasattr(inputs, "tolist"):
         if inputs.ndim not in (1, 2) or getattr(inputs.dtype, "kind", "i") not in "iu":
-            raise TraceError(f"an array of token ids has integers and 1 or 2 axes; this one is {inputs.dtype}{list(inputs.shape)}")
+            raise TraceError(
+                f"an array of token ids has integers and 1 or 2 axes, not {inputs.dtype}{list(inputs.shape)}"
+            )
         return split_rows(inputs.tolist())
     if isinstance(inputs, Sequence) and not isinstance(inputs, (bytes, bytearray)):
         rows = [_row(item) for item in inputs]
@@ -209,30 +212,30 @@ class Model(BaseModel):
     def __init__(
         self,
         core: ModelCore,
-        wait: Callable[[Coroutine[Any, Any, Any]], Any],
-        wait_with_events: Callable[[Callable[[Callable[[Any], None]], Coroutine[Any, Any, Any]], Callable[[Any], None]], Any],
+        portal: Portal,
+        owner: object,
     ) -> None:
         super().__init__(core)
-        self._wait = wait
-        self._wait_with_events = wait_with_events
+        self._portal = portal
+        self._owner = owner  # the client: it must outlive its models
 
     def wait(self, work: Coroutine[Any, Any, T]) -> T:
         """Runs a coroutine of the core in the client's thread."""
-        result: T = self._wait(work)
-        return result
+        return self._portal.run(work)
 
     def wait_with_events(
-        self, make: Callable[[Callable[[Event], None] | None], Coroutine[Any, Any, T]], on_event: Callable[[Event], Any] | None
+        self,
+        make: Callable[[Callable[[Event], None] | None], Coroutine[Any, Any, T]],
+        on_event: Callable[[Event], Any] | None,
     ) -> T:
         """Like `wait`; events reach `on_event` in the calling thread."""
-        result: T = self._wait(make(None)) if on_event is None else self._wait_with_events(make, on_event)
-        return result
+        return self._portal.run(make(None)) if on_event is None else self._portal.run_with_events(make, on_event)
 
     @overload
     def tokenize(self, text: str, *, add_special_tokens: bool = True) -> Tokens: ...
 
     @overload
-    def tokenize(self, text: Sequence[str], *, add_special_tokens: bool = True) -> list[Tokens]: ...
+    def tokenize(self, text: list[str] | tuple[str, ...], *, add_special_tokens: bool = True) -> list[Tokens]: ...
 
     def tokenize(self, text: str | Sequence[str], *, add_special_tokens: bool = True) -> Tokens | list[Tokens]:
         """Tokens of a text (or of each of several): ids, strings, offsets."""
@@ -304,7 +307,7 @@ class AsyncModel(BaseModel):
     async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> Tokens: ...
 
     @overload
-    async def tokenize(self, text: Sequence[str], *, add_special_tokens: bool = True) -> list[Tokens]: ...
+    async def tokenize(self, text: list[str] | tuple[str, ...], *, add_special_tokens: bool = True) -> list[Tokens]: ...
 
     async def tokenize(self, text: str | Sequence[str], *, add_special_tokens: bool = True) -> Tokens | list[Tokens]:
         """Tokens of a text (or of each of several): ids, strings, offsets."""
@@ -362,9 +365,9 @@ def describe_model(card: ModelCard) -> str:
     heads = f"{card.n_heads} heads" + (f" ({card.n_kv_heads} key-value)" if card.n_kv_heads != card.n_heads else "")
     lines = [
         f"{card.name}: {card.family}, {card.n_params:,} parameters, {card.dtype}, from {card.source}",
-        f"  {card.n_layers} layers, d_model {card.d_model}, {heads} of {card.d_head}, d_mlp {card.d_mlp},"
-        f" vocabulary {card.d_vocab:,}, context {card.n_ctx:,}",
     ]
+    widths = f"{card.n_layers} layers, d_model {card.d_model}, {heads} of {card.d_head}, d_mlp {card.d_mlp}"
+    lines.append(f"  {widths}, vocabulary {card.d_vocab:,}, context {card.n_ctx:,}")
     groups: OrderedDict[str, OrderedDict[str, None]] = OrderedDict()
     modules = absent = 0
     for site in card.sites:

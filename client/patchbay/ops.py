@@ -1,4 +1,4 @@
-"""Functions over values of a trace: the array API standard's names, and torch.nn.functional's where the field uses them.
+"""Functions over values of a trace: the array API's names, and torch.nn.functional's where the field uses them.
 
 Every function takes proxies, and beside them numpy arrays, lists and numbers. `dir(patchbay.ops)` lists them,
 ``help(patchbay.ops.softmax)`` explains one; most are methods of proxies too.
@@ -27,7 +27,7 @@ pi = _math.pi
 globals().update(_functions())
 globals().update({("bool" if name == "bool_" else name): dtype for name, dtype in _DTYPES.items()})
 
-__all__ = sorted([*_functions(), *_DTYPES, "e", "inf", "nan", "newaxis", "pi"])  # noqa: PLE0605
+__all__ = sorted([*_functions(), *_DTYPES, "e", "inf", "nan", "newaxis", "pi"])
 
 
 def __dir__() -> list[str]:

@@ -43,7 +43,11 @@ class Portal:
             future.cancel()
             raise
 
-    def run_with_events(self, make: Callable[[Callable[[Any], None]], Coroutine[Any, Any, T]], on_event: Callable[[Any], None]) -> T:
+    def run_with_events(
+        self,
+        make: Callable[[Callable[[Any], None]], Coroutine[Any, Any, T]],
+        on_event: Callable[[Any], Any],
+    ) -> T:
         """Runs ``make(emit)``; what it emits is handed to `on_event` in the calling thread, as it comes.
 
         An exception in `on_event` cancels the work and is raised here.
@@ -90,7 +94,9 @@ class Portal:
         with self._lock if not self.forked else threading.Lock():  # the parent may have forked while it held the lock
             if self._loop is not None and not self.forked:
                 if threading.current_thread() is self._thread:
-                    raise TraceError("the synchronous client cannot be used inside its own event loop; use pb.connect_async")
+                    raise TraceError(
+                        "the synchronous client cannot be used in its own event loop; use pb.connect_async"
+                    )
                 return self._loop
             if self.forked:
                 self._lock = threading.Lock()

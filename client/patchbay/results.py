@@ -67,7 +67,7 @@ def describe(value: object) -> str:
 
 
 def map_tree(tree: object, leaf: Callable[[object, tuple[str, ...]], object], path: tuple[str, ...] = ()) -> Any:
-    """`tree` with every leaf replaced by ``leaf(value, path)``; dicts, lists, tuples and named tuples are not leaves."""
+    """`tree` with every leaf replaced by ``leaf(value, path)``; dicts, lists and tuples are not leaves."""
     if isinstance(tree, Mapping):
         return {key: map_tree(value, leaf, (*path, str(key))) for key, value in tree.items()}
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
@@ -89,13 +89,14 @@ class RunUsage(Usage):
 
     def __repr__(self) -> str:
         layers = self.layers_run + self.layers_skipped
-        lines = [
-            f"{_count(self.passes, 'pass', 'passes')} over {_count(self.tokens, 'token')};"
-            f" {self.layers_run} of {_count(layers, 'layer')} run, {self.layers_skipped} skipped;"
-            f" {self.nodes_run} of {_count(self.nodes, 'node')} run",
-            f"queued {self.queue_ms:.1f} ms, ran {self.run_ms:.1f} ms;"
-            f" sent {show_bytes(self.bytes_in)}, received {show_bytes(self.bytes_out)}",
+        work = [
+            f"{_count(self.passes, 'pass', 'passes')} over {_count(self.tokens, 'token')}",
+            f"{self.layers_run} of {_count(layers, 'layer')} run, {self.layers_skipped} skipped",
+            f"{self.nodes_run} of {_count(self.nodes, 'node')} run",
         ]
+        times = f"queued {self.queue_ms:.1f} ms, ran {self.run_ms:.1f} ms"
+        traffic = f"sent {show_bytes(self.bytes_in)}, received {show_bytes(self.bytes_out)}"
+        lines = ["; ".join(work), f"{times}; {traffic}"]
         saved = ", ".join(f"{name} {amount}" for name, amount in self.saved.items() if amount)
         if saved:
             lines.append(f"saved: {saved}")
@@ -135,5 +136,3 @@ def show_bytes(n: int) -> str:
 
 def _count(n: int, one: str, many: str = "") -> str:
     return f"{n:,} {one}" if n == 1 else f"{n:,} {many or one + 's'}"
-
-

@@ -73,7 +73,7 @@ class Tokens:
                 " choose with occurrence=0 for the first, occurrence=-1 for the last"
             )
         if occurrence is not None and not -len(starts) <= occurrence < len(starts):
-            raise TraceError(f"{substring!r} stands {len(starts)} times in {self.text!r}; there is no occurrence {occurrence}")
+            raise TraceError(f"{substring!r} stands {len(starts)} times in {self.text!r}; no occurrence {occurrence}")
         start = starts[occurrence or 0]
         end = start + len(substring)
         hits = [i for i, (a, b) in enumerate(self.offsets) if a < end and b > start]

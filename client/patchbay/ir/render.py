@@ -42,6 +42,7 @@ _INFIX: Mapping[str, str] = {
 _WRITE = {"set": "=", "add": "+=", "mul": "*="}
 _BLOCK = re.compile(r"\Ablocks\.(\d+)")
 _MAX_VALUES = 6
+_MAX_COLUMN = 60
 
 
 def render(
@@ -64,17 +65,15 @@ def render(
     shown_runs = _elide(range(runs), max_nodes)
     lines += ["  ..." if i is None else f"  run {i}: {describe_run(graph.runs[i])}" for i in shown_runs]
     left = {i: statement(graph, i) for i in _elide(range(nodes), max_nodes) if i is not None}
-    width = min(max(map(len, left.values()), default=0), 60)
+    middle = {i: show_spec(specs[i]) if specs is not None and specs[i] != () else "" for i in left}
+    first = min(max(map(len, left.values()), default=0), _MAX_COLUMN)
+    second = min(max(map(len, middle.values()), default=0), _MAX_COLUMN)
     for i in _elide(range(nodes), max_nodes):
         if i is None:
             lines.append(f"  ... ({nodes - len(left)} more nodes)")
             continue
-        line = f"  {left[i]}"
-        if specs is not None and specs[i] != ():
-            line = f"{line:<{width + 4}}{show_spec(specs[i])}"
-        if locations is not None and locations[i]:
-            line = f"{line:<{width + 30}}# {locations[i]}"
-        lines.append(line)
+        place = f"  # {locations[i]}" if locations is not None and locations[i] else ""
+        lines.append(f"  {left[i]:<{first}}  {middle[i]:<{second}}{place}".rstrip())
     lines += [f"  return {o.name} = %{o.node}" for o in graph.outputs]
     return "\n".join(lines)
 

@@ -1,7 +1,8 @@
 """The grammar of site names: one canonical spelling, and the spellings of other tools that lead to it.
 
-Canonical names are TransformerLens's without ``hook_`` (``blocks.3.attn.pattern``, ``ln_final.normalized``), or a module's
-path in the checkpoint with the side that is meant (``module:model.layers.3.mlp.down_proj.output``). Also understood:
+Canonical names are TransformerLens's without ``hook_`` (``blocks.3.attn.pattern``, ``ln_final.normalized``), or a
+module's path in the checkpoint with the side that is meant (``module:model.layers.3.mlp.down_proj.output``). Also
+understood:
 
     ``blocks.3.attn.hook_z``, ``hook_embed``       TransformerLens
     ``("resid_post", 3)``, ``("normalized", 3, "ln1")``  TransformerLens's cache keys

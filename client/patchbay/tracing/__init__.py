@@ -1,20 +1,20 @@
 """What a researcher touches: traces, runs and proxies that write an intervention graph down while ordinary Python runs.
 
-    builder.py     appends nodes, each checked and located at once; joins the user's lines to errors
-    arrays.py      numpy arrays, lists and numbers <-> constants
-    indexing.py    ``x[...]`` as data
-    proxy.py       the value that stands for one still to be computed
-    functions.py   one Python function per OpSpec: what `patchbay.ops` and the proxies' methods are made of
-    namespaces.py  ``run.blocks[3].attn.pattern``: sites as attributes
-    runs.py        one forward: its tokens, positions and sites
-    trace.py       the `with` block: collects saves, verifies, sends, hands results out
+builder.py     appends nodes, each checked and located at once; joins the user's lines to errors
+arrays.py      numpy arrays, lists and numbers <-> constants
+indexing.py    ``x[...]`` as data
+proxy.py       the value that stands for one still to be computed
+functions.py   one Python function per OpSpec: what `patchbay.ops` and the proxies' methods are made of
+namespaces.py  ``run.blocks[3].attn.pattern``: sites as attributes
+runs.py        one forward: its tokens, positions and sites
+trace.py       the `with` block: collects saves, verifies, sends, hands results out
 """
 
 from __future__ import annotations
 
-from patchbay.tracing import functions as _functions  # gives proxies their methods
+from patchbay.tracing import functions  # gives proxies their methods
 from patchbay.tracing.proxy import Proxy
 from patchbay.tracing.runs import Run
 from patchbay.tracing.trace import AsyncTrace, Trace
 
-__all__ = ["AsyncTrace", "Proxy", "Run", "Trace"]
+__all__ = ["AsyncTrace", "Proxy", "Run", "Trace", "functions"]

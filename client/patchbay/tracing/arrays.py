@@ -6,7 +6,7 @@ numpy is imported on first use: `import patchbay` must not pay for it.
 from __future__ import annotations
 
 import sys
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from patchbay.errors import DTypeError, ProtocolError
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _ML_DTYPES = frozenset({"bfloat16", "float8_e4m3fn", "float8_e5m2"})
 
 
-@lru_cache(maxsize=None)
+@cache
 def numpy_dtype(dtype: DType) -> np.dtype[Any]:
     """The numpy dtype of `dtype`; bfloat16 and the 8-bit floats come from ml_dtypes."""
     import numpy as np
@@ -28,7 +28,8 @@ def numpy_dtype(dtype: DType) -> np.dtype[Any]:
     if dtype.name in _ML_DTYPES:
         import ml_dtypes
 
-        return np.dtype(getattr(ml_dtypes, dtype.name))
+        extended: np.dtype[Any] = np.dtype(getattr(ml_dtypes, dtype.name))
+        return extended
     return np.dtype(dtype.name)
 
 
@@ -63,7 +64,7 @@ def as_array(value: object, dtype: DType | None = None) -> NDArray[Any]:
     except (TypeError, ValueError) as error:
         raise DTypeError(f"{type(value).__name__} {_short(value)} is not an array of numbers: {error}") from None
     if array.dtype.kind not in "biuf" and array.dtype.name not in _ML_DTYPES:
-        raise DTypeError(f"{type(value).__name__} {_short(value)} is not an array of real numbers (dtype {array.dtype})")
+        raise DTypeError(f"{type(value).__name__} {_short(value)} is no array of real numbers (dtype {array.dtype})")
     if dtype is None and array.dtype == np.float64 and isinstance(value, (list, tuple)):
         array = array.astype(np.float32)
     if dtype is not None:

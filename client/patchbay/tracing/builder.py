@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from patchbay.errors import CausalityError, GraphError, TraceError
 from patchbay.ir.card import ModelCard
@@ -20,7 +20,7 @@ from patchbay.ir.render import expression, render, show_index, show_spec, site_p
 from patchbay.ir.verify import infer_node
 
 if TYPE_CHECKING:
-    from types import CodeType
+    from types import CodeType, FrameType
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _NO_ATTRS: Mapping[str, Attr] = {}
@@ -28,21 +28,24 @@ _MAX_DEPTH = 3
 
 _Error = TypeVar("_Error", bound=GraphError)
 #: Where a node was made: code object and line, made into text only when somebody asks.
-Place = "tuple[CodeType, int] | None"
+Place: TypeAlias = "tuple[CodeType, int] | None"
 
 
 class TracedGraph(Graph):
     """A graph that knows its values' shapes and the user's lines, and prints as readable text."""
 
     specs: tuple[ValueSpec, ...]
-    locations: tuple[str | None, ...]
+    places: tuple[Place, ...]
 
-    def __init__(
-        self, graph: Graph, specs: Sequence[ValueSpec] = (), locations: Sequence[str | None] = ()
-    ) -> None:
+    def __init__(self, graph: Graph, specs: Sequence[ValueSpec], places: Sequence[Place]) -> None:
         super().__init__(graph.runs, graph.nodes, graph.outputs)
         object.__setattr__(self, "specs", tuple(specs))
-        object.__setattr__(self, "locations", tuple(locations))
+        object.__setattr__(self, "places", tuple(places))
+
+    @cached_property
+    def locations(self) -> tuple[str | None, ...]:
+        """``file:line`` of the user's code that made each node."""
+        return tuple(map(show_place, self.places))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Graph):
@@ -52,7 +55,7 @@ class TracedGraph(Graph):
     __hash__ = Graph.__hash__
 
     def __str__(self) -> str:
-        return render(self, specs=self.specs or None, locations=self.locations or None)
+        return render(self, specs=self.specs, locations=self.locations)
 
     __repr__ = __str__
 
@@ -72,7 +75,7 @@ class GraphBuilder:
         self.nodes: list[Node] = []
         self.specs: list[ValueSpec] = []
         self.closed: str | None = None
-        self._places: list[tuple[CodeType, int] | None] = []
+        self._places: list[Place] = []
         self._constants: dict[object, int] = {}
         self._last_write: dict[tuple[int, str], int] = {}
         self._draft = Graph()
@@ -86,7 +89,9 @@ class GraphBuilder:
         self._draft = Graph(runs=tuple(self.runs))
         return len(self.runs) - 1
 
-    def add(self, op: str, args: tuple[int, ...] = (), attrs: Mapping[str, Attr] = _NO_ATTRS, run: int | None = None) -> int:
+    def add(
+        self, op: str, args: tuple[int, ...] = (), attrs: Mapping[str, Attr] = _NO_ATTRS, run: int | None = None
+    ) -> int:
         """Appends a node; returns its position.
 
         Raises:
@@ -98,6 +103,7 @@ class GraphBuilder:
         try:
             spec = infer_node(self._draft, self.card, node, self.specs)
         except GraphError as error:
+            error.location = show_place(_users_place())
             raise self._explain(error, args) from None
         nodes = self.nodes
         position = len(nodes)
@@ -145,13 +151,18 @@ class GraphBuilder:
         Writes always stay, so that a mistake in one is found even where nothing reads past it.
         """
         keep = self._needed(outputs) if prune else list(range(len(self.nodes)))
+        runs = tuple(self.runs)
+        if len(keep) == len(self.nodes):
+            return TracedGraph(Graph(runs, tuple(self.nodes), tuple(outputs)), self.specs, self._places)
         where = dict(zip(keep, range(len(keep)), strict=True))
         nodes: list[Node] = []
         for i in keep:
             node = self.nodes[i]
-            nodes.append(replace(node, args=tuple(where[a] for a in node.args)) if node.args else node)
-        graph = Graph(tuple(self.runs), tuple(nodes), tuple(Output(o.name, where[o.node]) for o in outputs))
-        return TracedGraph(graph, [self.specs[i] for i in keep], [self.location(i) for i in keep])
+            if node.args:
+                node = Node(node.op, tuple(where[a] for a in node.args), node.attrs, node.run)
+            nodes.append(node)
+        graph = Graph(runs, tuple(nodes), tuple(Output(o.name, where[o.node]) for o in outputs))
+        return TracedGraph(graph, [self.specs[i] for i in keep], [self._places[i] for i in keep])
 
     def _needed(self, outputs: Sequence[Output]) -> list[int]:
         needed = bytearray(len(self.nodes))
@@ -169,11 +180,7 @@ class GraphBuilder:
 
     def location(self, node: int) -> str | None:
         """``file:line`` of the user's code that made `node`."""
-        place = self._places[node]
-        if place is None:
-            return None
-        name = place[0].co_filename
-        return f"{name if name.startswith('<') else _relative(name)}:{place[1]}"
+        return show_place(self._places[node])
 
     def describe(self, node: int, depth: int = _MAX_DEPTH) -> str:
         """What made `node`, such as ``blocks.2.resid_post[:, -1] of run 'The capital of France is'``."""
@@ -250,6 +257,23 @@ def _what(graph: Graph, i: int) -> str:
     return node.op
 
 
+def _users_place() -> Place:
+    """Where the user's code is that called into the package."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame = frame.f_back
+    return None if frame is None else (frame.f_code, frame.f_lineno)
+
+
+def show_place(place: Place) -> str | None:
+    """A place as ``file:line``."""
+    if place is None:
+        return None
+    name = place[0].co_filename
+    return f"{name if name.startswith('<') else _relative(name)}:{place[1]}"
+
+
+@lru_cache(maxsize=1024)
 def _relative(path: str) -> str:
     """`path` from the working directory where that is shorter: what an editor's terminal makes clickable."""
     try:

@@ -9,7 +9,7 @@ import inspect
 import operator
 from collections import namedtuple
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from patchbay.errors import DTypeError, GraphError, TraceError
@@ -34,7 +34,7 @@ _NOT_METHODS = frozenset({"where", "embedding", "einsum"})
 _SHAPE_KINDS = frozenset({"shape", "ints", "axes"})
 
 
-@lru_cache(maxsize=None)
+@cache
 def functions() -> Mapping[str, Callable[..., Any]]:
     """Every pure operation as a function over proxies, by name."""
     made = {
@@ -45,7 +45,7 @@ def functions() -> Mapping[str, Callable[..., Any]]:
     return {**made, "set_index": set_index, "tensordot": tensordot}
 
 
-@lru_cache(maxsize=None)
+@cache
 def methods() -> Mapping[str, Callable[..., Any]]:
     """The operations that are methods of proxies too: those that act on their first argument."""
     return {
@@ -58,14 +58,14 @@ def methods() -> Mapping[str, Callable[..., Any]]:
     }
 
 
-@lru_cache(maxsize=None)
+@cache
 def parts_type(spec: OpSpec) -> Callable[..., Any]:
     """The named tuple that an operation with several results returns."""
-    return namedtuple(spec.name, spec.results)  # type: ignore[misc]  # noqa: PYI024 (fields are data)
+    return namedtuple(spec.name, spec.results)  # type: ignore[misc]
 
 
 def apply(spec: OpSpec, tensors: Sequence[object], attrs: Mapping[str, Attr]) -> Any:
-    """Appends the operation to the trace of the first proxy among `tensors`; operations of no tensor wait for a trace."""
+    """Appends the operation to the trace of the first proxy among `tensors`; without parameters it waits for one."""
     if not spec.params:
         return Created(spec, attrs)
     trace = _trace_of(spec, tensors)
@@ -122,7 +122,10 @@ def as_dtype(value: object) -> DType:
         return value
     if value is float:
         return DTYPES["float32"]
-    names = [value] if isinstance(value, str) else [getattr(value, "name", None), getattr(value, "__name__", None), str(value)]
+    if isinstance(value, str):
+        names: list[object] = [value]
+    else:
+        names = [getattr(value, "name", None), getattr(value, "__name__", None), str(value)]
     for name in names:
         if isinstance(name, str) and (found := DTYPES.get({"int": "int64"}.get(name, name.removeprefix("torch.")))):
             return found
@@ -218,7 +221,7 @@ def document(spec: OpSpec) -> str:
 
 
 def set_index(x: Proxy, index: object, value: object, mode: str = "set") -> Proxy:
-    """A copy of x in which x[index] is replaced by value (mode "set"), or has it added ("add") or multiplied in ("mul").
+    """A copy of x in which x[index] is replaced by value (mode "set"), or has it added ("add") or multiplied ("mul").
 
     Positions named twice are written once, as in numpy.
     """
@@ -229,7 +232,7 @@ def set_index(x: Proxy, index: object, value: object, mode: str = "set") -> Prox
 
 
 def tensordot(x1: object, x2: object, axes: int | tuple[Sequence[int], Sequence[int]] = 2) -> Proxy:
-    """Sums of products over axes: the last of x1 with the first of x2, or the pairs in a tuple (axes of x1, axes of x2)."""
+    """Sums of products over axes: the last of x1 with the first of x2, or a tuple (axes of x1, axes of x2)."""
     spec = OPS["tensordot"]
     if isinstance(axes, int):
         attrs: dict[str, Attr] = {"axes": axes}
@@ -244,7 +247,9 @@ for _function in (set_index, tensordot):
     _function.__module__ = "patchbay.ops"
 
 
-def _bind(shown: inspect.Signature, spec: OpSpec, args: Sequence[object], kwargs: Mapping[str, object]) -> dict[str, Any]:
+def _bind(
+    shown: inspect.Signature, spec: OpSpec, args: Sequence[object], kwargs: Mapping[str, object]
+) -> dict[str, Any]:
     try:
         return shown.bind(*args, **kwargs).arguments
     except TypeError as error:
@@ -266,7 +271,7 @@ def _trace_of(spec: OpSpec, tensors: Sequence[object]) -> BaseTrace:
     for t in tensors:
         if isinstance(t, Proxy):
             return t._trace
-    raise TraceError(f"pb.ops.{spec.name} works on values of a trace; none of its arguments is one (use numpy for arrays)")
+    raise TraceError(f"pb.ops.{spec.name} works on values of a trace; none of its arguments is one (arrays: numpy)")
 
 
 def install() -> None:

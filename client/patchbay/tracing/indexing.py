@@ -1,4 +1,4 @@
-"""``x[...]`` as index items and integer-array arguments (see `patchbay.ir.indexing`); constant indices are range-checked."""
+"""``x[...]`` as data (see `patchbay.ir.indexing`); constant indices are range-checked at once."""
 
 from __future__ import annotations
 

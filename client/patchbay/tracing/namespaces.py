@@ -201,5 +201,3 @@ class Callable:
 def read_site(trace: BaseTrace, run_index: int, site: str) -> Proxy:
     """The value at a canonical site, as the program has it at this point."""
     return Proxy(trace, trace.builder.add("site.read", (), {"site": site}, run_index))
-
-

@@ -47,7 +47,7 @@ class _Update(NamedTuple):
 
 
 class Proxy:
-    """A value of a trace. Operators, numpy's indexing and the functions of `patchbay.ops` as methods build further ones."""
+    """A value of a trace. Operators, numpy's indexing and the functions of `patchbay.ops` as methods build others."""
 
     __slots__ = ("__weakref__", "_node", "_trace", "_update")
 
@@ -89,12 +89,12 @@ class Proxy:
         return self._spec.size
 
     @property
-    def T(self) -> Proxy:  # noqa: N802 (numpy's name)
+    def T(self) -> Proxy:
         """The axes in reverse order."""
         return self._transposed(tuple(reversed(range(self.ndim))))
 
     @property
-    def mT(self) -> Proxy:  # noqa: N802 (the array API's name)
+    def mT(self) -> Proxy:
         """The last two axes swapped."""
         if self.ndim < 2:
             raise GraphError(f"mT swaps the last two axes; {self._trace.builder.describe(self._node)} has {self.ndim}")
@@ -152,8 +152,8 @@ class Proxy:
         node = builder.nodes[self._node]
         if node.op != "site.read":
             raise TraceError(
-                f"values do not change: cannot assign into {builder.describe(self._node)}. Assign at a site, with one index"
-                " (run.blocks[2].resid_post[0, -1] = v), or build a new value with pb.ops.where"
+                f"values do not change: cannot assign into {builder.describe(self._node)}. Assign at a site, with one"
+                " index (run.blocks[2].resid_post[0, -1] = v), or build a new value with pb.ops.where"
             )
         assert node.run is not None
         items, arrays = self._parse(index)
@@ -187,8 +187,8 @@ class Proxy:
 
     def _needs_value(self, what: str) -> ProxyBoolError:
         return ProxyBoolError(
-            f"{what} needs the value of {self._trace.builder.describe(self._node)}, which is known only after the trace has"
-            " run: use pb.ops.where (or &, |, ~) inside the trace, or save it and use .value afterwards"
+            f"{what} needs the value of {self._trace.builder.describe(self._node)}, which is known only after the trace"
+            " has run: use pb.ops.where (or &, |, ~) inside the trace, or save it and use .value afterwards"
         )
 
     def __bool__(self) -> bool:
@@ -306,9 +306,13 @@ class Proxy:
         return self._binary("bitwise_right_shift", other, True)
 
     def __eq__(self, other: object) -> Proxy:  # type: ignore[override]
+        if other is None or isinstance(other, str):
+            return NotImplemented
         return self._binary("equal", other)
 
     def __ne__(self, other: object) -> Proxy:  # type: ignore[override]
+        if other is None or isinstance(other, str):
+            return NotImplemented
         return self._binary("not_equal", other)
 
     def __lt__(self, other: object) -> Proxy:
@@ -340,8 +344,15 @@ class Proxy:
     # nothing has to be read and sent round. On a plain variable it makes a new value, as for any immutable object.
 
     def _augmented(self, op: str, other: object, mode: str, operand: object) -> Proxy:
+        trace = self._trace
+        place = _place_of(trace, self._node)
+        if place is not None and not isinstance(operand, (bool, int, float, Proxy, Created)):
+            changed = _lift_for_site(trace, place[1], operand)
+            other = Proxy(trace, changed if other is operand else _lift_for_site(trace, place[1], other))
+        else:
+            changed = lift(trace, operand)
         result = self._binary(op, other)
-        result._update = _Update(self._node, mode, lift(self._trace, operand))
+        result._update = _Update(self._node, mode, changed)
         return result
 
     def __iadd__(self, other: object) -> Proxy:
@@ -353,12 +364,13 @@ class Proxy:
     def __isub__(self, other: object) -> Proxy:
         if isinstance(other, (int, float)):
             return self._augmented("subtract", other, "add", -other)
-        node = lift(self._trace, other)
-        spec = self._trace.builder.specs[node]
-        if not isinstance(spec, TensorSpec) or spec.dtype.kind not in ("int", "float"):
+        if isinstance(other, Created):
             return self._binary("subtract", other)
-        operand = Proxy(self._trace, node)
-        return self._augmented("subtract", operand, "add", -operand)
+        if not isinstance(other, Proxy):
+            other = as_array(other)
+        if (other.dtype.kind if isinstance(other, Proxy) else "int") not in ("int", "float"):
+            return self._binary("subtract", other)
+        return self._augmented("subtract", other, "add", -other)
 
     def __itruediv__(self, other: object) -> Proxy:
         if isinstance(other, (int, float)) and not isinstance(other, bool) and abs(other) in _EXACT_DIVISORS:
@@ -470,7 +482,7 @@ def _place_of(trace: BaseTrace, node: int) -> tuple[int | None, str, tuple[Index
 
 
 def _lift_for_site(trace: BaseTrace, site: str, value: object) -> int:
-    """An array written at a site: whole numbers and masks take the site's dtype, doubles are not sent where it is narrower."""
+    """An array written at a site: integers and masks take the site's dtype, doubles are narrowed to it."""
     array = as_array(value)
     held = trace.builder.card.site(site).dtype
     if held.is_floating and (array.dtype.kind in "biu" or (array.dtype.itemsize == 8 and held.itemsize < 8)):
@@ -481,5 +493,5 @@ def _lift_for_site(trace: BaseTrace, site: str, value: object) -> int:
 def not_saved(proxy: Proxy) -> ValueNotReadyError:
     """The error for a value that its trace did not ask for."""
     return ValueNotReadyError(
-        f"{proxy._trace.builder.describe(proxy._node)} was not saved: call .save() on it inside the trace, or t.save(name=...)"
+        f"{proxy._trace.builder.describe(proxy._node)} was not saved: call .save() on it inside the trace"
     )

@@ -18,15 +18,13 @@ from patchbay.ir.price import price
 from patchbay.ir.verify import verify
 from patchbay.results import Price, Results, RunUsage, map_tree
 from patchbay.tokens import Tokens, label_of
-from patchbay.tracing.arrays import to_array
+from patchbay.tracing.arrays import as_array, to_array, to_data
 from patchbay.tracing.builder import GraphBuilder, TracedGraph
 from patchbay.tracing.namespaces import Callable as ModelCallable
-from patchbay.tracing.proxy import Proxy, lift, not_saved
+from patchbay.tracing.proxy import Created, Proxy, lift, not_saved
 from patchbay.tracing.runs import Run
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from numpy.typing import NDArray
 
     from patchbay.model import AsyncModel, Model, ModelCore, Outcome
@@ -96,7 +94,10 @@ class BaseTrace:
 
     def constant(self, value: object) -> Proxy:
         """A proxy for an array, list or number, for when an operation has no other proxy to begin from."""
-        return Proxy(self, lift(self, value))
+        if isinstance(value, (Proxy, Created)):
+            return Proxy(self, lift(self, value))
+        array = as_array([value])[0:1].reshape(()) if isinstance(value, (bool, int, float)) else as_array(value)
+        return Proxy(self, self.builder.constant(to_data(array)))
 
     def save(self, **trees: Any) -> None:
         """Asks for values by name.
@@ -117,6 +118,8 @@ class BaseTrace:
             raise TraceError(f"a value was already saved as {name!r}; choose another name")
 
         def want(leaf: object, path: tuple[str, ...]) -> object:
+            if isinstance(leaf, Created):
+                leaf = self.constant(leaf)
             if isinstance(leaf, Proxy):
                 self._want(lift(self, leaf), ".".join((name, *path)))
             return leaf
@@ -292,7 +295,8 @@ class BaseTrace:
     def __repr__(self) -> str:
         shown = {"open": "not run yet", "done": "has run", "failed": "failed", "abandoned": "abandoned"}[self._state]
         saved = ", ".join(self._trees) or "nothing"
-        return f"<trace of {self.builder.card.name!r}, {shown}: {len(self.runs)} runs, {len(self.builder.nodes)} nodes; saves {saved}>"
+        size = f"{len(self.runs)} runs, {len(self.builder.nodes)} nodes"
+        return f"<trace of {self.builder.card.name!r}, {shown}: {size}; saves {saved}>"
 
 
 class SyncTrace(BaseTrace):
@@ -366,7 +370,7 @@ class Trace(SyncTrace):
     def __enter__(self) -> Trace:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._leave(failed=kind is not None)
 
 
@@ -376,7 +380,7 @@ class RunTrace(SyncTrace):
     def __enter__(self) -> Run:
         return self.runs[0] if self.runs else self.run(self._first)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._leave(failed=kind is not None)
 
 
@@ -428,7 +432,7 @@ class AsyncTrace(AsyncBase):
     async def __aenter__(self) -> AsyncTrace:
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(self, kind: object, error: object, trace: object) -> None:
         await self._leave(failed=kind is not None)
 
 
@@ -438,5 +442,5 @@ class AsyncRunTrace(AsyncBase):
     async def __aenter__(self) -> Run:
         return self.runs[0] if self.runs else await self.run(self._first)
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(self, kind: object, error: object, trace: object) -> None:
         await self._leave(failed=kind is not None)
