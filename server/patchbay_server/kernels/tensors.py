@@ -64,7 +64,9 @@ def to_data(tensor: torch.Tensor) -> TensorData:
     dtype = from_torch_dtype(host.dtype)
     if host.numel() == 0:
         return TensorData(dtype, tuple(host.shape), memoryview(b""))
-    return TensorData(dtype, tuple(host.shape), memoryview(host.reshape(-1).view(torch.uint8).numpy()).toreadonly())
+    # as_strided, not reshape: a single element may keep any stride, and then has no view as bytes.
+    flat = host.as_strided((host.numel(),), (1,))
+    return TensorData(dtype, tuple(host.shape), memoryview(flat.view(torch.uint8).numpy()).toreadonly())
 
 
 def number_fits(value: bool | int | float, dtype: DType) -> bool:
