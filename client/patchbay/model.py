@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,6 +49,7 @@ class ModelCore:
         self.card = card
         self._connection = connection
         self._texts: OrderedDict[tuple[str, bool], Tokens] = OrderedDict()
+        self._strings: dict[int, str] = {}  # at most the vocabulary
 
     @cached_property
     def site_tree(self) -> SiteTree:
@@ -89,6 +91,17 @@ class ModelCore:
             pieces = ", ".join(map(repr, tokens.strings)) or "none"
             raise TraceError(f"{text!r} is {len(ids)} tokens ({pieces}), not one; try it with a leading space")
         return ids[0]
+
+    async def token_strings(self, ids: Sequence[int]) -> list[str]:
+        """The text of each token id; ids asked for before cost nothing."""
+        new = sorted({i for i in ids if i not in self._strings})
+        if new:
+            transport = await self._connection.transport()
+            row = await transport.token_strings(self.card.name, new)
+            if row.ids != tuple(new):
+                raise ProtocolError("the server named other token ids than it was asked for")
+            self._strings.update(zip(row.ids, row.strings, strict=True))
+        return [self._strings[i] for i in ids]
 
     async def rows_of(self, inputs: Input) -> tuple[list[Tokens], bool]:
         """`inputs` as rows of tokens, and whether they were one row that was not in a list."""
@@ -243,6 +256,14 @@ class Model(BaseModel):
         rows = self.wait(self.core.tokenize(texts, add_special_tokens=add_special_tokens))
         return rows[0] if isinstance(text, str) else rows
 
+    def token_strings(self, ids: Iterable[int]) -> list[str]:
+        """The text of each token id, as the tokenizer shows it; takes integer arrays too.
+
+        Raises:
+            RequestRangeError: an id outside the vocabulary.
+        """
+        return self.wait(self.core.token_strings([operator.index(i) for i in ids]))
+
     def to_single_token(self, text: str) -> int:
         """The id of a text that is exactly one token, special tokens aside.
 
@@ -314,6 +335,10 @@ class AsyncModel(BaseModel):
         texts = [text] if isinstance(text, str) else list(text)
         rows = await self.core.tokenize(texts, add_special_tokens=add_special_tokens)
         return rows[0] if isinstance(text, str) else rows
+
+    async def token_strings(self, ids: Iterable[int]) -> list[str]:
+        """The text of each token id, as the tokenizer shows it; see `Model.token_strings`."""
+        return await self.core.token_strings([operator.index(i) for i in ids])
 
     async def to_single_token(self, text: str) -> int:
         """The id of a text that is exactly one token; see `Model.to_single_token`."""

@@ -102,6 +102,11 @@ class FakeModel:
         """Words between white space; a word's id depends on its letters only and is never `BOS`."""
         return tuple(_tokenize(text, add_special_tokens) for text in texts)
 
+    def token_strings(self, ids: Sequence[int]) -> TokenizedRow:
+        """Every id has a name of its own; words cannot be told from their ids."""
+        strings = tuple("<bos>" if i == BOS else f"word{i}" for i in ids)
+        return TokenizedRow(tuple(ids), strings, ((0, 0),) * len(strings), tuple(i == BOS for i in ids))
+
     def execute(self, graph: Graph, options: ExecuteOptions) -> Iterator[Event]:
         """The events of running `graph`.
 
@@ -162,6 +167,9 @@ class FakeTransport(Transport):
         self, model: str, texts: Sequence[str], *, add_special_tokens: bool = True
     ) -> tuple[TokenizedRow, ...]:
         return self._model(model).tokenize(texts, add_special_tokens)
+
+    async def token_strings(self, model: str, ids: Sequence[int]) -> TokenizedRow:
+        return self._model(model).token_strings(ids)
 
     async def execute(
         self, model: str, graph: Graph, options: ExecuteOptions, *, timeout_s: float | None = None

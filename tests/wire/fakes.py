@@ -31,6 +31,9 @@ class FakeBackend:
     async def tokenize(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> tuple[TokenizedRow, ...]:
         return self.model.tokenize(texts, add_special_tokens)
 
+    async def token_strings(self, ids: Sequence[int]) -> TokenizedRow:
+        return self.model.token_strings(ids)
+
     async def execute(
         self, graph: Graph, options: ExecuteOptions, *, account: str, bytes_in: int = 0
     ) -> AsyncIterator[Event]:

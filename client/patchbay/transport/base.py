@@ -43,6 +43,14 @@ class Transport(abc.ABC):
         """Tokenize texts with the tokenizer of `model`; one row per text, in order."""
 
     @abc.abstractmethod
+    async def token_strings(self, model: str, ids: Sequence[int]) -> TokenizedRow:
+        """The text of each token id, as the tokenizer of `model` shows it; offsets are all (0, 0).
+
+        Raises:
+            RequestRangeError: an id outside the vocabulary.
+        """
+
+    @abc.abstractmethod
     def execute(
         self, model: str, graph: Graph, options: ExecuteOptions, *, timeout_s: float | None = None
     ) -> AsyncIterator[Event]:

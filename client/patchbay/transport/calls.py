@@ -47,6 +47,10 @@ def tokenize_request(model: str, texts: Sequence[str], add_special_tokens: bool)
         raise ProtocolError("a text holds lone surrogates, which UTF-8 cannot carry", field="texts") from None
 
 
+def token_strings_request(model: str, ids: Sequence[int]) -> service_pb2.TokenizeRequest:
+    return service_pb2.TokenizeRequest(model=encode_model(model), ids=ids)
+
+
 def read_rows(response: service_pb2.TokenizeResponse, expected: int) -> tuple[TokenizedRow, ...]:
     """
     Raises:

@@ -106,6 +106,11 @@ class LocalTransport(Transport):
         request = calls.tokenize_request(model, texts, add_special_tokens)
         return calls.read_rows(await self._call(self._servicer.Tokenize, request), len(texts))
 
+    async def token_strings(self, model: str, ids: Sequence[int]) -> TokenizedRow:
+        request = calls.token_strings_request(model, ids)
+        (row,) = calls.read_rows(await self._call(self._servicer.Tokenize, request), 1)
+        return row
+
     async def execute(
         self, model: str, graph: Graph, options: ExecuteOptions, *, timeout_s: float | None = None
     ) -> AsyncIterator[Event]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from patchbay.errors import InvalidRequestError
+from patchbay.errors import InvalidRequestError, RequestRangeError
 from patchbay.ir.card import ModelCard
 from patchbay.ir.events import ModelSummary, TokenizedRow
 from patchbay.ir.limits import Limits
@@ -60,9 +60,32 @@ class HostedModel:
             InvalidRequestError: the model has no tokenizer.
         """
         if self.tokenizer is None:
-            raise InvalidRequestError(f"{self.card.name!r} is hosted without a tokenizer: give token ids instead of text")
+            raise InvalidRequestError(
+                f"{self.card.name!r} is hosted without a tokenizer: give token ids instead of text"
+            )
         with self._tokenizer_lock:  # the fast tokenizers' padding state is not safe to share between threads
             return tuple(self._tokenize_one(text, add_special_tokens) for text in texts)
+
+    def token_strings(self, ids: Sequence[int]) -> TokenizedRow:
+        """The text of each token id; offsets are all (0, 0).
+
+        Raises:
+            InvalidRequestError: the model has no tokenizer.
+            RequestRangeError: an id outside the vocabulary.
+        """
+        if self.tokenizer is None:
+            raise InvalidRequestError(f"{self.card.name!r} is hosted without a tokenizer: its ids have no text")
+        for i in ids:
+            if not 0 <= i < self.card.d_vocab:
+                raise RequestRangeError(
+                    f"token id {i} is outside the vocabulary of {self.card.name!r}: 0 to {self.card.d_vocab - 1}"
+                )
+        special = frozenset(self.tokenizer.all_special_ids)
+        with self._tokenizer_lock:
+            known = {i: self.tokenizer.decode([i]) for i in set(ids)}
+        return TokenizedRow(
+            tuple(ids), tuple(known[i] for i in ids), ((0, 0),) * len(ids), tuple(i in special for i in ids)
+        )
 
     def _tokenize_one(self, text: str, add_special_tokens: bool) -> TokenizedRow:
         fast = bool(getattr(self.tokenizer, "is_fast", False))

@@ -28,6 +28,9 @@ class Backend(Protocol):
     async def tokenize(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> tuple[TokenizedRow, ...]:
         """Tokenize texts with the model's own tokenizer; one row per text, in order."""
 
+    async def token_strings(self, ids: Sequence[int]) -> TokenizedRow:
+        """The text of each token id, as the model's tokenizer shows it."""
+
     def execute(
         self, graph: Graph, options: ExecuteOptions, *, account: str, bytes_in: int = 0
     ) -> AsyncIterator[Event]:
@@ -90,3 +93,6 @@ class Hosted(Protocol):
 
     def tokenize(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> tuple[TokenizedRow, ...]:
         """Tokenize texts; blocks."""
+
+    def token_strings(self, ids: Sequence[int]) -> TokenizedRow:
+        """The text of each token id; blocks."""

@@ -12,6 +12,8 @@ from patchbay.ir.limits import Limits
 MAX_TEXTS = 4_096
 #: Characters of all texts of one Tokenize call.
 MAX_TEXT_CHARS = 4 * 2**20
+#: Token ids of one Tokenize call.
+MAX_IDS = 65_536
 #: Models on one page, at most and unless the client says otherwise.
 MAX_PAGE_SIZE = 1_000
 DEFAULT_PAGE_SIZE = 100
@@ -73,3 +75,18 @@ def check_texts(texts: list[str]) -> None:
                 requested=requested,
                 field="texts",
             )
+
+
+def check_ids(count: int) -> None:
+    """
+    Raises:
+        LimitExceededError: more token ids than one Tokenize call may hold.
+    """
+    if count > MAX_IDS:
+        raise LimitExceededError(
+            f"{count} token ids in one Tokenize call; at most {MAX_IDS} are allowed (limit max_ids): send parts",
+            limit="max_ids",
+            allowed=MAX_IDS,
+            requested=count,
+            field="ids",
+        )

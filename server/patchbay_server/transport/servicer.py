@@ -45,6 +45,7 @@ from patchbay_server.transport.limits import (
     MAX_PAGE_SIZE,
     FixedLimits,
     RequestLimits,
+    check_ids,
     check_request_size,
     check_texts,
 )
@@ -192,7 +193,10 @@ class Servicer:
         backend = self._catalog.get(decode_model(request.model, "model"))
         texts = list(request.texts)
         check_texts(texts)
-        rows = await backend.tokenize(texts, add_special_tokens=not request.omit_special_tokens)
+        rows = list(await backend.tokenize(texts, add_special_tokens=not request.omit_special_tokens)) if texts else []
+        if request.ids:
+            check_ids(len(request.ids))
+            rows.append(await backend.token_strings(list(request.ids)))
         return service_pb2.TokenizeResponse(texts=[encode_row(row) for row in rows])
 
 
