@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from patchbay_server.config import Config
-from patchbay_server.serving import ray as serving
+from patchbay_server.serving.environment import RAY_ENVIRONMENT
 
 CHART = Path(__file__).resolve().parent.parent / "helm" / "patchbay"
 
@@ -203,8 +203,8 @@ def values_schema() -> Schema:
 
 def files() -> dict[Path, str]:
     """Every generated file's path and what it should hold."""
-    head = "# Written by deploy/generate_chart.py from patchbay_server.serving.ray; do not edit.\n"
-    environment = yaml.safe_dump(dict(serving.RAY_ENVIRONMENT), sort_keys=True)
+    head = "# Written by deploy/generate_chart.py from patchbay_server.serving.environment; do not edit.\n"
+    environment = yaml.safe_dump(dict(RAY_ENVIRONMENT), sort_keys=True)
     return {
         CHART / "values.schema.json": json.dumps(values_schema(), indent=2) + "\n",
         CHART / "files" / "ray-environment.yaml": head + environment,

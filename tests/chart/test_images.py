@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import yaml
 
+from patchbay_server.serving.environment import RAY_ENVIRONMENT
 from tests.chart import charts
 
 DOCKERFILE = charts.ROOT / "deploy" / "Dockerfile"
@@ -73,7 +74,7 @@ def test_ray_variables_have_one_source() -> None:
     stated: dict[str, str] = {}
     for arguments in of_stage("server", "ENV"):
         stated |= dict(pair.split("=", 1) for pair in arguments.split())
-    wanted = dict(charts.import_quietly("patchbay_server.serving.ray").RAY_ENVIRONMENT)
+    wanted = dict(RAY_ENVIRONMENT)
     assert {name: value for name, value in stated.items() if name in wanted} == wanted
     assert yaml.safe_load((charts.CHART / "files" / "ray-environment.yaml").read_text(encoding="utf-8")) == wanted
 

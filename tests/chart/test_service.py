@@ -87,7 +87,6 @@ def test_serve_accepts_the_config(release: Release) -> None:
     """Ray Serve's own schema takes what KubeRay will hand it."""
     parsed = schema.ServeDeploySchema.model_validate(release.serve_config)
     assert parsed.applications[0].name == "control"
-    assert parsed.grpc_options.grpc_servicer_functions
 
 
 def test_serve_config_has_no_unknown_keys(release: Release) -> None:
@@ -98,6 +97,38 @@ def test_serve_config_has_no_unknown_keys(release: Release) -> None:
     assert config["http_options"].keys() <= schema.HTTPOptionsSchema.model_fields.keys()
     for application in config["applications"]:
         assert application.keys() <= schema.ServeApplicationSchema.model_fields.keys()
+
+
+def test_ingress_is_set_up_as_on_one_machine(release: Release) -> None:
+    """gRPC registration, reflection and log settings are those with which `patchbay serve` starts Ray Serve."""
+    serving = charts.import_quietly("patchbay_server.serving.ray")
+    options = release.serve_config["grpc_options"]
+    assert options["grpc_servicer_functions"] == list(serving.SERVICER_FUNCTIONS)
+    assert options["enable_reflection"] is True
+    assert release.serve_config["applications"][0]["name"] == serving.CONTROL
+    assert release.serve_config["logging_config"] == {"log_level": "INFO", "enable_access_log": False}
+
+
+def test_applications_are_built_as_on_one_machine(release: Release, tmp_path: Path) -> None:
+    """Each application's builder makes of the file the deployment that `patchbay serve` makes of it."""
+    serving = charts.import_quietly("patchbay_server.serving.ray")
+    control = charts.import_quietly("patchbay_server.serving.control")
+    config = config_of(release, tmp_path)
+    wanted = {m.name: serving.model_application(config, m) for m in config.models}
+    wanted[serving.CONTROL] = control.control_application(config)
+    built = {}
+    for application in release.serve_config["applications"]:
+        module, _, name = application["import_path"].partition(":")
+        assert application["route_prefix"] == f"/{application['name']}"
+        arguments = {**application["args"], "config": str(tmp_path / "patchbay.yaml")}
+        built[application["name"]] = getattr(charts.import_quietly(module), name)(arguments)
+    assert built.keys() == wanted.keys()
+    for name, application in built.items():
+        mine, theirs = application._bound_deployment, wanted[name]._bound_deployment
+        assert mine.func_or_class is theirs.func_or_class
+        assert mine.init_args == theirs.init_args
+        assert mine._deployment_config == theirs._deployment_config
+        assert mine.ray_actor_options == theirs.ray_actor_options
 
 
 def test_every_import_path_exists(release: Release) -> None:

@@ -43,6 +43,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("a digest that is none", {"image": {"digest": "latest"}}, "digest"),
     # What the schema cannot see.
     ("more GPUs than the workers have", {"config": {"models": [{**MODEL, "num_gpus": 1}]}}, "would wait for ever"),
+    ("more CPUs than the workers have", {"config": {"models": [{**MODEL, "num_cpus": 3}]}}, "CPUs in all"),
     ("keys where nothing is mounted", {"config": {"keys": {"file": "/tmp/keys.json"}}}, "config.keys.file"),
     ("keys written by pods", {"config": {"keys": {"write_local": True}}}, "write_local"),
     ("an Ingress without TLS", {"ingress": {"enabled": True, "host": "a.example.org"}}, "TLS"),
@@ -64,7 +65,7 @@ def test_gpus_of_all_groups_count(tmp_path: Path) -> None:
     """The GPU check adds up replicas of models and pods of groups, fractions included."""
     gpu = {"requests": SMALL, "limits": {**SMALL, "nvidia.com/gpu": 1}}
     workers = [{**WORKER, "name": "a", "replicas": 2, "resources": gpu}, WORKER]
-    fits = {"config": {"models": [{**MODEL, "num_gpus": 0.5, "replicas": 4}]}, "workers": workers}
+    fits = {"config": {"models": [{**MODEL, "num_cpus": 0.5, "num_gpus": 0.5, "replicas": 4}]}, "workers": workers}
     assert charts.render(values=fits, tmp=tmp_path).templates.keys() == {"head", "a", "w"}
     fits["config"]["models"][0]["replicas"] = 5  # type: ignore[call-overload, index]
     with pytest.raises(charts.HelmError, match=r"reserve 2\.5 GPUs"):

@@ -70,13 +70,22 @@ http_options:
 grpc_options:
   port: {{ .Values.config.port | default 9000 | int }}
   grpc_servicer_functions:
-    - patchbay.v1.service_pb2_grpc.add_PatchbayServiceServicer_to_server
+    - patchbay_server.transport.registration.add_servicer_to_server
+    - grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server
+  enable_reflection: true
+logging_config:
+  log_level: {{ .Values.config.log_level | default "info" | upper }}
+  enable_access_log: false
 applications:
   - name: control
     route_prefix: /control
     import_path: patchbay_server.serving.control:build_app
     args:
       config: {{ include "patchbay.configPath" . }}
+    # It reserves nothing here, so that it fits on the head, which has no CPUs to give to models.
+    deployments:
+      - name: control
+        ray_actor_options: {num_cpus: 0}
   {{- range .Values.config.models }}
   - name: {{ .name | quote }}
     route_prefix: {{ printf "/%s" .name | quote }}
@@ -87,6 +96,16 @@ applications:
   {{- end }}
 {{- end -}}
 
+{{/* How many CPUs Ray counts in a pod with this limit: KubeRay rounds up. */}}
+{{- define "patchbay.wholeCpus" -}}
+{{- $cpu := toString . -}}
+{{- if hasSuffix "m" $cpu -}}
+{{- ceil (divf (trimSuffix "m" $cpu | float64) 1000.0) -}}
+{{- else -}}
+{{- ceil (float64 $cpu) -}}
+{{- end -}}
+{{- end -}}
+
 {{/* Mistakes that the schema cannot see, said before anything is installed. */}}
 {{- define "patchbay.validate" -}}
 {{- if and (not .Values.config.insecure) (ne (dig "keys" "file" "" .Values.config) (printf "%s/keys.json" (include "patchbay.keysDir" .))) -}}
@@ -95,16 +114,24 @@ applications:
 {{- if dig "keys" "write_local" true .Values.config -}}
 {{- fail "config.keys.write_local must stay false: pods have no local clients" -}}
 {{- end -}}
-{{- $wanted := 0.0 -}}
+{{- $cpus := 0.0 -}}
+{{- $gpus := 0.0 -}}
 {{- range .Values.config.models -}}
-{{- $wanted = addf $wanted (mulf (float64 (default 1 .replicas)) (float64 (default 0 .num_gpus))) -}}
+{{- $replicas := float64 (default 1 .replicas) -}}
+{{- $cpus = addf $cpus (mulf $replicas (float64 (ternary .num_cpus 1 (hasKey . "num_cpus")))) -}}
+{{- $gpus = addf $gpus (mulf $replicas (float64 (default 0 .num_gpus))) -}}
 {{- end -}}
-{{- $offered := 0.0 -}}
+{{- $cpusOffered := float64 .Values.head.numCpus -}}
+{{- $gpusOffered := 0.0 -}}
 {{- range .Values.workers -}}
-{{- $offered = addf $offered (mulf (float64 (default 0 .replicas)) (float64 (dig "limits" "nvidia.com/gpu" 0 .resources))) -}}
+{{- $cpusOffered = addf $cpusOffered (mulf (float64 .replicas) (include "patchbay.wholeCpus" .resources.limits.cpu | float64)) -}}
+{{- $gpusOffered = addf $gpusOffered (mulf (float64 .replicas) (float64 (dig "limits" "nvidia.com/gpu" 0 .resources))) -}}
 {{- end -}}
-{{- if gt $wanted $offered -}}
-{{- fail (printf "config.models reserve %v GPUs in all, but the worker groups offer %v (replicas x resources.limits of nvidia.com/gpu): the models would wait for ever" $wanted $offered) -}}
+{{- if gt $gpus $gpusOffered -}}
+{{- fail (printf "config.models reserve %v GPUs in all, but the worker groups offer %v (replicas x resources.limits of nvidia.com/gpu): the models would wait for ever" $gpus $gpusOffered) -}}
+{{- end -}}
+{{- if gt $cpus $cpusOffered -}}
+{{- fail (printf "config.models reserve %v CPUs in all, but the worker groups offer %v (replicas x resources.limits.cpu): the models would wait for ever" $cpus $cpusOffered) -}}
 {{- end -}}
 {{- if and .Values.gateway.enabled .Values.gateway.create (not .Values.gateway.tlsSecretName) -}}
 {{- fail "gateway.tlsSecretName is required: keys travel in every request, so the listener needs TLS" -}}
