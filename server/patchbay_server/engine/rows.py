@@ -25,7 +25,9 @@ def own_rows(value: torch.Tensor, axes: Sequence[int], slot: Slot) -> torch.Tens
 
 
 def seen_rows(value: torch.Tensor, axes: Sequence[int], slot: Slot) -> torch.Tensor:
-    """A run's rows of a forward's value, as its user sees them; a view where no row is padded.
+    """A run's rows of a forward's value, as its user sees them; a view where they lie together already.
+
+    Always contiguous: kernels round differently over strided memory, and a value must not depend on how it was stored.
 
     Args:
         value: ``[rows, ...]`` of the whole forward.
@@ -33,12 +35,12 @@ def seen_rows(value: torch.Tensor, axes: Sequence[int], slot: Slot) -> torch.Ten
         slot: the run's rows.
     """
     part = own_rows(value, axes, slot)
-    return left_padded(part, axes, slot) if slot.ragged and axes else part
+    return left_padded(part, axes, slot) if slot.ragged and axes else part.contiguous()
 
 
 def left_padded(part: torch.Tensor, axes: Sequence[int], slot: Slot) -> torch.Tensor:
     """A copy of a run's rows with every row's positions moved to the end of its sequence axes."""
-    shown = torch.zeros_like(part)
+    shown = torch.zeros_like(part, memory_format=torch.contiguous_format)
     for row, length in enumerate(slot.lengths):
         source, target = part[row], shown[row]
         for axis in axes:

@@ -14,7 +14,8 @@ from patchbay_server.kernels.tensors import common_dtype, promoted_tensors
 
 @implements(OPS["getitem"])
 def _getitem(x: torch.Tensor, *arrays: torch.Tensor, index: Index) -> torch.Tensor:
-    return index_get(x, index, arrays)
+    # Contiguous, so that later values do not depend, in their last bit, on whether this one was kept as a view.
+    return index_get(x, index, arrays).contiguous()
 
 
 @implements(OPS["set_index"])
@@ -38,7 +39,7 @@ def _take(x: torch.Tensor, indices: torch.Tensor, *, axis: int | None) -> torch.
     extent = x.shape[dim]
     check_bounds("take", [(indices, -extent, extent)])
     flat = torch.index_select(x, dim, wrapped(indices, extent).reshape(-1))
-    return flat.reshape(*x.shape[:dim], *indices.shape, *x.shape[dim + 1 :])
+    return flat.reshape((*x.shape[:dim], *indices.shape, *x.shape[dim + 1 :]))
 
 
 @implements(OPS["take_along_axis"])
