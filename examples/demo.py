@@ -105,11 +105,10 @@ def causal_tracing(model: pb.Model, book: plots.Logbook) -> None:
     recovered = methods.recovered_share(grid, t.results["base"], t.results["source"])
     labels = methods.lens_labels(model.card.n_layers)
     tokens = source.tokens[0].strings
-    pairs = zip(tokens, base.tokens[0].strings, strict=True)
     book.show(
         plots.heatmap(
             recovered,
-            x_labels=[a if a == b else f"{a}/{b}" for a, b in pairs],
+            x_labels=tokens,
             y_labels=labels,
             title=f"How far one patch moves the answer from {OTHER_ANSWER} to {ANSWER}",
             x_title="patched token",
@@ -127,7 +126,8 @@ def causal_tracing(model: pb.Model, book: plots.Logbook) -> None:
     strongest = recovered.argmax(axis=1)  # [depth]: the token where a patch does most
     early = [depth for depth in depths if strongest[depth] == subject]
     late = [depth for depth in depths if strongest[depth] == last]
-    if early and late and max(early) < min(late) and recovered[0, subject] > 0.9 and recovered[-1, last] > 0.9:
+    answered = t.results["source"] > 0 > t.results["base"]
+    if answered and early and late and max(early) < min(late) and recovered[max(early), subject] > 0.5:
         a, b = max(early), min(late)
         book.finding(
             f"Up to '{labels[a]}' the answer hangs on the token {tokens[subject]!r} (a patch there goes "

@@ -15,6 +15,11 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m patchbay_server.demo",
         description="Start the service, run examples/demo.py against it from a separate process, stop everything.",
     )
+    parser.add_argument(
+        "--model",
+        default="demo",
+        help="`demo` (the embedded one), a Hugging Face id or a folder (default: %(default)s)",
+    )
     parser.add_argument("--plain", action="store_true", help="plain grpc.aio instead of Ray Serve and HAProxy")
     parser.add_argument(
         "--report", type=Path, default=Path("demo-report.html"), help="where the report goes (default: %(default)s)"
@@ -35,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     return run_demo(
         Demo(
+            source=args.model,
             plain=args.plain,
             report=args.report.resolve(),
             client=args.client.resolve(),

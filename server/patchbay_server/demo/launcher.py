@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import TextIO
 
 from patchbay.errors import PatchbayError, ServiceError
+from patchbay_server.config import ModelConfig
 from patchbay_server.demo.processes import Processes, Stopped
 
 #: The client half, in the source tree.
 CLIENT = Path(__file__).resolve().parents[3] / "examples" / "demo.py"
-MODEL = "demo"
 _POLL_S = 0.25
 _LOG_LINES = 30
 
@@ -37,6 +37,7 @@ class Demo:
     """What to run.
 
     Attributes:
+        source: the model: `demo`, a Hugging Face id or a folder.
         plain: plain grpc.aio instead of Ray Serve.
         report: where the client writes its report.
         client: the client half.
@@ -44,6 +45,7 @@ class Demo:
         log: where the service's log is kept; None: thrown away with the demo's folder.
     """
 
+    source: str
     plain: bool
     report: Path
     client: Path
@@ -115,16 +117,17 @@ def _run(demo: Demo, processes: Processes, folder: Path, progress: ProgressLine)
     address = f"localhost:{port}"
     env = clean_environment(folder)
     log = folder / "service.log" if demo.log is None else demo.log
+    name = ModelConfig(source=demo.source).name
     what = "plain grpc.aio" if demo.plain else "Ray Serve, HAProxy"
     with log.open("wb") as output:
         service = processes.start(
-            serve_command(port, plain=demo.plain), env=env, cwd=folder, output=output, follow=True
+            serve_command(demo.source, port, plain=demo.plain), env=env, cwd=folder, output=output, follow=True
         )
-    waited = _wait_until_ready(service, address, folder, demo.timeout_s, log, progress, what)
+    waited = _wait_until_ready(service, name, address, folder, demo.timeout_s, log, progress, what)
     progress.finish(f"The service ({what}) answers at {address} after {waited:.1f} s.")
     key = read_key(folder, port)
     client = processes.start(
-        [sys.executable, str(demo.client), "--report", str(demo.report)],
+        [sys.executable, str(demo.client), "--model", name, "--report", str(demo.report)],
         env={**env, "PATCHBAY_URL": address, **({"PATCHBAY_API_KEY": key} if key else {})},
         cwd=demo.report.parent,
     )
@@ -135,11 +138,11 @@ def _run(demo: Demo, processes: Processes, folder: Path, progress: ProgressLine)
     return client.returncode if client.returncode >= 0 else 128 - client.returncode
 
 
-def serve_command(port: int, *, plain: bool) -> list[str]:
+def serve_command(source: str, port: int, *, plain: bool) -> list[str]:
     """The command line of the service."""
     if plain:
-        return [sys.executable, "-m", "patchbay_server.demo.plain", str(port)]
-    return [sys.executable, "-m", "patchbay_server.cli", "serve", "--model", MODEL, "--port", str(port)]
+        return [sys.executable, "-m", "patchbay_server.demo.plain", str(port), source]
+    return [sys.executable, "-m", "patchbay_server.cli", "serve", "--model", source, "--port", str(port)]
 
 
 def clean_environment(folder: Path) -> dict[str, str]:
@@ -181,6 +184,7 @@ def tail(log: Path) -> str:
 
 def _wait_until_ready(
     service: subprocess.Popen[bytes],
+    name: str,
     address: str,
     folder: Path,
     timeout_s: float,
@@ -203,7 +207,7 @@ def _wait_until_ready(
         if _listens(port):
             try:
                 with patchbay.connect(address, api_key=read_key(folder, port), timeout_s=5.0) as client:
-                    if any(m.name == MODEL and m.ready for m in client.models()):
+                    if any(m.name == name and m.ready for m in client.models()):
                         return time.monotonic() - start
                     seen = "the model was not ready"
             except ServiceError as error:

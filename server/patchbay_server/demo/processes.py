@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any
 
+from patchbay_server.serving import processes
+
 _LINUX = sys.platform.startswith("linux")
 _PR_SET_PDEATHSIG = 1
-_PR_SET_CHILD_SUBREAPER = 36
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 #: Time for what is left after the polite end, before it is killed.
 _LEFTOVERS_S = 3.0
@@ -43,7 +45,7 @@ class Processes:
         waiting: called again and again while the end is awaited, with the seconds so far.
     """
 
-    def __init__(self, *, grace_s: float = 30.0, waiting: Callable[[float], None] | None = None) -> None:
+    def __init__(self, *, grace_s: float = 45.0, waiting: Callable[[float], None] | None = None) -> None:
         self._grace_s = grace_s
         self._waiting = waiting or (lambda _: None)
         self._started: list[subprocess.Popen[bytes]] = []
@@ -53,8 +55,7 @@ class Processes:
         self._asked: int | None = None
 
     def __enter__(self) -> Processes:
-        if _LINUX:
-            _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        processes.adopt_orphans()
         for number in _ENDING:
             self._before[number] = signal.signal(number, self._on_signal)
         return self
@@ -114,13 +115,13 @@ class Processes:
         start = time.monotonic()
         for process in reversed(self._started):
             if process.poll() is None:
-                _send(process.pid, signal.SIGTERM)
-                self._await(lambda p=process: p.poll() is not None, self._grace_s, start)
+                process.terminate()
+                self._await(functools.partial(_has_ended, process), self._grace_s, start)
         for number, patience_s in ((signal.SIGTERM, _LEFTOVERS_S), (signal.SIGKILL, 2 * _LEFTOVERS_S)):
             if not self._alive():
                 break
-            for pid in self._alive():
-                _send(pid, number)
+            processes.end_all(self._alive(), number)
+            self._send_to_groups(number)
             self._await(lambda: not self._alive(), patience_s, start)
 
     def _await(self, done: Callable[[], bool], patience_s: float, start: float) -> None:
@@ -134,65 +135,28 @@ class Processes:
 
     def _alive(self) -> list[int]:
         """Ids of all processes of the tree that still run; those that ended are reaped on the way."""
-        for process in self._started:
-            process.poll()
-        mine = {p.pid for p in self._started if p.returncode is None}
-        if _LINUX:
-            known = {p.pid for p in self._started}
-            for pid, parent, state in _table():
-                if parent == os.getpid() and state == "Z" and pid not in known:
-                    with contextlib.suppress(ChildProcessError):
-                        os.waitpid(pid, os.WNOHANG)
-        groups = {p.pid for p in self._started}
-        return sorted(mine | set(_descendants(os.getpid(), groups)))
+        own = {p.pid for p in self._started}
+        running = {p.pid for p in self._started if p.poll() is None}
+        for pid in processes.descendants(os.getpid()):
+            if pid in own:
+                continue
+            with contextlib.suppress(ChildProcessError):  # a child of a child: not ours to wait for
+                if os.waitpid(pid, os.WNOHANG)[0] == pid:
+                    continue
+            running.add(pid)
+        return sorted(running)
+
+    def _send_to_groups(self, number: int) -> None:
+        """Where descendants cannot be listed: a signal to the process group of everything that was started."""
+        if not _LINUX:
+            for process in self._started:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, number)
 
 
-def _prctl(option: int, value: int) -> None:
-    ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+def _has_ended(process: subprocess.Popen[bytes]) -> bool:
+    return process.poll() is not None
 
 
 def _end_with_parent() -> None:
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _send(pid: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.kill(pid, number)
-
-
-def _table() -> Iterator[tuple[int, int, str]]:
-    """(id, parent's id, state) of every process of the machine."""
-    if _LINUX:
-        for entry in os.listdir("/proc"):
-            if entry.isdigit():
-                with contextlib.suppress(OSError):
-                    text = Path("/proc", entry, "stat").read_text(encoding="ascii", errors="replace")
-                    state, parent = text.rpartition(")")[2].split()[:2]
-                    yield int(entry), int(parent), state
-        return
-    with subprocess.Popen(["ps", "-axo", "pid=,ppid=,stat="], stdout=subprocess.PIPE, text=True) as ps:
-        shown = ps.communicate()[0]
-    for row in shown.splitlines():
-        pid, parent, state = row.split(None, 2)
-        if int(pid) != ps.pid:
-            yield int(pid), int(parent), state[:1]
-
-
-def _descendants(root: int, groups: set[int]) -> Iterator[int]:
-    """Living processes below `root`, and elsewhere than on Linux those in the process `groups` of what was started."""
-    children: dict[int, list[int]] = {}
-    living: set[int] = set()
-    for pid, parent, state in _table():
-        children.setdefault(parent, []).append(pid)
-        if state != "Z":
-            living.add(pid)
-    below = list(children.get(root, ()))
-    for pid in below:
-        below += children.get(pid, ())
-    found = set(below) & living
-    if not _LINUX:
-        for pid in living - {root}:
-            with contextlib.suppress(OSError):
-                if os.getpgid(pid) in groups:
-                    found.add(pid)
-    yield from found
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
