@@ -196,7 +196,7 @@ def _row(item: object) -> str | Tokens | None:
 
 
 def _is_id(value: object) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool)
+    return hasattr(value, "__index__") and not isinstance(value, bool) and getattr(value, "ndim", 0) == 0
 
 
 class BaseModel:

@@ -161,9 +161,10 @@ def _make(spec: OpSpec) -> Callable[..., Any]:
     shown = signature(spec)
     order = list(shown.parameters)
     n_params = len(spec.params)
+    plain = not spec.variadic and all(a.default is not REQUIRED for a in spec.attrs)
 
     def function(*args: object, **kwargs: object) -> Any:
-        if len(args) == n_params and not kwargs and not spec.variadic:  # add(x, y), exp(x): the common call
+        if plain and len(args) == n_params and not kwargs:  # add(x, y), exp(x): the common call
             return apply(spec, _drop_missing(spec, args), {})
         if _equation_first(spec):
             bound = _bind(shown, spec, args, kwargs)
@@ -188,7 +189,7 @@ def _make(spec: OpSpec) -> Callable[..., Any]:
 
 def _make_method(spec: OpSpec, function: Callable[..., Any]) -> Callable[..., Any]:
     # x.reshape(2, 3) and x.permute_dims(1, 0): several integers stand for the one tuple, as in numpy
-    spread = len(spec.params) == 1 and bool(spec.attrs) and spec.attrs[0].kind in _SHAPE_KINDS
+    spread = len(spec.params) == 1 and len(spec.attrs) == 1 and spec.attrs[0].kind in ("shape", "ints")
 
     def method(self: Proxy, *args: object, **kwargs: object) -> Any:
         if spread and len(args) > 1 and all(hasattr(a, "__index__") for a in args):

@@ -98,6 +98,12 @@ class SiteNamespace:
     def __call__(self, value: object) -> Proxy:
         return Callable(self._trace, self._prefix.rstrip("."))(value)
 
+    def __copy__(self) -> SiteNamespace:
+        return self
+
+    def __deepcopy__(self, memo: object) -> SiteNamespace:
+        return self
+
     def __dir__(self) -> list[str]:
         return sorted(self._tree)
 
