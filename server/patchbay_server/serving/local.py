@@ -20,7 +20,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 from patchbay.errors import (
     AbortedError,
@@ -143,7 +144,7 @@ class LocalBackend:
         if engine is None:
             from patchbay_server.engine import Engine
 
-            engine = Engine(hosted, limits.graph_limits())
+            engine = Engine(cast(Any, hosted), limits.graph_limits())
         self._hosted = hosted
         # The limits that hold here, so that clients check graphs against them before sending.
         self._card = replace(hosted.card, limits=limits.graph_limits())
@@ -203,6 +204,12 @@ class LocalBackend:
         loop = asyncio.get_running_loop()
         call = functools.partial(self._hosted.tokenize, texts, add_special_tokens=add_special_tokens)
         return await loop.run_in_executor(self._beside, call)
+
+    async def token_strings(self, ids: Sequence[int]) -> TokenizedRow:
+        """The text of each token id, as the model's tokenizer shows it."""
+        if len(ids) <= INLINE_CHARACTERS:
+            return self._hosted.token_strings(ids)
+        return await asyncio.get_running_loop().run_in_executor(self._beside, self._hosted.token_strings, ids)
 
     async def execute(
         self, graph: Graph, options: ExecuteOptions, *, account: str, bytes_in: int = 0
@@ -346,18 +353,26 @@ def exit_replica(error: BaseException) -> None:
     timer.start()
 
 
-def choose_torch_threads(configured: int | None, cores: int | None = None) -> int:
-    """Threads for a forward on the CPU: as configured, else all cores but one for the event loop and the ingress.
+def choose_torch_threads(configured: int | None, cores: int | None = None, *, sharing: int = 1) -> int:
+    """Threads for a forward on the CPU: as configured, else all cores but one, shared by the replicas of this machine.
 
     With as many torch threads as cores, every other busy thread stalls each parallel region until it is scheduled
     again: a 2 ms forward took 500 ms with two threads on two cores that something else was using.
     """
     if configured is not None:
         return configured
-    if cores is None:
-        affinity = getattr(os, "sched_getaffinity", None)
-        cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
-    return max(1, cores - 1)
+    return max(1, ((usable_cores() if cores is None else cores) - 1) // sharing)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity, and the CPU quota of its control group (a container's limit)."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        if quota != "max":
+            cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
 
 
 def set_torch_threads(count: int) -> None:
@@ -407,7 +422,7 @@ def local_servicer(hf_model: Any, tokenizer: Any = None, name: str = "local") ->
 
 def backends_of(config: Config, hosted: Sequence[Hosted], *, exit_on_device_failure: bool) -> dict[str, LocalBackend]:
     """A backend for each hosted model, with the configuration's limits."""
-    threads = choose_torch_threads(config.torch_threads)
+    threads = choose_torch_threads(config.torch_threads, sharing=len(hosted))
     return {
         model.card.name: LocalBackend(
             model,

@@ -5,7 +5,6 @@ For tests, for one machine, and where Ray cannot run.
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,21 +13,20 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped,unused-ignore]
 from grpc_reflection.v1alpha import reflection
 
-from patchbay.v1 import service_pb2
+from patchbay.transport.calls import SERVICE
 from patchbay_server.config import Config, ConfigError
 from patchbay_server.transport.registration import add_servicer_to_server
 
 if TYPE_CHECKING:
     from patchbay_server.transport.servicer import Servicer
 
-SERVICE_NAME: str = service_pb2.DESCRIPTOR.services_by_name["PatchbayService"].full_name
 #: Room for metadata: a key, a few names, and an error's details.
 MAX_METADATA_BYTES = 32 * 1024
 
 
 @dataclass
 class PlainServer:
-    """A running server; stop it on the loop that started it.
+    """A running server; await its methods on the loop that started it.
 
     Attributes:
         port: the port that it listens on.
@@ -73,7 +71,7 @@ async def serve_grpc(servicer: Servicer, config: Config | None = None) -> PlainS
     add_servicer_to_server(servicer, server)
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     address = f"[{config.host}]:{config.port}" if ":" in config.host else f"{config.host}:{config.port}"
     try:
         if config.tls is None:
@@ -84,7 +82,7 @@ async def serve_grpc(servicer: Servicer, config: Config | None = None) -> PlainS
         raise ConfigError(
             f"cannot listen on {address}: the port is taken, or the address is not this machine's; choose another"
         ) from None
-    for name in ("", SERVICE_NAME):
+    for name in ("", SERVICE):
         await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
     await server.start()
     return PlainServer(port, server, health_servicer)
@@ -100,9 +98,3 @@ def _credentials(config: Config) -> grpc.ServerCredentials:
         except OSError as error:
             raise ConfigError(f"tls.{key}: cannot read {path}: {error.strerror}") from None
     return grpc.ssl_server_credentials([(parts[0], parts[1])])
-
-
-async def run_until(server: PlainServer, stop: asyncio.Event, grace_s: float) -> None:
-    """Serve until `stop` is set, then stop gracefully."""
-    await stop.wait()
-    await server.stop(grace_s)

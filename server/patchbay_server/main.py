@@ -1,0 +1,74 @@
+"""The composition root: from a configuration to a running service."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+from patchbay_server.config import Config
+from patchbay_server.serving import launcher
+from patchbay_server.store.keys import KeyStore, ensure_local_key
+
+
+def prepare_keys(config: Config) -> Path | None:
+    """Leave a key where clients on this machine find it; None where no keys are asked for or none should be written.
+
+    Raises:
+        KeyStoreError: a file cannot be written.
+    """
+    if config.insecure or not config.keys.write_local:
+        return None
+    store = KeyStore(config.keys.file, secrets_dir=config.keys.secrets_dir)
+    return ensure_local_key(store, config.port)
+
+
+def serve_on_ray(config: Config, *, progress: Callable[[str], None], ready: Callable[[], None]) -> launcher.Launch:
+    """Serve on a Ray node of our own until a signal comes; see `patchbay_server.serving.launcher.run`."""
+    prepare_keys(config)
+    return launcher.run(config, progress=progress, ready=ready)
+
+
+def serve_plain(config: Config, *, progress: Callable[[str], None], ready: Callable[[int], None]) -> None:
+    """Serve from this process with plain gRPC, without Ray, until a signal comes.
+
+    Args:
+        config: the configuration.
+        progress: called with what is being done while the service starts.
+        ready: called once with the port, when the service answers.
+
+    Raises:
+        PatchbayError: a model cannot be loaded, the port is taken, a key cannot be written.
+    """
+    from patchbay_server.models.loader import load
+    from patchbay_server.serving.local import LocalCatalog, backends_of
+    from patchbay_server.serving.plain import serve_grpc
+    from patchbay_server.serving.replica import servicer_of
+
+    hosted = []
+    for model in config.models:
+        progress(f"loading {model.name}")
+        hosted.append(load(model.source, name=model.name, dtype=model.dtype, device=model.device))
+    backends = backends_of(config, hosted, exit_on_device_failure=True)
+
+    async def serve() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(NotImplementedError):  # Windows
+                loop.add_signal_handler(number, stop.set)
+        server = await serve_grpc(servicer_of(config, LocalCatalog(backends)), config)
+        prepare_keys(config.model_copy(update={"port": server.port}))
+        ready(server.port)
+        try:
+            await stop.wait()
+        finally:
+            await server.stop(config.ray.drain_s)
+
+    try:
+        asyncio.run(serve())
+    finally:
+        for backend in backends.values():
+            backend.close()
