@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,8 +30,9 @@ pytestmark = [
 
 NAMESPACES = ("unshare", "--mount", "--net", "--pid", "--fork", "--mount-proc")
 CLIENT = """
-import os, patchbay as pb
+import os, subprocess, patchbay as pb
 
+print("image's health check:", subprocess.run(HEALTHCHECK).returncode)
 assert os.getuid() == 10001
 for host in ("10.9.0.1", "10.9.0.2"):
     with pb.connect(f"{host}:9000", api_key=KEY) as client:
@@ -72,7 +74,10 @@ def test_chart_on_two_nodes(tmp_path: Path) -> None:
     secrets = {s["metadata"]["name"]: s["data"] for s in release.of_kind("Secret")}
     (work / "keys" / "keys.json").write_bytes(base64.b64decode(secrets["patchbay-keys"]["keys.json"]))
     key = base64.b64decode(secrets["patchbay-first-key"]["key"]).decode()
-    (work / "client.py").write_text(CLIENT.replace("KEY", repr(key)), encoding="utf-8")
+    check = re.search(r"HEALTHCHECK .*?CMD (\[.*?\])\n", (charts.ROOT / "deploy" / "Dockerfile").read_text(), re.DOTALL)
+    assert check is not None
+    client = CLIENT.replace("HEALTHCHECK", repr(json.loads(check[1]))).replace("KEY", repr(key))
+    (work / "client.py").write_text(client, encoding="utf-8")
     variables = {e["name"]: e["value"] for _, c in release.containers() for e in c["env"] if "value" in e}
     # Not of the chart: where this checkout is, and one thread each, since both nodes share the machine.
     variables |= {"PYTHONPATH": f"{charts.ROOT}/client:{charts.ROOT}/server", "OMP_NUM_THREADS": "1"}
@@ -99,6 +104,7 @@ def test_chart_on_two_nodes(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert "deploy without a token: 401" in lines
+    assert "image's health check: 0" in lines
     (states,) = [line for line in lines if line.startswith("applications: ")]
     assert yaml.safe_load(states.removeprefix("applications: ")) == {"control": "RUNNING", "demo": "RUNNING"}
     for host in ("10.9.0.1", "10.9.0.2"):
