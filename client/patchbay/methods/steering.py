@@ -59,17 +59,17 @@ def remove_direction(run: Run, layer: int, direction: Any, *, positions: Any = N
 
 def continue_greedily(
     model: Model,
-    text: str,
+    prompt: str | Sequence[int],
     count: int,
     change: Callable[[Run], None] | None = None,
     *,
     on_trace: Callable[[Trace], None] | None = None,
 ) -> list[int]:
-    """The `count` tokens that the model finds likeliest after `text`, one trace for each.
+    """The `count` tokens that the model finds likeliest after `prompt`, one trace for each.
 
     Args:
         model: the model.
-        text: what to continue.
+        prompt: what to continue, a text or token ids.
         count: how many tokens.
         change: an intervention, made in every run before its logits are read.
         on_trace: called with each trace when it has run.
@@ -77,7 +77,7 @@ def continue_greedily(
     Returns:
         The new tokens' ids.
     """
-    ids: Sequence[int] = model.tokenize(text).ids
+    ids: Sequence[int] = model.tokenize(prompt).ids if isinstance(prompt, str) else list(prompt)
     start = len(ids)
     for _ in range(count):
         with model.trace() as t:
