@@ -33,7 +33,7 @@ class Launch:
     Attributes:
         ready: whether the service ever served.
         failure: why it did not, or stopped by itself; None after an orderly stop.
-        log: the node's log; None when it was removed after an orderly stop.
+        log: the node's log; None when it was removed, after an orderly stop or because nothing was logged.
         killed: processes that had to be ended by force.
     """
 
@@ -73,7 +73,7 @@ def run(config: Config, *, progress: Callable[[str], None], ready: Callable[[], 
             node.kill()
         node.wait()
         launch.killed = processes.end_descendants()
-        if launch.failure is None:
+        if launch.failure is None or not launch.log.stat().st_size:
             shutil.rmtree(folder, ignore_errors=True)
             launch.log = None
     return launch
