@@ -189,9 +189,9 @@ def _where(condition: Array, x1: Operand, x2: Operand) -> Array:
 @implements(OPS["clip"])
 def _clip(x: Array, *, min: bool | int | float | None, max: bool | int | float | None) -> Array:
     if min is not None:
-        x = np.maximum(*together(x, min))
+        x = np.asarray(np.maximum(*together(x, min)))
     if max is not None:
-        x = np.minimum(*together(x, max))
+        x = np.asarray(np.minimum(*together(x, max)))
     return x
 
 

@@ -69,7 +69,7 @@ def _take(x: Array, indices: Array, *, axis: int | None) -> Array:
 def _take_along_axis(x: Array, indices: Array, *, axis: int) -> Array:
     extent = x.shape[axis]
     _check("take_along_axis", indices, -extent, extent)
-    rest = np.broadcast_shapes(*(s.shape[: axis % x.ndim] + (1,) + s.shape[axis % x.ndim + 1 :] for s in (x, indices)))
+    rest = np.broadcast_shapes(*((*s.shape[: axis % x.ndim], 1, *s.shape[axis % x.ndim + 1 :]) for s in (x, indices)))
     shapes = []
     for array in (x, indices):
         shape = list(rest)
@@ -90,7 +90,7 @@ def _scatter_add(x: Array, indices: Array, source: Array, *, axis: int) -> Array
 
 
 def _order(x: Array, axis: int, descending: bool) -> Array:
-    """Positions in order, equal elements in theirs: for descending order, the reverse of ascending order of the reverse."""
+    """Positions in order, equal elements in theirs; descending is the reverse of ascending order of the reverse."""
     if not descending:
         return np.argsort(x, axis=axis, kind="stable")
     return x.shape[axis] - 1 - np.flip(np.argsort(np.flip(x, axis), axis=axis, kind="stable"), axis)

@@ -17,7 +17,7 @@ from patchbay_server.kernels.tensors import promoted_tensors
 
 
 def _factorises(name: str) -> Callable[[Kernel], Kernel]:
-    """Attach a kernel whose matrices may turn out to have no inverse or factor: a fault of the graph, not of the server."""
+    """Attach a kernel whose matrices may have no inverse or factor: a fault of the graph, not of the server."""
 
     def attach(function: Kernel) -> Kernel:
         @wraps(function)
@@ -91,8 +91,9 @@ def _inv(x: torch.Tensor) -> torch.Tensor:
 @_factorises("solve")
 def _solve(x1: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
     a, b = promoted_tensors(x1, x2)
-    if b.ndim == 1:  # said plainly, because torch would take some matrices for stacks of vectors
-        return torch.linalg.solve(a, b.unsqueeze(-1)).squeeze(-1)
+    # Batches are written out, because torch takes some matrices for stacks of vectors.
+    if b.ndim == 1:
+        return torch.linalg.solve(a, b.unsqueeze(-1).expand(*a.shape[:-1], 1)).squeeze(-1)
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     return torch.linalg.solve(a.expand(*batch, *a.shape[-2:]), b.expand(*batch, *b.shape[-2:]))
 

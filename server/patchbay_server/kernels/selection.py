@@ -37,8 +37,8 @@ def wrapped(indices: torch.Tensor, extent: int) -> torch.Tensor:
 def torch_index(op: str, shape: tuple[int, ...], index: Index, arrays: Sequence[torch.Tensor]) -> tuple[Any, ...]:
     """`index` as torch takes it, with bounds checked: numpy's semantics, ints among arrays included."""
     items = expand_ellipsis(op, index, len(shape))
-    # Among arrays numpy counts an int, and an array of no dimensions, as an array; torch would select by it first, and so
-    # misplace the broadcast axes: hence everything gets as many dimensions as the largest array.
+    # Among arrays numpy counts an int, and an array of no dimensions, as an array; torch would select by it first, and
+    # so misplace the broadcast axes: hence everything gets as many dimensions as the largest array.
     ndim = max((array.ndim for array in arrays), default=0)
     result: list[Any] = []
     checks: list[tuple[torch.Tensor, int, int]] = []

@@ -99,7 +99,7 @@ def common_dtype(*values: torch.Tensor | bool | int | float, floating: bool = Fa
 
 
 def promoted(*values: torch.Tensor | bool | int | float, floating: bool = False) -> tuple:
-    """`values` with every tensor cast to their common dtype; Python numbers stay, for torch to take at full precision."""
+    """`values` with every tensor cast to their common dtype; Python numbers stay, to be taken at full precision."""
     dtype = common_dtype(*values, floating=floating)
     return tuple(v.to(dtype) if isinstance(v, torch.Tensor) else v for v in values)
 

@@ -34,53 +34,55 @@ _ARITHMETIC = (
     elementwise("trunc", X, "Rounded towards zero; integers stay as they are."),
 )
 
-_FUNCTIONS = tuple(
-    elementwise(name, X, doc, takes="any", result="float")
-    for name, doc in (
-        ("exp", "e to the power x."),
-        ("exp2", "2 to the power x (torch.exp2)."),
-        ("expm1", "exp(x) - 1, accurate near 0."),
-        ("log", "Natural logarithm."),
-        ("log1p", "log(1 + x), accurate near 0."),
-        ("log2", "Logarithm to base 2."),
-        ("log10", "Logarithm to base 10."),
-        ("sqrt", "Square root."),
-        ("rsqrt", "1 / sqrt(x) (torch.rsqrt)."),
-        ("reciprocal", "1 / x."),
-        ("sin", "Sine of radians."),
-        ("cos", "Cosine of radians."),
-        ("tan", "Tangent of radians."),
-        ("asin", "Inverse sine, in radians."),
-        ("acos", "Inverse cosine, in radians."),
-        ("atan", "Inverse tangent, in radians."),
-        ("sinh", "Hyperbolic sine."),
-        ("cosh", "Hyperbolic cosine."),
-        ("tanh", "Hyperbolic tangent."),
-        ("asinh", "Inverse hyperbolic sine."),
-        ("acosh", "Inverse hyperbolic cosine."),
-        ("atanh", "Inverse hyperbolic tangent."),
-        ("erf", "Error function (torch.erf)."),
-        ("sigmoid", "1 / (1 + exp(-x)) (torch.sigmoid)."),
-    )
-) + (
+_FUNCTIONS = (
+    *tuple(
+        elementwise(name, X, doc, takes="any", result="float")
+        for name, doc in (
+            ("exp", "e to the power x."),
+            ("exp2", "2 to the power x (torch.exp2)."),
+            ("expm1", "exp(x) - 1, accurate near 0."),
+            ("log", "Natural logarithm."),
+            ("log1p", "log(1 + x), accurate near 0."),
+            ("log2", "Logarithm to base 2."),
+            ("log10", "Logarithm to base 10."),
+            ("sqrt", "Square root."),
+            ("rsqrt", "1 / sqrt(x) (torch.rsqrt)."),
+            ("reciprocal", "1 / x."),
+            ("sin", "Sine of radians."),
+            ("cos", "Cosine of radians."),
+            ("tan", "Tangent of radians."),
+            ("asin", "Inverse sine, in radians."),
+            ("acos", "Inverse cosine, in radians."),
+            ("atan", "Inverse tangent, in radians."),
+            ("sinh", "Hyperbolic sine."),
+            ("cosh", "Hyperbolic cosine."),
+            ("tanh", "Hyperbolic tangent."),
+            ("asinh", "Inverse hyperbolic sine."),
+            ("acosh", "Inverse hyperbolic cosine."),
+            ("atanh", "Inverse hyperbolic tangent."),
+            ("erf", "Error function (torch.erf)."),
+            ("sigmoid", "1 / (1 + exp(-x)) (torch.sigmoid)."),
+        )
+    ),
     elementwise("atan2", PAIR, "Angle of the point (x2, x1), in radians.", takes="any", result="float"),
     elementwise("logaddexp", PAIR, "log(exp(x1) + exp(x2)), without overflow.", takes="any", result="float"),
 )
 
-_COMPARISONS = tuple(
-    elementwise(name, PAIR, doc, takes="any", result="bool")
-    for name, doc in (
-        ("equal", "x1 == x2."),
-        ("not_equal", "x1 != x2."),
-        ("less", "x1 < x2."),
-        ("less_equal", "x1 <= x2."),
-        ("greater", "x1 > x2."),
-        ("greater_equal", "x1 >= x2."),
-        ("logical_and", "True where both are nonzero."),
-        ("logical_or", "True where either is nonzero."),
-        ("logical_xor", "True where exactly one is nonzero."),
-    )
-) + (
+_COMPARISONS = (
+    *tuple(
+        elementwise(name, PAIR, doc, takes="any", result="bool")
+        for name, doc in (
+            ("equal", "x1 == x2."),
+            ("not_equal", "x1 != x2."),
+            ("less", "x1 < x2."),
+            ("less_equal", "x1 <= x2."),
+            ("greater", "x1 > x2."),
+            ("greater_equal", "x1 >= x2."),
+            ("logical_and", "True where both are nonzero."),
+            ("logical_or", "True where either is nonzero."),
+            ("logical_xor", "True where exactly one is nonzero."),
+        )
+    ),
     elementwise("logical_not", X, "True where x is zero.", takes="any", result="bool"),
     elementwise("isnan", X, "True where x is NaN.", takes="any", result="bool"),
     elementwise("isinf", X, "True where x is an infinity.", takes="any", result="bool"),

@@ -104,7 +104,7 @@ def _take_along_axis(args: Sequence[TensorSpec], attrs: Mapping[str, Any]) -> Va
         raise ShapeError(f"take_along_axis: {x} and indices {indices} must have as many dimensions")
     left, right = (s[:axis] + s[axis + 1 :] for s in (x.shape, indices.shape))
     rest = broadcast_shapes("take_along_axis", left, right)
-    return TensorSpec(rest[:axis] + (indices.shape[axis],) + rest[axis:], x.dtype)
+    return TensorSpec((*rest[:axis], indices.shape[axis], *rest[axis:]), x.dtype)
 
 
 def _scatter_add(args: Sequence[TensorSpec], attrs: Mapping[str, Any]) -> ValueSpec:
@@ -211,7 +211,7 @@ INDEXING = (
     _op(
         "set_index",
         ("x", "value", "indices"),
-        "A copy of x in which x[...] is replaced, added to or multiplied; positions named twice are written once, as in numpy.",
+        "A copy of x in which x[...] is set, added to or scaled; positions named twice are written once, as in numpy.",
         _set_index,
         (_INDEX, AttrSpec("mode", "str", "set", "how value meets what is there", ("set", "add", "mul"))),
         flops=output_size_flops,

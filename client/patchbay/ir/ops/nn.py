@@ -1,4 +1,4 @@
-"""The operations of neural networks, with the names and conventions of torch.nn.functional (``axis`` for its ``dim``)."""
+"""The operations of neural networks: names and conventions of torch.nn.functional, with ``axis`` for its ``dim``."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from patchbay.ir.ops.spec import (
 )
 
 #: What an operation takes, after promotion: ``carry`` every dtype; ``any`` all that can be computed with (no 8-bit
-#: floats); ``numeric`` no bool either; ``float`` floating point; ``lapack`` float32 and float64; ``int``; ``bits`` integers and bool.
+#: floats); ``numeric`` no bool either; ``float`` floating point; ``lapack`` float32 and float64; ``bits`` integers and bool.
 Takes = Literal["carry", "any", "numeric", "float", "lapack", "int", "bits", "bool"]
 Result = Literal["same", "float", "bool", "sum"]
 
@@ -134,7 +134,7 @@ def elementwise(
     attrs: tuple[AttrSpec, ...] = (),
     flops: FlopsRule = output_size_flops,
 ) -> OpSpec:
-    """An operation on corresponding elements of tensors that broadcast; with several arguments, Python scalars may stand in."""
+    """An operation on corresponding elements; of several arguments, some may be Python scalars."""
 
     def rule(args: Sequence[TensorSpec], attrs: Mapping[str, Any]) -> ValueSpec:
         del attrs

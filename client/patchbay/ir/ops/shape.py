@@ -152,6 +152,8 @@ def _concat(args: Sequence[TensorSpec], attrs: Mapping[str, Any]) -> ValueSpec:
     dtype = promoted("concat", args, "carry")
     if attrs["axis"] is None:
         return TensorSpec((sum(a.size for a in args),), dtype)
+    if not isinstance(attrs["axis"], int):
+        raise ShapeError(f"concat: axis must be one axis or None, got {attrs['axis']}")
     first = args[0]
     axis = normalize_axis("concat", attrs["axis"], first.ndim)
     for other in args[1:]:
@@ -291,7 +293,7 @@ SHAPE = (
         "concat",
         "Tensors joined along an axis.",
         _concat,
-        (AttrSpec("axis", "axis", 0, "the axis; None joins the flattened tensors"),),
+        (AttrSpec("axis", "axes", 0, "the axis; None joins the flattened tensors"),),
         params=("arrays",),
         variadic=True,
         takes="any",
