@@ -84,7 +84,7 @@ def split_target(target: str) -> tuple[str, bool]:
             break
     else:
         address, tls = target.rstrip("/"), False
-    if not address or ("://" in address) or "/" in address.removeprefix("unix:"):
+    if not address or ("/" in address and not address.startswith("unix:")):
         raise InvalidRequestError(
             f"{target!r} is not an address; give host:port, or grpcs://host:port for TLS", reason="INVALID_TARGET"
         )
@@ -148,6 +148,11 @@ class GrpcTransport(Transport):
         response = await self._unary("Tokenize", request, service_pb2.TokenizeResponse, model)
         return calls.read_rows(response, len(texts))
 
+    async def token_strings(self, model: str, ids: Sequence[int]) -> TokenizedRow:
+        request = calls.token_strings_request(model, ids)
+        (row,) = calls.read_rows(await self._unary("Tokenize", request, service_pb2.TokenizeResponse, model), 1)
+        return row
+
     async def execute(
         self, model: str, graph: Graph, options: ExecuteOptions, *, timeout_s: float | None = None
     ) -> AsyncIterator[Event]:
@@ -160,8 +165,8 @@ class GrpcTransport(Transport):
             try:
                 async with aclosing(self._stream(model, data, remaining_s)) as messages:
                     async for message in messages:
-                        heard = True
                         event = decoder.feed(message)
+                        heard = True
                         if event is not None:
                             yield event
                 decoder.finish()

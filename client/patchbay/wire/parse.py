@@ -21,10 +21,10 @@ M = TypeVar("M", bound=Message)
 #: Messages up to this many bytes are parsed without a walk: they become 20 MB at the very most.
 UNCHECKED_BYTES = 256 * 2**10
 #: What parsed messages may take, unless the caller says otherwise.
-MAX_PARSED_BYTES = 256 * 2**20
+MAX_PARSED_BYTES = 128 * 2**20
 
-# What upb spends, rounded up: measured with tracemalloc-free RSS growth in tests/wire/test_parse.py.
-_MESSAGE_COST = 128
+# What upb spends, rounded up; tests/wire/test_parse.py compares the sum with the memory that parsing really takes.
+_MESSAGE_COST = 96
 _STRING_COST = 32
 _NUMBER_COST = 8
 

@@ -6,8 +6,8 @@
     QuotaFailure        for RESOURCE_EXHAUSTED
     RetryInfo           how long to wait
 
-The same bytes travel as trailing metadata ``grpc-status-details-bin`` (cut to `MAX_METADATA_BYTES`, because proxies drop
-long headers) and, whole, as the last event of a stream.
+The same bytes travel as trailing metadata ``grpc-status-details-bin`` (cut to `MAX_METADATA_BYTES`, because proxies
+drop long headers) and, whole, as the last event of a stream.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
 DOMAIN = "patchbay"
 #: HTTP/2 header blocks above 8 KiB are dropped on the way, base64 adds a third, and there are other headers.
-MAX_METADATA_BYTES = 4_096
-#: Characters of a status message in a header, percent-encoded to at most three times as many.
-MAX_DETAILS_CHARS = 1_024
+MAX_METADATA_BYTES = 3_072
+#: Bytes of a status message in a header, percent-encoded as gRPC does it.
+MAX_DETAILS_BYTES = 1_536
 
 _MALFORMED = "MALFORMED"
 _MAX_RELATED = 1_024
@@ -117,7 +117,7 @@ def encode_status(error: PatchbayError) -> Status:
 
 
 def _attach(status: Status, detail: object) -> None:
-    status.details.add().Pack(detail)  # type: ignore[arg-type]
+    status.details.add().Pack(detail, deterministic=True)  # type: ignore[arg-type]
 
 
 def _bad_request(field: str, description: str) -> object:
@@ -168,8 +168,13 @@ def shorten(status: Status) -> Status:
 
 
 def cut(message: str) -> str:
-    """`message` short enough for a header."""
-    return message if len(message) <= MAX_DETAILS_CHARS else f"{message[: MAX_DETAILS_CHARS - 3]}..."
+    """`message` short enough for a header, where everything but plain ASCII takes three bytes for one."""
+    room = MAX_DETAILS_BYTES
+    for position, char in enumerate(message):
+        room -= 1 if " " <= char <= "~" and char != "%" else 3 * len(char.encode("utf-8", "replace"))
+        if room < 0:
+            return f"{message[:position].rstrip()[:-3]}..."
+    return message
 
 
 # --- decoding -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,172 @@
+"""numpy arrays, and tensors that travel in chunks."""
+
+from __future__ import annotations
+
+from zlib import crc32
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+
+from patchbay.errors import DTypeError, LimitExceededError, ProtocolError
+from patchbay.ir.dtypes import DTYPES, DType, bool_, float32, int16
+from patchbay.ir.events import TensorValue
+from patchbay.ir.graph import TensorData
+from patchbay.v1 import tensor_pb2
+from patchbay.wire.bounds import CHUNK_BYTES, INLINE_BYTES
+from patchbay.wire.events import EventDecoder, encode_event
+from patchbay.wire.tensors import Assembler, encode_chunks, encode_header, from_numpy, numpy_dtype, to_numpy
+from tests.wire import strategies as wire
+
+
+@given(wire.tensors())
+def test_numpy_round_trip(tensor: TensorData) -> None:
+    """A tensor becomes an array of its shape and dtype and comes back as the same bytes."""
+    array = to_numpy(tensor)
+    assert array.shape == tensor.shape
+    assert array.dtype.name == tensor.dtype.name
+    assert from_numpy(array) == tensor
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_numpy_dtypes_keep_values(dtype: DType) -> None:
+    """Every element type has a numpy dtype of the same width, and values survive in it."""
+    array = np.array([0, 1, 1, 0]).astype(numpy_dtype(dtype))
+    assert array.itemsize == dtype.itemsize
+    np.testing.assert_array_equal(to_numpy(from_numpy(array)), array)
+
+
+def test_contiguous_arrays_are_not_copied() -> None:
+    """Encoding a contiguous array, and decoding a received buffer, share its memory."""
+    array = np.arange(6, dtype=np.float32)
+    tensor = from_numpy(array)
+    array[0] = 42
+    assert to_numpy(tensor)[0] == 42
+    buffer = bytearray(24)
+    result = to_numpy(TensorData(float32, (6,), memoryview(buffer)))
+    result[1] = 1
+    assert any(buffer)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(12, dtype=np.int16).reshape(3, 4).T,
+        np.arange(12, dtype=np.int16)[::2],
+        np.arange(4, dtype=">i2"),
+        np.array(7, dtype=np.int16),
+        np.zeros((3, 0, 2), dtype=np.int16),
+    ],
+    ids=["transposed", "strided", "big-endian", "0-d", "empty"],
+)
+def test_awkward_layouts(array: np.ndarray) -> None:
+    """Transposed, strided, big-endian, 0-d and empty arrays arrive with the same values."""
+    tensor = from_numpy(array)
+    assert tensor.dtype == int16
+    back = to_numpy(tensor)
+    assert back.shape == array.shape
+    np.testing.assert_array_equal(back, array)
+
+
+def test_unsupported_dtype_is_refused_with_advice() -> None:
+    """An array of a dtype that is not carried says what to cast to."""
+    with pytest.raises(DTypeError, match="complex64 cannot be sent; cast to one of"):
+        from_numpy(np.zeros(2, np.complex64))
+
+
+def test_low_precision_floats_stay_as_they_are() -> None:
+    """bfloat16 and float8 travel as their own bytes, NaN payloads included."""
+    for dtype in (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2):
+        array = np.array([1.5, -2.0, np.nan, 0.0], dtype=dtype)
+        assert bytes(from_numpy(array).data) == array.tobytes()
+
+
+# --- chunks -------------------------------------------------------------------------------------------------------
+
+
+def _tensor(n_bytes: int) -> TensorData:
+    return TensorData(float32, (n_bytes // 4,), np.arange(n_bytes // 4, dtype="<f4").tobytes())
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "messages"),
+    [(INLINE_BYTES - 4, 1), (INLINE_BYTES, 2), (CHUNK_BYTES, 2), (CHUNK_BYTES + 4, 3), (3 * CHUNK_BYTES, 4)],
+)
+def test_small_tensors_come_inline_and_large_ones_in_chunks(n_bytes: int, messages: int) -> None:
+    """Below 64 KiB one message, above it a header and chunks of 512 KiB; either way the same tensor."""
+    event = TensorValue("x", _tensor(n_bytes))
+    encoded = list(encode_event(event))
+    assert len(encoded) == messages
+    decoder = EventDecoder()
+    assert [e for m in encoded if (e := decoder.feed(m)) is not None] == [event]
+
+
+def _feed(chunks: list[tensor_pb2.TensorChunk]) -> TensorData:
+    tensor = _tensor(64)
+    assembler = Assembler(encode_header(tensor), "x", max_bytes=10**6)
+    for chunk in chunks:
+        assembler.add(chunk)
+    return assembler.finish()
+
+
+def _chunks() -> list[tensor_pb2.TensorChunk]:
+    return list(encode_chunks(_tensor(64), 16))
+
+
+def _damaged() -> list[tensor_pb2.TensorChunk]:
+    chunks = _chunks()
+    chunks[2].data = b"x" + chunks[2].data[1:]
+    return chunks
+
+
+def _oversized() -> list[tensor_pb2.TensorChunk]:
+    data = bytes(80)
+    return [tensor_pb2.TensorChunk(offset=0, data=data, crc32=crc32(data))]
+
+
+@pytest.mark.parametrize(
+    ("chunks", "message"),
+    [
+        (_chunks()[:3], "16 bytes never came"),
+        ([_chunks()[0], _chunks()[0]], "at byte 0 where 16 comes next"),
+        ([_chunks()[1]], "at byte 16 where 0 comes next"),
+        ([_chunks()[0], _chunks()[2]], "at byte 32 where 16 comes next"),
+        ([*_chunks(), _chunks()[3]], "at byte 48 where 64 comes next"),
+        (_damaged(), "the chunk at byte 32 is damaged"),
+        (_oversized(), "80 bytes where 1 to 64"),
+        ([tensor_pb2.TensorChunk(offset=0)], "0 bytes where 1 to 64"),
+        ([tensor_pb2.TensorChunk(offset=-1, data=b"x")], "at byte -1"),
+    ],
+    ids=["truncated", "duplicated", "reordered", "gap", "extra", "damaged", "oversized", "empty", "negative"],
+)
+def test_bad_chunks_are_refused(chunks: list[tensor_pb2.TensorChunk], message: str) -> None:
+    """Truncated, repeated, reordered, damaged and oversized chunks are refused by name and place."""
+    with pytest.raises(ProtocolError, match=message) as caught:
+        _feed(chunks)
+    assert caught.value.field == "x"
+
+
+def test_a_header_beyond_the_limit_allocates_nothing() -> None:
+    """A header that announces a terabyte is refused before a buffer is made."""
+    header = tensor_pb2.TensorHeader(element_type=tensor_pb2.ELEMENT_TYPE_FLOAT32, shape=[2**38], size_bytes=2**40)
+    with pytest.raises(LimitExceededError) as caught:
+        Assembler(header, "x", max_bytes=10**6)
+    assert (caught.value.limit, caught.value.allowed, caught.value.requested) == ("max_result_bytes", 10**6, 2**40)
+
+
+def test_a_header_must_agree_with_its_size() -> None:
+    """A header whose size is not that of its shape is refused."""
+    header = tensor_pb2.TensorHeader(element_type=tensor_pb2.ELEMENT_TYPE_FLOAT32, shape=[4], size_bytes=15)
+    with pytest.raises(ProtocolError, match="15 bytes for float32\\[4\\], which takes 16"):
+        Assembler(header, "x", max_bytes=10**6)
+
+
+def test_bools_other_than_0_and_1_are_refused_in_chunks_too() -> None:
+    """A bool tensor that arrives in chunks is checked element by element as an inline one is."""
+    tensor = TensorData(bool_, (3,), b"\x00\x01\x02")
+    assembler = Assembler(encode_header(tensor), "x", max_bytes=100)
+    for chunk in encode_chunks(tensor):
+        assembler.add(chunk)
+    with pytest.raises(ProtocolError, match="a bool is the byte 0 or 1"):
+        assembler.finish()
