@@ -69,7 +69,7 @@ class Oracle:
         ids = torch.tensor(self.graph.runs[node.run or 0].tokens)
         return run_hooked(self.model, self.where, ids, edits, site, before_here)
 
-    def _edit(self, j: int):  # noqa: ANN202
+    def _edit(self, j: int):
         node = self.graph.nodes[j]
         value = self.value(node.args[0])
         index = _python_index(node.attrs.get("index", ()))

@@ -20,7 +20,9 @@ _NUMBERS = st.sampled_from([-2.0, -0.5, 0.0, 0.25, 1.5])
 
 
 @st.composite
-def graphs(draw: st.DrawFn, card: ModelCard, sites: Sequence[str], *, max_steps: int = 10, ragged: bool = False) -> Graph:
+def graphs(
+    draw: st.DrawFn, card: ModelCard, sites: Sequence[str], *, max_steps: int = 10, ragged: bool = False
+) -> Graph:
     """A graph of reads, writes, values that flow between runs, and operations; valid but for causality, which is free.
 
     Args:
@@ -131,7 +133,9 @@ def graphs(draw: st.DrawFn, card: ModelCard, sites: Sequence[str], *, max_steps:
 
 
 def _fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
-    return len(shape) <= len(target) and all(s in (1, t) for s, t in zip(reversed(shape), reversed(target), strict=False))
+    return len(shape) <= len(target) and all(
+        s in (1, t) for s, t in zip(reversed(shape), reversed(target), strict=False)
+    )
 
 
 def _broadcast(a: tuple[int, ...], b: tuple[int, ...]) -> bool:

@@ -141,14 +141,14 @@ def run_hooked(
             edit(place.view(new))
             return new
 
-        def after(module, args, output):  # noqa: ANN001, ANN202
+        def after(module, args, output):
             whole = output[0] if isinstance(output, tuple) else output
             new = act(whole)
             if new is None:
                 return None
             return (new, *output[1:]) if isinstance(output, tuple) else new
 
-        def before(module, args, kwargs):  # noqa: ANN001, ANN202
+        def before(module, args, kwargs):
             if args:
                 new = act(args[0])
                 return None if new is None else ((new, *args[1:]), kwargs)

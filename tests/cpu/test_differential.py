@@ -139,7 +139,9 @@ def test_rows_of_unequal_length_equal_each_row_alone(family: str) -> None:
         for output, node in reads:
             rows = graph.runs[node.run or 0]
             for r, tokens in enumerate(rows.tokens):
-                single = Graph((type(rows)((tokens,)),), graph.nodes[: output.node] + (type(node)(node.op, (), node.attrs, 0),))
+                single = Graph(
+                    (type(rows)((tokens,)),), graph.nodes[: output.node] + (type(node)(node.op, (), node.attrs, 0),)
+                )
                 alone = Oracle(model, where, single).value(output.node)[0]
                 pad = rows.seq - len(tokens)
                 torch.testing.assert_close(found[output.name][r, pad:], alone, rtol=1e-4, atol=1e-4)

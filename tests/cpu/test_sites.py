@@ -95,7 +95,9 @@ def test_attention_internals_read_as_written_out_by_hand(family: str) -> None:
     """Scores, pattern and rotated queries and keys equal an attention written out by hand."""
     engine, seen = engine_of(family), {}
     attention_by_hand(family, {}, seen)
-    parts = [p for p in ("rot_q", "rot_k", "attn_scores", "pattern") if f"blocks.{BLOCK}.attn.{p}" in engine.hosted.card]
+    parts = [
+        p for p in ("rot_q", "rot_k", "attn_scores", "pattern") if f"blocks.{BLOCK}.attn.{p}" in engine.hosted.card
+    ]
     values = run(engine, *(read(f"blocks.{BLOCK}.attn.{p}") for p in parts), outputs=tuple(range(len(parts))))
     assert {"attn_scores", "pattern"} <= set(parts)
     for part, value in zip(parts, values, strict=True):
@@ -177,13 +179,17 @@ def test_norm_internals_by_hand(family: str, norm: str) -> None:
     engine, model = engine_of(family), build(family)
     source = {"ln1": f"blocks.{BLOCK}.resid_pre", "ln2": f"blocks.{BLOCK}.resid_mid", "ln_final": "blocks.2.resid_post"}
     key = norm.rpartition(".")[2]
-    x, scale, normalized = run(engine, read(source[key]), read(f"{norm}.scale"), read(f"{norm}.normalized"), outputs=(0, 1, 2))
+    x, scale, normalized = run(
+        engine, read(source[key]), read(f"{norm}.scale"), read(f"{norm}.normalized"), outputs=(0, 1, 2)
+    )
     if family == "gpt2":
         path = {"ln1": "transformer.h.1.ln_1", "ln2": "transformer.h.1.ln_2", "ln_final": "transformer.ln_f"}[key]
         centered, eps = x - x.mean(-1, keepdim=True), 1e-5
     else:
         layer = "model.layers.1."
-        path = {"ln1": layer + "input_layernorm", "ln2": layer + "post_attention_layernorm", "ln_final": "model.norm"}[key]
+        path = {"ln1": layer + "input_layernorm", "ln2": layer + "post_attention_layernorm", "ln_final": "model.norm"}[
+            key
+        ]
         centered, eps = x, 1e-6
     expected_scale = (centered.pow(2).mean(-1, keepdim=True) + eps).sqrt()
     torch.testing.assert_close(scale, expected_scale, rtol=1e-5, atol=1e-6)
@@ -201,7 +207,9 @@ def test_norm_internals_by_hand(family: str, norm: str) -> None:
             handle.remove()
 
     found = edited(engine, f"{norm}.scale", scale * 2)
-    torch.testing.assert_close(found, logits_with(centered / (expected_scale * 2) * weight + bias), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        found, logits_with(centered / (expected_scale * 2) * weight + bias), rtol=1e-4, atol=1e-5
+    )
     found = edited(engine, f"{norm}.normalized", normalized.roll(1, -1))
     torch.testing.assert_close(found, logits_with(normalized.roll(1, -1) * weight + bias), rtol=1e-4, atol=1e-5)
 
@@ -281,7 +289,9 @@ def test_a_binding_that_fails_its_proof_is_declared_absent(monkeypatch: pytest.M
     def wrong(model: torch.nn.Module, recording: Any) -> Any:
         binding = loader_derive(model, recording)
         site = binding.sites["blocks.1.mlp_out"]
-        binding.sites["blocks.1.mlp_out"] = type(site)(site.name, OutputTap("model.layers.1.self_attn"), site.dims, site.doc)
+        binding.sites["blocks.1.mlp_out"] = type(site)(
+            site.name, OutputTap("model.layers.1.self_attn"), site.dims, site.doc
+        )
         return binding
 
     loader_derive = loader.derive
@@ -315,7 +325,9 @@ def test_a_read_only_site_refuses_writes(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_llama_like_families_prove_every_site(config: transformers.PretrainedConfig) -> None:
     """Relatives of Llama need no code of their own: every canonical site but pos_embed is derived and proved."""
     sizes = {"num_hidden_layers": 2, "hidden_size": D_MODEL, "intermediate_size": 24, "num_attention_heads": N_HEADS}
-    config.update({**sizes, "num_key_value_heads": 2, "vocab_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2})
+    config.update(
+        {**sizes, "num_key_value_heads": 2, "vocab_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    )
     torch.manual_seed(0)
     card = host(transformers.AutoModelForCausalLM.from_config(config)).card
     absent = [s.name for s in card.sites if s.absent is not None]

@@ -43,5 +43,5 @@ def price(graph: Graph, specs: Sequence[ValueSpec]) -> Cost:
     return Cost(flops=flops, peak_bytes=peak, result_bytes=results, tokens=tokens)
 
 
-def _filled(op: str, attrs):  # noqa: ANN001, ANN202
+def _filled(op: str, attrs):
     return op_spec(op).fill(attrs)

@@ -10,7 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from patchbay.errors import DTypeError, GraphError, LimitExceededError, ShapeError, SiteNotWritableError, UnknownSiteError
+from patchbay.errors import (
+    DTypeError,
+    GraphError,
+    LimitExceededError,
+    ShapeError,
+    SiteNotWritableError,
+    UnknownSiteError,
+)
 from patchbay.ir.card import ModelCard
 from patchbay.ir.dtypes import bool_, float32, int64
 from patchbay.ir.graph import Graph, Node, TensorData
@@ -118,7 +125,9 @@ def _infer_write(ctx: _Context, node: Node, spec: OpSpec, args: Sequence[TensorS
     full = site.shape(run.rows, run.seq)
     part = index_shape(f"write at {site.name}", full, attrs["index"], args[1:])
     value = args[0]
-    if site.dtype.kind != value.dtype.kind and not (site.dtype.is_floating and (value.dtype.is_integer or value.scalar)):
+    if site.dtype.kind != value.dtype.kind and not (
+        site.dtype.is_floating and (value.dtype.is_integer or value.scalar)
+    ):
         raise DTypeError(f"write at {site.name}: the site holds {site.dtype}, the value is {value}")
     if not _broadcasts_to(value.shape, part):
         where = f"{site.name} has shape {list(full)}" + (f", its selected part {list(part)}" if part != full else "")
@@ -157,14 +166,16 @@ _STRUCTURAL_INFERENCE: dict[str, Callable[[_Context, Node, OpSpec, Sequence[Tens
 }
 
 
-def _run_of(ctx: _Context, node: Node):  # noqa: ANN202  (Run; importing it only for the annotation adds nothing)
+def _run_of(ctx: _Context, node: Node):
     if node.run is None or not 0 <= node.run < len(ctx.graph.runs):
         raise GraphError(f"{node.op} needs a run between 0 and {len(ctx.graph.runs) - 1}, got {node.run}")
     return ctx.graph.runs[node.run]
 
 
 def _broadcasts_to(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
-    return len(shape) <= len(target) and all(s in (1, t) for s, t in zip(reversed(shape), reversed(target), strict=False))
+    return len(shape) <= len(target) and all(
+        s in (1, t) for s, t in zip(reversed(shape), reversed(target), strict=False)
+    )
 
 
 # --- rules over the whole graph -----------------------------------------------------------------------------------
@@ -223,7 +234,9 @@ GRAPH_RULES: tuple[GraphRule, ...] = (_runs_are_well_formed, _arguments_refer_ba
 
 def _check_counts(graph: Graph, limits: Limits) -> None:
     """The limits that cost nothing to check come first: nothing is inferred for a graph that is too large."""
-    consts = sum(v.nbytes for n in graph.nodes if n.op == "const" for v in n.attrs.values() if isinstance(v, TensorData))
+    consts = sum(
+        v.nbytes for n in graph.nodes if n.op == "const" for v in n.attrs.values() if isinstance(v, TensorData)
+    )
     for limit, requested, what in (
         ("max_nodes", len(graph.nodes), "nodes"),
         ("max_runs", len(graph.runs), "runs"),

@@ -41,9 +41,7 @@ class Engine:
                 raise GraphError(f"no optimisation is called {name!r} (there are: {', '.join(OPTIMISATIONS)})")
         return make_plan(graph, self.hosted.card, self.limits, options, max_pass_tokens=self._max_pass_tokens)
 
-    def run(
-        self, plan: Plan, emit: Callable[[Event], None], cancelled: Callable[[], bool] = lambda: False
-    ) -> Usage:
+    def run(self, plan: Plan, emit: Callable[[Event], None], cancelled: Callable[[], bool] = lambda: False) -> Usage:
         """Run `plan`, handing Progress and TensorValue events to `emit` as they happen. Blocks.
 
         Runs out of memory once: the plan is made anew with one run per forward; twice: the request is refused.

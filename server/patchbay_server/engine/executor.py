@@ -10,7 +10,7 @@ import torch
 from patchbay.errors import GraphError, RequestCancelledError
 from patchbay.ir.events import Event, Progress, TensorValue, Usage
 from patchbay.ir.graph import TensorData
-from patchbay_server.engine.plan import Compute, Emit, Actions, Pass, Plan, Read, Write
+from patchbay_server.engine.plan import Actions, Compute, Emit, Pass, Plan, Read, Write
 from patchbay_server.engine.rows import left_padded, own_rows, seen_rows, write_back
 from patchbay_server.kernels import index_get, index_put, to_data, to_tensor
 from patchbay_server.models.hosted import HostedModel

@@ -112,7 +112,10 @@ def _find_layers(model: torch.nn.Module, recording: Recording) -> list[str]:
         chained = all(
             a is not None and b is not None and same(a.output, b.input) for a, b in zip(calls, calls[1:], strict=False)
         )
-        keeps_width = all(c is not None and c.input is not None and c.output is not None and c.input.shape == c.output.shape for c in calls)
+        keeps_width = all(
+            c is not None and c.input is not None and c.output is not None and c.input.shape == c.output.shape
+            for c in calls
+        )
         if chained and keeps_width and len(module) > len(best):
             best = [f"{name}.{i}" for i in range(len(module))]
     if not best:
@@ -144,7 +147,9 @@ def _bind_embeddings(model: torch.nn.Module, recording: Recording, first: Call, 
             binding.add("pos_embed", tap, (*RESIDUAL, d_model), "learned positional embedding, the same for every row")
             return
     rotary = any("rot_q" in n for n in binding.absent) or bool(recording.attention)
-    binding.absent["pos_embed"] = "no learned positional embedding is added" + (" (positions enter in attention)" if rotary else "")
+    binding.absent["pos_embed"] = "no learned positional embedding is added" + (
+        " (positions enter in attention)" if rotary else ""
+    )
 
 
 def _bind_head(model: torch.nn.Module, recording: Recording, last: Call, binding: Binding) -> None:
@@ -180,7 +185,9 @@ def _bind_norm(binding: Binding, prefix: str, call: Call, d_model: int) -> None:
             binding.absent[f"{prefix}.{part}"] = f"{call.path} computes neither a LayerNorm nor an RMSNorm"
         return
     kind = "standard deviation" if form.centered else "root mean square"
-    binding.add(f"{prefix}.scale", NormTap(call.path, "scale", form), (*RESIDUAL, 1), f"{kind} that the input is divided by")
+    binding.add(
+        f"{prefix}.scale", NormTap(call.path, "scale", form), (*RESIDUAL, 1), f"{kind} that the input is divided by"
+    )
     binding.add(
         f"{prefix}.normalized",
         NormTap(call.path, "normalized", form),
@@ -239,7 +246,9 @@ class _Block:
             before_mlp = reader.input
             self.add("attn_out", OutputTap(added.path), residual, "what attention adds to the residual stream")
             self.add("resid_mid", InputTap(reader.path), residual, "residual stream between attention and MLP")
-            second = next((c for c in reversed(like) if c.start >= reader.start and close(before_mlp + c.output, self.y)), None)
+            second = next(
+                (c for c in reversed(like) if c.start >= reader.start and close(before_mlp + c.output, self.y)), None
+            )
         else:
             second = None
             self._bind_parallel(like, attention)
@@ -302,7 +311,12 @@ class _Block:
         self.add("attn.out", OutputTap(module.path), (*RESIDUAL, self.d_model), "raw output of the attention module")
         square = ("rows", n_heads, "query", "key")
         inside = module.path
-        self.add("attn.attn_scores", AttentionInsideTap(inside, "attn_scores"), square, "scaled, masked scores (-inf where masked)")
+        self.add(
+            "attn.attn_scores",
+            AttentionInsideTap(inside, "attn_scores"),
+            square,
+            "scaled, masked scores (-inf where masked)",
+        )
         self.add("attn.pattern", AttentionInsideTap(inside, "pattern"), square, "attention pattern; rows sum to 1")
         before = [c for c in self.recording.within(inside) if 0 <= c.end < attended.tick and c.output is not None]
         rotary = False
@@ -334,7 +348,9 @@ class _Block:
             self.absent("no single projection follows the attention function", "attn.z", "attn.result")
             return
         projection, heads = fitting[0], Heads(0, n_heads, width)
-        self.add("attn.z", InputTap(projection.path, heads), (*RESIDUAL, n_heads, width), "pattern times values, per head")
+        self.add(
+            "attn.z", InputTap(projection.path, heads), (*RESIDUAL, n_heads, width), "pattern times values, per head"
+        )
         result_dims = (*RESIDUAL, n_heads, self.d_model)
         doc = "what each head writes: z times its slice of W_O, without the bias; computed only when asked for"
         self.add("attn.result", ResultTap(projection.path, heads), result_dims, doc)
@@ -422,7 +438,10 @@ def norm_form(call: Call) -> NormForm | None:
         return None
     if isinstance(weight, torch.Tensor) and weight.ndim != 1:
         return None
-    eps = next((float(e) for n in ("variance_epsilon", "eps") if isinstance(e := getattr(call.module, n, None), (int, float))), None)
+    eps = next(
+        (float(e) for n in ("variance_epsilon", "eps") if isinstance(e := getattr(call.module, n, None), (int, float))),
+        None,
+    )
     if eps is None:
         return None
     for centered in (False, True):

@@ -65,7 +65,9 @@ def load(source: str, *, name: str | None = None, dtype: str = "auto", device: s
     return host(model.to(where), tokenizer, name=name or Path(source).name, source=source)
 
 
-def host(model: torch.nn.Module, tokenizer: Any = None, *, name: str = "local", source: str | None = None) -> HostedModel:
+def host(
+    model: torch.nn.Module, tokenizer: Any = None, *, name: str = "local", source: str | None = None
+) -> HostedModel:
     """Make a transformers model ready: derive its sites, prove them, write its card.
 
     The model is put in eval mode and given Patchbay's attention function, which computes what sdpa computes, to the bit,
@@ -100,8 +102,20 @@ def host(model: torch.nn.Module, tokenizer: Any = None, *, name: str = "local", 
     reached, _ = read_all(model, taps, probes[0])
     order = {site: position for position, site in enumerate(reached)}
     taps = {site: taps[site] for site in order}
-    card = _card(model, text, name, source or getattr(config, "name_or_path", "") or name, binding, proof, order, reached, module_dims)
-    callables = {c.name: model.get_submodule(p) for c in card.callables if (p := _callable_path(binding, c.name)) is not None}
+    card = _card(
+        model,
+        text,
+        name,
+        source or getattr(config, "name_or_path", "") or name,
+        binding,
+        proof,
+        order,
+        reached,
+        module_dims,
+    )
+    callables = {
+        c.name: model.get_submodule(p) for c in card.callables if (p := _callable_path(binding, c.name)) is not None
+    }
     return HostedModel(
         model=model,
         tokenizer=tokenizer,
@@ -190,7 +204,9 @@ def _card(
         sites.append(SiteSpec(site, ("rows",), dtype, -1, writable=False, absent=binding.absent[site]))
     for site in sorted((n for n in modules if n in order), key=lambda n: order[n]):
         side = site.rpartition(".")[2]
-        sites.append(SiteSpec(site, modules[site][1], dtype_of(reached[site]), order[site], doc=f"{side} of the module"))
+        sites.append(
+            SiteSpec(site, modules[site][1], dtype_of(reached[site]), order[site], doc=f"{side} of the module")
+        )
     widths = binding.widths
     return ModelCard(
         name=name,

@@ -151,17 +151,28 @@ class _Identities:
             finished = tap.form.finish(module, self.values[normalized])
         form = tap.form.normalize(source, self.values[scale].float())
         holds = close(finished, output) and close(form, self.values[normalized])
-        self.proof.judge(holds, "input / scale = normalized; normalized times gain = the norm's output", scale, normalized)
+        self.proof.judge(
+            holds, "input / scale = normalized; normalized times gain = the norm's output", scale, normalized
+        )
 
     def _block(self, p: str, following: str | None) -> None:
         v, judge = self.values, self.proof.judge
-        pre, mid, post, attn, mlp = (f"{p}.{n}" for n in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"))
+        pre, mid, post, attn, mlp = (
+            f"{p}.{n}" for n in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+        )
         if self.has(mid, attn):
             judge(close(v[pre] + v[attn], v[mid]), "resid_pre + attn_out = resid_mid", pre, attn, mid)
         if self.has(mid, mlp):
             judge(close(v[mid] + v[mlp], v[post]), "resid_mid + mlp_out = resid_post", mid, mlp, post)
         if self.has(attn, mlp) and not self.has(mid):
-            judge(close(v[pre] + v[attn] + v[mlp], v[post]), "resid_pre + attn_out + mlp_out = resid_post", pre, attn, mlp, post)
+            judge(
+                close(v[pre] + v[attn] + v[mlp], v[post]),
+                "resid_pre + attn_out + mlp_out = resid_post",
+                pre,
+                attn,
+                mlp,
+                post,
+            )
         if following is not None:
             nxt = f"{following}.resid_pre"
             judge(torch.equal(v[post], v[nxt]), "resid_post of a block = resid_pre of the next", post, nxt)
@@ -208,7 +219,13 @@ class _Identities:
             products = torch.einsum("bqhe,bkhe->bhqk", v[used_q], v[used_k].repeat_interleave(groups, dim=2)).float()
             seen = torch.isfinite(v[scores])
             holds = _one_increasing_function(products[seen], v[scores].float()[seen])
-            judge(holds, "the scores are one increasing function of the products of queries and keys", used_q, used_k, scores)
+            judge(
+                holds,
+                "the scores are one increasing function of the products of queries and keys",
+                used_q,
+                used_k,
+                scores,
+            )
 
     def _mlp(self, p: str) -> None:
         v, judge = self.values, self.proof.judge
