@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import subprocess
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import yaml
@@ -84,13 +81,6 @@ class Release:
         text = self.one("ConfigMap")["data"]["patchbay.yaml"]
         assert isinstance(text, str)
         return text
-
-
-def import_quietly(name: str) -> ModuleType:
-    """Import a module that brings Ray Serve, whose own import warns; here warnings are errors."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return importlib.import_module(name)
 
 
 def run(*arguments: str) -> str:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import base64
+import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from patchbay_server.config import Config
 from patchbay_server.store.keys import KeyStore
@@ -13,7 +18,6 @@ from tests.chart import charts
 from tests.chart.charts import Release
 
 pytestmark = pytest.mark.chart
-schema = charts.import_quietly("ray.serve.schema")
 
 
 def config_of(release: Release, tmp: Path) -> Config:
@@ -45,6 +49,17 @@ def test_values_reach_the_file_unchanged(tmp_path: Path) -> None:
     keys = {"file": "/etc/patchbay/keys/keys.json", "write_local": False}
     assert loaded == Config.parse({**block, "port": 9000, "keys": keys}).dump()
     assert loaded["limits"]["max_flops"] == 10**18
+
+
+def test_single_machine_file_is_a_config_block(tmp_path: Path) -> None:
+    """deploy/patchbay.yaml, which `patchbay serve --config` takes, is accepted as it stands as the chart's config."""
+    path = charts.ROOT / "deploy" / "patchbay.yaml"
+    block = yaml.safe_load(path.read_text(encoding="utf-8"))
+    release = charts.render(values={"config": block}, tmp=tmp_path)
+    alone, mounted = Config.load(path, env={}).dump(), config_of(release, tmp_path).dump()
+    # Where keys lie is all that differs.
+    assert alone.pop("keys") != mounted.pop("keys")
+    assert alone == mounted
 
 
 def test_config_is_mounted_where_it_is_named(release: Release) -> None:
@@ -83,58 +98,52 @@ def test_every_rendering_makes_another_key() -> None:
     assert all(len(key.removeprefix(b"pbk_")) == 43 for key in keys)
 
 
-def test_serve_accepts_the_config(release: Release) -> None:
-    """Ray Serve's own schema takes what KubeRay will hand it."""
-    parsed = schema.ServeDeploySchema.model_validate(release.serve_config)
-    assert parsed.applications[0].name == "control"
+@pytest.fixture(scope="module")
+def serve_facts() -> dict[str, dict[str, Any]]:
+    """What Ray Serve and the service say of every example, asked of one fresh Python."""
+    releases = {"defaults": charts.render(), **{name: charts.render(name) for name in charts.EXAMPLES}}
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("serve_facts.py"))],
+        input=json.dumps({name: [r.serve_config, r.patchbay_yaml] for name, r in releases.items()}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert isinstance(facts, dict)
+    return facts
 
 
-def test_serve_config_has_no_unknown_keys(release: Release) -> None:
-    """No key is unknown to Ray Serve's schemas, which would swallow it silently."""
-    config = release.serve_config
-    assert config.keys() <= schema.ServeDeploySchema.model_fields.keys()
-    assert config["grpc_options"].keys() <= schema.gRPCOptionsSchema.model_fields.keys()
-    assert config["http_options"].keys() <= schema.HTTPOptionsSchema.model_fields.keys()
-    for application in config["applications"]:
-        assert application.keys() <= schema.ServeApplicationSchema.model_fields.keys()
+each_example = pytest.mark.parametrize("example", ["defaults", *charts.EXAMPLES])
 
 
-def test_ingress_is_set_up_as_on_one_machine(release: Release) -> None:
-    """gRPC registration, reflection and log settings are those with which `patchbay serve` starts Ray Serve."""
-    serving = charts.import_quietly("patchbay_server.serving.ray")
-    options = release.serve_config["grpc_options"]
-    assert options["grpc_servicer_functions"] == list(serving.SERVICER_FUNCTIONS)
-    assert options["enable_reflection"] is True
-    assert release.serve_config["applications"][0]["name"] == serving.CONTROL
-    assert release.serve_config["logging_config"] == {"log_level": "INFO", "enable_access_log": False}
+@each_example
+def test_serve_accepts_the_config(example: str, serve_facts: dict[str, dict[str, Any]]) -> None:
+    """Ray Serve's own schema takes what KubeRay will hand it, and knows every key of it."""
+    assert serve_facts[example]["applications"][0] == serve_facts[example]["control"]
+    assert serve_facts[example]["unknown_keys"] == []
 
 
-def test_applications_are_built_as_on_one_machine(release: Release, tmp_path: Path) -> None:
-    """Each application's builder makes of the file the deployment that `patchbay serve` makes of it."""
-    serving = charts.import_quietly("patchbay_server.serving.ray")
-    control = charts.import_quietly("patchbay_server.serving.control")
-    config = config_of(release, tmp_path)
-    wanted = {m.name: serving.model_application(config, m) for m in config.models}
-    wanted[serving.CONTROL] = control.control_application(config)
-    built = {}
-    for application in release.serve_config["applications"]:
-        module, _, name = application["import_path"].partition(":")
-        assert application["route_prefix"] == f"/{application['name']}"
-        arguments = {**application["args"], "config": str(tmp_path / "patchbay.yaml")}
-        built[application["name"]] = getattr(charts.import_quietly(module), name)(arguments)
-    assert built.keys() == wanted.keys()
-    for name, application in built.items():
-        mine, theirs = application._bound_deployment, wanted[name]._bound_deployment
-        assert mine.func_or_class is theirs.func_or_class
-        assert mine.init_args == theirs.init_args
-        assert mine._deployment_config == theirs._deployment_config
-        assert mine.ray_actor_options == theirs.ray_actor_options
+@each_example
+def test_ingress_is_set_up_as_on_one_machine(example: str, serve_facts: dict[str, dict[str, Any]]) -> None:
+    """The gRPC services that are registered are those of `patchbay serve`, and can be imported."""
+    assert serve_facts[example]["registers_as_serve"] is True
+    assert serve_facts[example]["registration_importable"] == [True, True]
 
 
-def test_every_import_path_exists(release: Release) -> None:
-    """Everything that Ray Serve is told to import can be imported and called."""
-    config = release.serve_config
-    paths = [a["import_path"].replace(":", ".") for a in config["applications"]]
-    for path in {*paths, *config["grpc_options"]["grpc_servicer_functions"]}:
-        module, _, name = path.rpartition(".")
-        assert callable(getattr(charts.import_quietly(module), name))
+@each_example
+def test_applications_are_built_as_on_one_machine(example: str, serve_facts: dict[str, dict[str, Any]]) -> None:
+    """Each builder makes of the file the deployment that `patchbay serve` makes of it; none is missing."""
+    same = serve_facts[example]["same"]
+    assert len(same) >= 2
+    assert all(same.values())
+    assert serve_facts[example]["missing"] == []
+
+
+def test_applications_follow_the_config(tmp_path: Path) -> None:
+    """Log settings reach Ray Serve, and each application's route is its own name."""
+    config = charts.render(values={"config": {"log_level": "warning"}}, tmp=tmp_path).serve_config
+    assert config["logging_config"] == {"log_level": "WARNING", "enable_access_log": False}
+    assert config["grpc_options"]["enable_reflection"] is True
+    assert [a["route_prefix"] for a in config["applications"]] == ["/control", "/demo"]
