@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -20,9 +19,9 @@ NAMED = [spec for spec in PURE if spec.name != "getitem"]
 
 
 @pytest.fixture
-def run(model: Model) -> Iterator[Run]:
+def run(model: Model) -> Run:
     """A run whose trace is never sent."""
-    yield model.trace().run(FRANCE)
+    return model.trace().run(FRANCE)
 
 
 @pytest.mark.parametrize("spec", NAMED, ids=lambda s: s.name)
@@ -137,7 +136,7 @@ def test_wrong_calls_say_what_is_wrong(run: Run) -> None:
         e.sum(axes=1)
     with pytest.raises(TraceError, match="k must be known before the run"):
         e.topk(e.argmax())
-    with pytest.raises(TraceError, match="use numpy|arrays: numpy"):
+    with pytest.raises(TraceError, match="arrays: numpy"):
         pb.ops.exp(np.zeros(3))
     with pytest.raises(ShapeError, match="axis 5"):
         e.sum(5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -29,10 +29,10 @@ from tests.tracing.conftest import FRANCE, ITALY, CountingTransport
 
 
 @pytest.fixture
-def run(model: Model) -> Iterator[Run]:
+def run(model: Model) -> Run:
     """A run whose trace is never sent."""
     t = model.trace()
-    yield t.run(FRANCE)
+    return t.run(FRANCE)
 
 
 def evaluate(model: Model, compute: Callable[[Any, Any], Any]) -> tuple[Any, Any]:

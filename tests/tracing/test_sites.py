@@ -24,9 +24,9 @@ from tests.tracing.conftest import FRANCE, ITALY, CountingTransport
 
 
 @pytest.fixture
-def run(model: Model) -> Iterator[Run]:
+def run(model: Model) -> Run:
     """A run whose trace is never sent."""
-    yield model.trace().run(FRANCE)
+    return model.trace().run(FRANCE)
 
 
 class RichTransport(FakeTransport):
