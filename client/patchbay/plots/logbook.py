@@ -99,7 +99,7 @@ class Logbook:
         self._now.code(text)
         self._say("")
         for row in text.splitlines():
-            self._say("  " + self._canvas.clean(row))
+            self._say("  " + row)
 
     def details(self, summary: str, text: str) -> None:
         """Long text that only the report holds, folded away."""
@@ -171,7 +171,7 @@ class Logbook:
             self._say("  " + row, style)
 
     def _say(self, text: str, style: str = "") -> None:
-        self._print(line((text, style if self._canvas.colour else "")))
+        self._print(line((self._canvas.clean(text), style if self._canvas.colour else "")))
 
     def _print(self, text: Any) -> None:
         if not self._canvas.colour:
