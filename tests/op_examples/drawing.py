@@ -79,7 +79,7 @@ class Drawing:
         high: float = 4,
         special: bool = False,
     ) -> np.ndarray[Any, Any]:
-        """Multiples of a quarter (of 1, for integers) from `low` to `high`; with `special`, sometimes NaN and infinities."""
+        """Multiples of 1/4 (of 1, for integers) from `low` to `high`; with `special`, sometimes NaN and infinities."""
         dtype: DType = DTYPES[self.one(dtypes)]
         if dtype.kind == "bool":
             return self.random.integers(0, 2, shape).astype(bool)

@@ -9,8 +9,8 @@ An index is a tuple of items, each a tuple whose first element names it:
     ("array", k)                the k-th index argument of the node: an integer tensor; they broadcast together
 
 Semantics are numpy's: array items broadcast against one another and, where ``int`` items stand among arrays, those
-count as arrays of no dimensions; the broadcast axes come first when array items are separated by a slice, an ellipsis or
-a new axis, and in place otherwise. Indices of arrays are data; the engine checks them against the axis before it selects.
+count as arrays of no dimensions; the broadcast axes come first when array items are separated by a slice, an ellipsis
+or a new axis, and in place otherwise. Indices in arrays are data: they are checked against the axis before they select.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def index_shape(op: str, shape: tuple[int, ...], index: Index, arrays: Sequence[
     for spec in arrays:
         if not spec.dtype.is_integer or spec.scalar is not None:
             raise DTypeError(
-                f"{op}: array indices must be integer tensors, got {spec} (boolean masks have no static shape: use where)"
+                f"{op}: array indices must be integer tensors, got {spec} (a mask has no static shape: use where)"
             )
     items = expand_ellipsis(op, index, len(shape))
     advanced = any(item[0] == "array" for item in items)

@@ -15,6 +15,8 @@ from patchbay.ir.dtypes import DTYPES, DType
 from patchbay.ir.graph import TensorData
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
+#: What numpy's functions return: an array, or a numpy scalar where it would have no dimensions.
+Value: TypeAlias = Any
 
 _TO_NUMPY: Mapping[DType, np.dtype[Any]] = MappingProxyType(
     {d: np.dtype(getattr(ml_dtypes, d.name, None) or d.name) for d in DTYPES.values()}

@@ -12,7 +12,7 @@ import numpy as np
 from patchbay.errors import DTypeError
 from patchbay.ir.dtypes import DTYPES, DType, promote, promote_scalar, scalar_kind
 from patchbay.ir.ops import OPS
-from patchbay.reference.arrays import Array, from_numpy_dtype, to_numpy_dtype
+from patchbay.reference.arrays import Array, Value, from_numpy_dtype, to_numpy_dtype
 from patchbay.reference.registry import Operand, implements
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])
@@ -44,7 +44,7 @@ def together(*values: Operand) -> tuple[Array, ...]:
     return fitted(values, dtype)
 
 
-def _sigmoid(x: Array) -> Array:
+def _sigmoid(x: Array) -> Value:
     return np.where(x >= 0, 1 / (1 + np.exp(-np.abs(x))), np.exp(-np.abs(x)) / (1 + np.exp(-np.abs(x))))
 
 
@@ -107,7 +107,7 @@ for _name, _unary in _UNARY.items():
     implements(OPS[_name])(_unary)
 
 
-def _power(a: Array, b: Array) -> Array:
+def _power(a: Array, b: Array) -> Value:
     if a.dtype.kind == "f":
         return np.power(a, b)
     inverse = np.where(a == 1, 1, np.where(a == -1, np.where(b % 2 == 0, 1, -1), 0))
@@ -153,41 +153,41 @@ for _name, _function in _BINARY.items():
 
 
 @implements(OPS["gelu"])
-def _gelu(x: Array, *, approximate: str) -> Array:
+def _gelu(x: Array, *, approximate: str) -> Value:
     if approximate == "tanh":
         return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
     return x * 0.5 * (1 + _erf(x / math.sqrt(2)))
 
 
 @implements(OPS["softplus"])
-def _softplus(x: Array, *, beta: float, threshold: float) -> Array:
+def _softplus(x: Array, *, beta: float, threshold: float) -> Value:
     return np.where(x * beta > threshold, x, np.logaddexp(0, x * beta) / beta)
 
 
 @implements(OPS["leaky_relu"])
-def _leaky_relu(x: Array, *, negative_slope: float) -> Array:
+def _leaky_relu(x: Array, *, negative_slope: float) -> Value:
     return np.where(x > 0, x, x * negative_slope)
 
 
 @implements(OPS["elu"])
-def _elu(x: Array, *, alpha: float) -> Array:
+def _elu(x: Array, *, alpha: float) -> Value:
     return np.where(x > 0, x, alpha * np.expm1(x))
 
 
 @implements(OPS["hardtanh"])
-def _hardtanh(x: Array, *, min_val: float, max_val: float) -> Array:
+def _hardtanh(x: Array, *, min_val: float, max_val: float) -> Value:
     return np.clip(x, min_val, max_val)
 
 
 @implements(OPS["where"])
-def _where(condition: Array, x1: Operand, x2: Operand) -> Array:
+def _where(condition: Array, x1: Operand, x2: Operand) -> Value:
     if isinstance(x1, np.ndarray) or isinstance(x2, np.ndarray):
         x1, x2 = together(x1, x2)
     return np.where(condition, x1, x2)
 
 
 @implements(OPS["clip"])
-def _clip(x: Array, *, min: bool | int | float | None, max: bool | int | float | None) -> Array:
+def _clip(x: Array, *, min: bool | int | float | None, max: bool | int | float | None) -> Value:
     if min is not None:
         x = np.asarray(np.maximum(*together(x, min)))
     if max is not None:
@@ -196,10 +196,10 @@ def _clip(x: Array, *, min: bool | int | float | None, max: bool | int | float |
 
 
 @implements(OPS["nan_to_num"], in_own_dtype=True)
-def _nan_to_num(x: Array, *, nan: float, posinf: float | None, neginf: float | None) -> Array:
+def _nan_to_num(x: Array, *, nan: float, posinf: float | None, neginf: float | None) -> Value:
     if not from_numpy_dtype(x.dtype).is_floating:
         return x
-    largest = float(ml_dtypes.finfo(x.dtype).max)
+    largest = float(ml_dtypes.finfo(x.dtype).max)  # type: ignore[no-untyped-call]
     wide = x.astype(np.float64)
     wide = np.where(np.isnan(wide), nan, wide)
     wide = np.where(wide == np.inf, largest if posinf is None else posinf, wide)
@@ -207,5 +207,5 @@ def _nan_to_num(x: Array, *, nan: float, posinf: float | None, neginf: float | N
 
 
 @implements(OPS["astype"], in_own_dtype=True)
-def _astype(x: Array, *, dtype: str) -> Array:
+def _astype(x: Array, *, dtype: str) -> Value:
     return x.astype(to_numpy_dtype(DTYPES[dtype]))

@@ -10,7 +10,7 @@ import numpy as np
 from patchbay.errors import IndexOutOfRangeError
 from patchbay.ir.indexing import Index
 from patchbay.ir.ops import OPS
-from patchbay.reference.arrays import Array
+from patchbay.reference.arrays import Array, Value
 from patchbay.reference.elementwise import together
 from patchbay.reference.registry import Operand, implements
 
@@ -34,7 +34,7 @@ def _check(op: str, indices: Array, low: int, high: int) -> None:
 
 
 @implements(OPS["getitem"], in_own_dtype=True)
-def _getitem(x: Array, *arrays: Array, index: Index) -> Array:
+def _getitem(x: Array, *arrays: Array, index: Index) -> Value:
     try:
         result: Array = x[numpy_index(index, arrays)]
     except IndexError as error:
@@ -43,7 +43,7 @@ def _getitem(x: Array, *arrays: Array, index: Index) -> Array:
 
 
 @implements(OPS["set_index"], in_own_dtype=True)
-def _set_index(x: Array, value: Operand, *arrays: Array, index: Index, mode: str) -> Array:
+def _set_index(x: Array, value: Operand, *arrays: Array, index: Index, mode: str) -> Value:
     key = numpy_index(index, arrays)
     result = x.copy()
     try:
@@ -59,14 +59,14 @@ def _set_index(x: Array, value: Operand, *arrays: Array, index: Index, mode: str
 
 
 @implements(OPS["take"], in_own_dtype=True)
-def _take(x: Array, indices: Array, *, axis: int | None) -> Array:
+def _take(x: Array, indices: Array, *, axis: int | None) -> Value:
     extent = x.shape[axis or 0]
     _check("take", indices, -extent, extent)
     return np.take(x, indices, axis or 0)
 
 
 @implements(OPS["take_along_axis"], in_own_dtype=True)
-def _take_along_axis(x: Array, indices: Array, *, axis: int) -> Array:
+def _take_along_axis(x: Array, indices: Array, *, axis: int) -> Value:
     extent = x.shape[axis]
     _check("take_along_axis", indices, -extent, extent)
     rest = np.broadcast_shapes(*((*s.shape[: axis % x.ndim], 1, *s.shape[axis % x.ndim + 1 :]) for s in (x, indices)))
@@ -79,7 +79,7 @@ def _take_along_axis(x: Array, indices: Array, *, axis: int) -> Array:
 
 
 @implements(OPS["scatter_add"])
-def _scatter_add(x: Array, indices: Array, source: Array, *, axis: int) -> Array:
+def _scatter_add(x: Array, indices: Array, source: Array, *, axis: int) -> Value:
     _check("scatter_add", indices, -x.shape[axis], x.shape[axis])
     result = x.copy()
     for place in np.ndindex(indices.shape):
@@ -89,7 +89,7 @@ def _scatter_add(x: Array, indices: Array, source: Array, *, axis: int) -> Array
     return result
 
 
-def _order(x: Array, axis: int, descending: bool) -> Array:
+def _order(x: Array, axis: int, descending: bool) -> Value:
     """Positions in order, equal elements in theirs; descending is the reverse of ascending order of the reverse."""
     if not descending:
         return np.argsort(x, axis=axis, kind="stable")
@@ -97,12 +97,12 @@ def _order(x: Array, axis: int, descending: bool) -> Array:
 
 
 @implements(OPS["sort"])
-def _sort(x: Array, *, axis: int, descending: bool) -> Array:
+def _sort(x: Array, *, axis: int, descending: bool) -> Value:
     return np.take_along_axis(x, _order(x, axis, descending), axis)
 
 
 @implements(OPS["argsort"])
-def _argsort(x: Array, *, axis: int, descending: bool) -> Array:
+def _argsort(x: Array, *, axis: int, descending: bool) -> Value:
     return _order(x, axis, descending)
 
 
@@ -113,24 +113,24 @@ def _topk(x: Array, *, k: int, axis: int, largest: bool) -> tuple[Array, Array]:
 
 
 @implements(OPS["searchsorted"])
-def _searchsorted(x1: Array, x2: Array, *, side: Any) -> Array:
+def _searchsorted(x1: Array, x2: Array, *, side: Any) -> Value:
     ordered, sought = together(x1, x2)
     return np.searchsorted(ordered, sought, side)
 
 
 @implements(OPS["one_hot"])
-def _one_hot(x: Array, *, num_classes: int) -> Array:
+def _one_hot(x: Array, *, num_classes: int) -> Value:
     _check("one_hot", x, 0, num_classes)
     return x[..., None] == np.arange(num_classes)
 
 
 @implements(OPS["embedding"], in_own_dtype=True)
-def _embedding(indices: Array, weight: Array) -> Array:
+def _embedding(indices: Array, weight: Array) -> Value:
     _check("embedding", indices, 0, weight.shape[0])
     return weight[indices]
 
 
 @implements(OPS["masked_fill"])
-def _masked_fill(x: Array, mask: Array, value: Operand) -> Array:
+def _masked_fill(x: Array, mask: Array, value: Operand) -> Value:
     together(x, value)
     return np.where(mask, np.asarray(value).astype(x.dtype), x)

@@ -80,7 +80,7 @@ def evaluate(spec: OpSpec, args: Sequence[Operand], attrs: Mapping[str, Attr]) -
 
     Raises:
         UnknownOpError: structural operations have no reference.
-        GraphError: what ``spec.infer`` raises, and what the values add to it (an index out of range, a singular matrix).
+        GraphError: what ``spec.infer`` raises, and what only values show (an index out of range, a singular matrix).
     """
     function = _REFERENCES.get(spec)
     if function is None:

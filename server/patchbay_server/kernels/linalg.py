@@ -24,8 +24,8 @@ def _factorises(name: str) -> Callable[[Kernel], Kernel]:
         def guarded(*args: torch.Tensor, **attrs: Any) -> Any:
             try:
                 return function(*args, **attrs)
-            except torch.linalg.LinAlgError as error:
-                reason = str(error).split("\n")[0].removeprefix("linalg.")
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+                reason = str(error).split("\n")[0].partition(": ")[2]
                 raise GraphError(f"{name}: {reason}") from error
 
         implements(OPS[name])(guarded)

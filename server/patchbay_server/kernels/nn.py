@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn import functional as F
 
@@ -32,8 +34,8 @@ def _layer_norm(
     normalized_shape: tuple[int, ...] | None,
     eps: float,
 ) -> torch.Tensor:
-    given = promoted_tensors(*(t for t in (x, weight, bias) if t is not None))
-    return F.layer_norm(given[0], normalized_shape or x.shape[-1:], *given[1:], eps=eps)
+    given: list[Any] = [*promoted_tensors(*(t for t in (x, weight, bias) if t is not None)), None, None]
+    return F.layer_norm(given[0], normalized_shape or x.shape[-1:], given[1], given[2], eps)
 
 
 @implements(OPS["rms_norm"])
@@ -44,8 +46,8 @@ def _rms_norm(
     normalized_shape: tuple[int, ...] | None,
     eps: float | None,
 ) -> torch.Tensor:
-    given = promoted_tensors(*(t for t in (x, weight) if t is not None))
-    return F.rms_norm(given[0], normalized_shape or x.shape[-1:], *given[1:], eps=eps)
+    given: list[Any] = [*promoted_tensors(*(t for t in (x, weight) if t is not None)), None]
+    return F.rms_norm(given[0], normalized_shape or x.shape[-1:], given[1], eps)
 
 
 def _by_class(

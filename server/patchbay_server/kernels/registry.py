@@ -29,8 +29,8 @@ def kernel(spec: OpSpec) -> Kernel:
     """The torch function of a pure operation.
 
     It takes tensors (and Python numbers, where ``spec.scalars``) that `spec.infer` accepts, and returns exactly the
-    shape and dtype that it says. It changes none of its arguments, and gradients flow through it. Creation operations make
-    their tensors on torch's default device: run them within ``with torch.device(...)``.
+    shape and dtype that it says. It changes none of its arguments, and gradients flow through it.
+    Creation operations make their tensors on torch's default device: run them within ``with torch.device(...)``.
 
     Raises:
         UnknownOpError: structural operations have none: the engine executes them.

@@ -45,7 +45,7 @@ class Contraction:
         return math.prod(self.extents[label] for label in labels)
 
     def steps(self) -> list[tuple[set[Label], set[Label]]]:
-        """(labels involved, labels kept) of each step of contracting two operands at a time from the left, as torch does."""
+        """(labels involved, labels kept) of each step: two operands at a time from the left, as torch does."""
         steps: list[tuple[set[Label], set[Label]]] = []
         kept = set(self.inputs[0])
         for position in range(1, len(self.inputs)):

@@ -21,7 +21,8 @@ from patchbay.ir.ops.spec import (
 )
 
 #: What an operation takes, after promotion: ``carry`` every dtype; ``any`` all that can be computed with (no 8-bit
-#: floats); ``numeric`` no bool either; ``float`` floating point; ``lapack`` float32 and float64; ``bits`` integers and bool.
+#: floats); ``numeric`` no bool either; ``float`` floating point; ``lapack`` float32 and float64; ``bits`` integers
+#: and bool.
 Takes = Literal["carry", "any", "numeric", "float", "lapack", "int", "bits", "bool"]
 Result = Literal["same", "float", "bool", "sum"]
 
