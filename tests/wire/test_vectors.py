@@ -1,7 +1,7 @@
 """Golden bytes: a change of the wire format shows as a difference from committed files, never by surprise.
 
-To add a vector, add it to `VECTORS` and run this module (``python -m tests.wire.test_vectors``), which writes files that do
-not exist yet and refuses to touch those that do: an old client's bytes must stay readable.
+To add a vector, add it to `VECTORS` and run this module (``python -m tests.wire.test_vectors``), which writes files
+that do not exist yet and never touches those that do: an old client's bytes must stay readable.
 """
 
 from __future__ import annotations
@@ -122,13 +122,15 @@ def test_committed_card_is_read() -> None:
 
 def test_committed_stream_is_read() -> None:
     """The committed answer decodes to its events and ends in its error."""
-    data, decoder, events = (FOLDER / "execute_stream.bin").read_bytes(), EventDecoder(), []
+    data, messages = (FOLDER / "execute_stream.bin").read_bytes(), []
+    while data:
+        size = int.from_bytes(data[:4], "little")
+        messages.append(parse(service_pb2.ExecuteResponse, data[4 : 4 + size]))
+        data = data[4 + size :]
+    decoder = EventDecoder()
+    assert tuple(map(decoder.feed, messages[:-1])) == EVENTS
     with pytest.raises(ShapeError, match="do not fit") as caught:
-        while data:
-            size = int.from_bytes(data[:4], "little")
-            events.append(decoder.feed(parse(service_pb2.ExecuteResponse, data[4 : 4 + size])))
-            data = data[4 + size :]
-    assert tuple(events) == EVENTS
+        decoder.feed(messages[-1])
     assert (caught.value.node, caught.value.related, caught.value.field) == (7, (3, 5), "nodes[7].args[1]")
 
 
