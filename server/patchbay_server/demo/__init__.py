@@ -3,7 +3,6 @@
     __main__.py   flags
     launcher.py   start the service, wait with a progress line, run examples/demo.py, stop everything
     processes.py  child processes that cannot outlive the program, whatever ends it
-    plain.py      the same service under plain grpc.aio, for machines without Ray and for tests
 
 The experiments themselves are examples/demo.py, which knows nothing of this package: an address and a key are all it
 gets.

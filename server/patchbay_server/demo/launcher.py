@@ -140,9 +140,8 @@ def _run(demo: Demo, processes: Processes, folder: Path, progress: ProgressLine)
 
 def serve_command(source: str, port: int, *, plain: bool) -> list[str]:
     """The command line of the service."""
-    if plain:
-        return [sys.executable, "-m", "patchbay_server.demo.plain", str(port), source]
-    return [sys.executable, "-m", "patchbay_server.cli", "serve", "--model", source, "--port", str(port)]
+    command = [sys.executable, "-m", "patchbay_server.cli", "serve", "--model", source, "--port", str(port)]
+    return [*command, "--plain", "--host", "127.0.0.1"] if plain else command
 
 
 def clean_environment(folder: Path) -> dict[str, str]:
