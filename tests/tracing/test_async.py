@@ -42,11 +42,11 @@ async def test_many_runs(model: AsyncModel) -> None:
 
 async def test_an_exception_sends_nothing(model: AsyncModel, transport: CountingTransport) -> None:
     """Leaving the block by an exception, or with a graph that is wrong, executes nothing."""
-    with pytest.raises(KeyError):  # noqa: PT012 (the block is what is tested)
+    with pytest.raises(KeyError):
         async with model.trace(FRANCE) as run:
             h = run.embed.save()
             raise KeyError
-    with pytest.raises(CausalityError, match="read: run0"):  # noqa: PT012 (the block is what is tested)
+    with pytest.raises(CausalityError, match="read: run0"):
         async with model.trace(FRANCE) as run:
             run.blocks[0].resid_post = run.blocks[1].resid_post
             run.embed.save()

@@ -142,7 +142,7 @@ def test_a_trace_cannot_grow_after_it_ran(model: Model) -> None:
 
 def test_causality_is_refused_before_sending_with_both_lines(model: Model, transport: CountingTransport) -> None:
     """A write that needs a later site of its own run names the write's line and the read's."""
-    with pytest.raises(CausalityError) as caught, model.trace(FRANCE) as run:  # noqa: PT012 (the block is what is tested)
+    with pytest.raises(CausalityError) as caught, model.trace(FRANCE) as run:
         late = run.blocks[1].resid_post
         run.blocks[0].resid_post = late * 2.0
         run.logits.save()
@@ -187,7 +187,7 @@ def test_validate_and_estimate_do_not_run(model: Model, transport: CountingTrans
 
 def test_validate_raises_what_running_would(model: Model) -> None:
     """`validate` is the same check, made early."""
-    with pytest.raises(KeyError), model.trace(FRANCE) as run:  # noqa: PT012 (the block is what is tested)
+    with pytest.raises(KeyError), model.trace(FRANCE) as run:
         run.blocks[0].resid_post = run.blocks[1].resid_post
         with pytest.raises(CausalityError, match="write: run0"):
             run.validate()

@@ -14,7 +14,7 @@ from patchbay.tracing.proxy import Proxy
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from patchbay.results import Price, Results, RunUsage
+    from patchbay.results import Results, RunUsage
     from patchbay.tracing.builder import TracedGraph
     from patchbay.tracing.trace import BaseTrace
 
@@ -168,9 +168,9 @@ class Run(SiteNamespace):
         """Checks the trace's graph without running it; see `Trace.validate`."""
         self._trace.validate()
 
-    def estimate(self) -> Price:
-        """Prices the trace's graph without running it; see `Trace.estimate`."""
-        return self._trace.local_estimate()
+    def estimate(self, *, remote: bool = False) -> Any:
+        """Prices the trace's graph without running it; see `Trace.estimate` (awaited in an async trace)."""
+        return self._trace.estimate(remote=remote)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _OWN:

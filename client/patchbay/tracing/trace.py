@@ -6,6 +6,7 @@ tokenizing an input and executing the graph.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ Input = Any
 ProgressCallback = Callable[[Event], None]
 
 
-class BaseTrace:
+class BaseTrace(abc.ABC):
     """A graph under construction, and its results once it has run.
 
     Attributes:
@@ -178,7 +179,11 @@ class BaseTrace:
         except GraphError as error:
             raise self.builder.locate(error, graph) from None
 
-    def local_estimate(self) -> Price:
+    @abc.abstractmethod
+    def estimate(self, *, remote: bool = False) -> Any:
+        """The graph's price without running it."""
+
+    def _local_estimate(self) -> Price:
         """The graph's price, worked out on this side.
 
         Raises:
@@ -352,7 +357,7 @@ class SyncTrace(BaseTrace):
             GraphError: the graph is not valid.
         """
         if not remote:
-            return self.local_estimate()
+            return self._local_estimate()
         graph = self.graph
         self._verified(graph)
         return self._model.wait(self._core.price(graph, self._timeout_s))
@@ -414,7 +419,7 @@ class AsyncBase(BaseTrace):
     async def estimate(self, *, remote: bool = False) -> Price:
         """The graph's price without running it; see `SyncTrace.estimate`."""
         if not remote:
-            return self.local_estimate()
+            return self._local_estimate()
         graph = self.graph
         self._verified(graph)
         return await self._core.price(graph, self._timeout_s)
