@@ -83,7 +83,7 @@ def chart_values() -> dict[str, Schema]:
             "repository",
         ),
         "rayVersion": {"type": "string", "pattern": r"^[0-9]+\.[0-9]+\.[0-9]+$"},
-        "head": closed(PLACEMENT | {"numCpus": at_least(0)}, "resources", "numCpus"),
+        "head": closed(PLACEMENT, "resources"),
         "workers": {
             "type": "array",
             "minItems": 1,

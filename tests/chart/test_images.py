@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import yaml
 
-from patchbay_server.serving.environment import RAY_ENVIRONMENT
+from patchbay_server.serving.environment import RAY_ENVIRONMENT, NodePorts, node_environment
 from tests.chart import charts
 
 DOCKERFILE = charts.ROOT / "deploy" / "Dockerfile"
@@ -77,6 +78,18 @@ def test_ray_variables_have_one_source() -> None:
     wanted = dict(RAY_ENVIRONMENT)
     assert {name: value for name, value in stated.items() if name in wanted} == wanted
     assert yaml.safe_load((charts.CHART / "files" / "ray-environment.yaml").read_text(encoding="utf-8")) == wanted
+
+
+@pytest.mark.chart
+@pytest.mark.parametrize("haproxy", [True, False])
+def test_pods_get_the_variables_of_a_single_machine(haproxy: bool, tmp_path: Path) -> None:
+    """Pods have Ray's variables as `patchbay serve` sets them, also where the configuration turns HAProxy off."""
+    release = charts.render(values={"config": {"ray": {"haproxy": haproxy}}}, tmp=tmp_path)
+    local = node_environment(NodePorts(9000, 1, 2, 3, 4, 5, 6, 7, 8), tmp_path, haproxy=haproxy)
+    names = {*RAY_ENVIRONMENT, "RAY_SERVE_ENABLE_DIRECT_INGRESS"}
+    for _, container in release.containers():
+        stated = {e["name"]: e["value"] for e in container["env"] if e["name"] in names}
+        assert stated == {name: value for name, value in local.items() if name in names}
 
 
 def test_build_context_holds_what_the_build_copies() -> None:

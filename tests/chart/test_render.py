@@ -117,7 +117,7 @@ def test_only_grpc_is_open(release: Release) -> None:
     own, clients, operator, *metrics = release.one("NetworkPolicy")["spec"]["ingress"]
     assert "ports" not in own
     assert clients["ports"] == [{"protocol": "TCP", "port": "serve-grpc"}]
-    assert [p["port"] for p in operator["ports"]] == [8265, "http"]
+    assert [p["port"] for p in operator["ports"]] == [8265]
     assert operator["from"]
     for rule in metrics:
         assert [p["port"] for p in rule["ports"]] == ["metrics"]

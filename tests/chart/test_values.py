@@ -46,6 +46,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("more CPUs than the workers have", {"config": {"models": [{**MODEL, "num_cpus": 3}]}}, "CPUs in all"),
     ("keys where nothing is mounted", {"config": {"keys": {"file": "/tmp/keys.json"}}}, "config.keys.file"),
     ("keys written by pods", {"config": {"keys": {"write_local": True}}}, "write_local"),
+    ("TLS in pods", {"config": {"tls": {"certificate_file": "a", "private_key_file": "b"}}}, "config.tls"),
     ("an Ingress without TLS", {"ingress": {"enabled": True, "host": "a.example.org"}}, "TLS"),
     ("a Gateway without TLS", {"gateway": {"enabled": True, "create": True, "className": "c"}}, "TLS"),
     ("a route to nowhere", {"gateway": {"enabled": True}}, "parentRefs"),

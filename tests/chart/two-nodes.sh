@@ -62,7 +62,7 @@ cd /
 "${pod[@]}" ray start --head --port=6379 --node-ip-address=10.9.0.1 "${head_arguments[@]}" >/tmp/head.log 2>&1 || { cat /tmp/head.log; exit 1; }
 in_worker "${pod[@]}" ray start --address=10.9.0.1:6379 --node-ip-address=10.9.0.2 "${worker_arguments[@]}" >/tmp/worker.log 2>&1 \
   || { cat /tmp/worker.log; exit 1; }
-"${pod[@]}" python -P - "$workdir/serve.json" "$token" <<'PYTHON'
+"${pod[@]}" python - "$workdir/serve.json" "$token" <<'PYTHON'
 """Does what KubeRay does: hands the configuration to the dashboard, waits for the applications, asks for health."""
 import json, sys, time, urllib.error, urllib.request
 
@@ -99,4 +99,4 @@ for host in ("10.9.0.1", "10.9.0.2"):
         time.sleep(0.5)
     print("health", host, *answer, call(f"http://{host}:52365/api/healthz")[0])
 PYTHON
-"${pod[@]}" python -P "$client"
+"${pod[@]}" python "$client"

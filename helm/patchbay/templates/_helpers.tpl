@@ -114,6 +114,9 @@ applications:
 {{- if dig "keys" "write_local" true .Values.config -}}
 {{- fail "config.keys.write_local must stay false: pods have no local clients" -}}
 {{- end -}}
+{{- if .Values.config.tls -}}
+{{- fail "config.tls is for the plain server; on Kubernetes TLS ends at the gateway or the ingress" -}}
+{{- end -}}
 {{- $cpus := 0.0 -}}
 {{- $gpus := 0.0 -}}
 {{- range .Values.config.models -}}
@@ -121,7 +124,7 @@ applications:
 {{- $cpus = addf $cpus (mulf $replicas (float64 (ternary .num_cpus 1 (hasKey . "num_cpus")))) -}}
 {{- $gpus = addf $gpus (mulf $replicas (float64 (default 0 .num_gpus))) -}}
 {{- end -}}
-{{- $cpusOffered := float64 .Values.head.numCpus -}}
+{{- $cpusOffered := 0.0 -}}
 {{- $gpusOffered := 0.0 -}}
 {{- range .Values.workers -}}
 {{- $cpusOffered = addf $cpusOffered (mulf (float64 .replicas) (include "patchbay.wholeCpus" .resources.limits.cpu | float64)) -}}

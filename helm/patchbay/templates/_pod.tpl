@@ -74,7 +74,12 @@ spec:
         - {name: client, containerPort: 10001, protocol: TCP}
         {{- end }}
       env:
-        {{- range $name, $value := $root.Files.Get "files/ray-environment.yaml" | fromYaml }}
+        {{- $environment := $root.Files.Get "files/ray-environment.yaml" | fromYaml }}
+        {{- if not (dig "ray" "haproxy" true $values.config) }}
+        {{- $off := dict "RAY_SERVE_ENABLE_HA_PROXY" "0" "RAY_SERVE_ENABLE_DIRECT_INGRESS" "0" }}
+        {{- $environment = mustMergeOverwrite (dict) $environment $off }}
+        {{- end }}
+        {{- range $name, $value := $environment }}
         - {name: {{ $name }}, value: {{ $value | quote }}}
         {{- end }}
         - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
