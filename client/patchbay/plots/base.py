@@ -87,8 +87,8 @@ def picture(plot: Plot, caption: str = "") -> str:
     """An HTML ``figure`` with the plot as inline PNG, one for light and one for dark pages."""
     images = [plot.png(dark=dark) for dark in (False, True)]
     light, dark = (base64.b64encode(image).decode("ascii") for image in images)
-    # The header's width, at 1.5 image pixels (144 dpi) to a CSS pixel (96 dpi).
-    width = round(int.from_bytes(images[0][16:20], "big") / 1.5)
+    # The width from the PNG's header; at 1.2 image pixels to a CSS pixel the figure's words are as large as the page's.
+    width = round(int.from_bytes(images[0][16:20], "big") / 1.2)
     words = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
     return (
         "<figure><picture>"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 _INK = {False: ("#1c1e21", "#ffffff"), True: ("#e6e8eb", "#17191c")}
 #: More cells than this and their texts would not be legible.
 _MAX_TEXTS = 600
+_TITLE_CHARACTER_INCHES = 0.085
 
 
 def _unit(rgb: tuple[int, int, int]) -> tuple[float, float, float]:
@@ -70,7 +72,8 @@ def draw_grid(
     ax.grid(which="minor", color=paper, linewidth=1.2)
     ax.tick_params(which="minor", length=0)
     if title:
-        ax.set_title(_shown(title, 120), color=ink, fontsize=11, loc="left", pad=10, **plain)
+        wrapped = textwrap.fill(_shown(title, 240), max(24, int((width - 1.2) / _TITLE_CHARACTER_INCHES)))
+        ax.set_title(wrapped, color=ink, fontsize=11, loc="left", pad=10, **plain)
     if x_title:
         ax.set_xlabel(_shown(x_title, 80), color=ink, fontsize=9, **plain)
     if y_title:

@@ -128,7 +128,7 @@ class Logbook:
     def finding(self, sentence: str, *, passed: bool = True) -> None:
         """What the numbers say, and whether they say what they should."""
         self._now.finding(sentence, passed=passed)
-        self._report.summarize(self._now, sentence)
+        self._report.summarize(self._now, sentence, passed=passed)
         self._findings.append((self._title, sentence, passed))
         word = "Found: " if passed else "NOT FOUND: "
         self._say("")

@@ -26,7 +26,7 @@ section { border-top: 1px solid var(--line); padding-top: 1.6rem; margin-top: 2.
 p { margin: .6rem 0; max-width: 46rem }
 ol.findings { padding: 1rem 1rem 1rem 2.4rem; background: var(--card); border-radius: 10px; margin: 0 }
 ol.findings li { margin: .35rem 0 } ol.findings a { color: var(--accent); text-decoration: none; font-weight: 600 }
-ol.findings a:hover { text-decoration: underline }
+ol.findings b { color: var(--bad) } ol.findings a:hover { text-decoration: underline }
 .finding { border-left: 4px solid var(--good); padding: .5rem .9rem; background: var(--card);
   border-radius: 0 8px 8px 0 }
 .finding.failed { border-color: var(--bad) } .finding b { color: var(--good) } .finding.failed b { color: var(--bad) }
@@ -126,7 +126,7 @@ class Report:
         self.lead = lead
         self.footer = footer
         self._sections: list[Section] = []
-        self._findings: list[tuple[str, str]] = []
+        self._findings: list[tuple[str, str, bool]] = []
 
     def section(self, title: str, *, finding: str = "") -> Section:
         """A new section at the end; with `finding`, also a line that links to it at the top of the page."""
@@ -136,16 +136,17 @@ class Report:
             self.summarize(section, finding)
         return section
 
-    def summarize(self, section: Section, finding: str) -> None:
-        """Add `finding` to the list at the top of the page, as a link to `section`."""
-        self._findings.append((section.anchor, finding))
+    def summarize(self, section: Section, finding: str, *, passed: bool = True) -> None:
+        """Add `finding` to the list at the top of the page, as a link to `section`; one that failed is marked."""
+        self._findings.append((section.anchor, finding, passed))
 
     def html(self) -> str:
         """The whole page."""
         titles = {s.anchor: s.title for s in self._sections}
         found = "".join(
-            f'<li><a href="#{anchor}">{html.escape(titles[anchor])}</a>: {html.escape(text)}</li>'
-            for anchor, text in self._findings
+            f'<li><a href="#{anchor}">{html.escape(titles[anchor])}</a>: '
+            f"{'' if passed else '<b>not found.</b> '}{html.escape(text)}</li>"
+            for anchor, text, passed in self._findings
         )
         return "".join(
             (
