@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from google.protobuf.message import Message
 
-from patchbay.errors import UnavailableError
+from patchbay.errors import DeadlineExceededError, UnavailableError
 from patchbay.ir.card import ModelCard
 from patchbay.ir.events import Event, ExecuteOptions, ModelSummary, TokenizedRow
 from patchbay.ir.graph import Graph
@@ -69,6 +70,37 @@ class LocalContext:
         raise service_error(self._code.name, self._details)
 
 
+@asynccontextmanager
+async def _deadline(timeout_s: float | None) -> AsyncIterator[None]:
+    """Ends the body after `timeout_s` seconds (asyncio.timeout, which Python 3.10 lacks).
+
+    Raises:
+        DeadlineExceededError: the time is over.
+    """
+    task = asyncio.current_task()
+    if timeout_s is None or task is None:
+        yield
+        return
+    expired = False
+
+    def expire() -> None:
+        nonlocal expired
+        expired = True
+        task.cancel()
+
+    timer = asyncio.get_running_loop().call_later(timeout_s, expire)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not expired:
+            raise
+        if hasattr(task, "uncancel"):
+            task.uncancel()
+        raise DeadlineExceededError(f"the request took longer than timeout_s={timeout_s:g}") from None
+    finally:
+        timer.cancel()
+
+
 class LocalTransport(Transport):
     """Calls a servicer object directly.
 
@@ -114,12 +146,11 @@ class LocalTransport(Transport):
     async def execute(
         self, model: str, graph: Graph, options: ExecuteOptions, *, timeout_s: float | None = None
     ) -> AsyncIterator[Event]:
-        del timeout_s  # the backend's own deadline holds; nothing here can be lost on the way
         self._check_open()
         request, context, decoder = calls.execute_request(model, graph, options), self._context(), EventDecoder()
         self.bytes_sent += request.ByteSize()
         responses = cast("AsyncGenerator[service_pb2.ExecuteResponse, None]", self._servicer.Execute(request, context))
-        async with aclosing(responses):
+        async with aclosing(responses), _deadline(timeout_s):
             async for response in responses:
                 self.bytes_received += response.ByteSize()
                 event = decoder.feed(response)

@@ -1,0 +1,272 @@
+"""One suite, three ways of serving: in this process, over plain gRPC, and through Ray Serve behind its ingress.
+
+Whatever a client may observe must be the same: values (against plain PyTorch hooks on a twin of the model), errors, usage.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+import patchbay as pb
+from patchbay.errors import (
+    CausalityError,
+    GraphError,
+    IndexOutOfRangeError,
+    LimitExceededError,
+    NotFoundError,
+    RequestCancelledError,
+    ShapeError,
+    UnknownSiteError,
+)
+from patchbay.model import Model
+from tests.e2e.served import MODEL_NAME, SERVED, Served, tokens_of, twin
+from tests.tiny import D_MODEL, N_LAYERS, VOCAB, Place, places, run_hooked
+
+FRANCE, ITALY = "the capital of france is", "the capital of italy is"
+
+
+@pytest.fixture(scope="module", params=[pytest.param(k, marks=pytest.mark.ray if k == "ray" else ()) for k in SERVED])
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A running service of each kind with the same model, and a client of it."""
+    with SERVED[request.param](tmp_path_factory.mktemp(request.param.replace(".", "-"))) as running:
+        yield running
+
+
+@pytest.fixture
+def model(served: Served) -> Model:
+    return served.client.model(MODEL_NAME)
+
+
+def hooked(text: str, read: str, edits: list | None = None) -> np.ndarray:
+    return run_hooked(twin(), places("llama"), torch.tensor([tokens_of(text)]), edits or [], read).numpy()
+
+
+def test_the_models_and_the_card_are_told(served: Served, model: Model) -> None:
+    """ListModels and GetModel tell the model, its widths and its sites."""
+    assert MODEL_NAME in [m.name for m in served.client.models()]
+    assert (model.card.n_layers, model.card.d_model, model.card.d_vocab) == (N_LAYERS, D_MODEL, VOCAB)
+    assert "blocks.2.attn.pattern" in model.card
+    assert f"{N_LAYERS} layers" in repr(model)
+
+
+def test_text_is_tokenized_by_the_server(model: Model) -> None:
+    """Ids, strings and offsets come from the model's own tokenizer."""
+    tokens = model.tokenize(FRANCE)
+    assert list(tokens.ids) == tokens_of(FRANCE)
+    assert [FRANCE[a:b] for a, b in tokens.offsets] == FRANCE.split()
+    assert model.to_single_token("france") == tokens_of("france")[0]
+
+
+def test_a_read_equals_a_plain_hook(model: Model) -> None:
+    """One site of one run, bit for bit."""
+    with model.trace(FRANCE) as run:
+        h = run.blocks[2].resid_post[:, -1].save()
+    np.testing.assert_array_equal(h.value, hooked(FRANCE, "blocks.2.resid_post")[:, -1])
+
+
+def test_the_readme_example(model: Model) -> None:
+    """Patching between runs, scaling a site, softmax and topk, a tree of results."""
+    with model.trace() as t:
+        a, b = t.run(FRANCE), t.run(ITALY)
+        b.blocks[1].resid_post[:, -1] = a.blocks[1].resid_post[:, -1]
+        b.blocks[2].mlp_out *= 0.0
+        p = b.logits[:, -1].softmax(-1)
+        t.save(p=p, top=p.topk(5))
+    source = torch.from_numpy(hooked(FRANCE, "blocks.1.resid_post"))
+    edits = [
+        ("blocks.1.resid_post", lambda h: h[:, -1].copy_(source[:, -1])),
+        ("blocks.2.mlp_out", lambda h: h.mul_(0.0)),
+    ]
+    expected = torch.from_numpy(hooked(ITALY, "logits", edits))[:, -1].softmax(-1)
+    np.testing.assert_allclose(t.results["p"], expected, rtol=1e-5, atol=1e-6)
+    values, indices = expected.topk(5)
+    np.testing.assert_allclose(t.results["top"].values, values, rtol=1e-5)
+    np.testing.assert_array_equal(t.results["top"].indices, indices)
+    assert t.usage.passes == 1
+    assert t.usage.layers_run == N_LAYERS
+    assert t.usage.bytes_out == t.results["p"].nbytes + values.numel() * 4 + indices.numel() * 8
+
+
+def test_every_hookable_site_reads_and_writes_as_by_hand(model: Model) -> None:
+    """For each canonical site: its value, and the logits after adding to its last position."""
+    where: dict[str, Place] = places("llama")
+    with model.trace(deterministic=True) as t:
+        read_all = t.run(FRANCE)
+        t.save(read={site: read_all.site(site) for site in where})
+        edited = {}
+        for site in where:
+            run = t.run(FRANCE)
+            run.site(site)[:, -1] += 0.5
+            edited[site] = run.logits
+        t.save(edited=edited)
+    for site in where:
+        np.testing.assert_array_equal(t.results["read"][site], hooked(FRANCE, site), err_msg=site)
+        by_hand = hooked(FRANCE, "logits", [(site, lambda h: h[:, -1].add_(0.5))])
+        np.testing.assert_array_equal(t.results["edited"][site], by_hand, err_msg=site)
+
+
+def test_rows_of_unequal_length(model: Model) -> None:
+    """[:, -1] is the last token of every row, whatever its length."""
+    with model.trace(["the cat", FRANCE]) as run:
+        h = run.blocks[1].resid_post[:, -1].save()
+        mask = run.mask
+    np.testing.assert_allclose(h.value[0], hooked("the cat", "blocks.1.resid_post")[0, -1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(h.value[1], hooked(FRANCE, "blocks.1.resid_post")[0, -1], rtol=1e-5, atol=1e-5)
+    assert mask.sum(1).tolist() == [2, 5]
+
+
+def test_work_that_is_not_needed_is_left_out_and_told(model: Model) -> None:
+    """Reading layer 0 of three runs one of them."""
+    with model.trace(FRANCE) as run:
+        run.blocks[0].resid_post.save("h")
+    assert (run.usage.layers_run, run.usage.layers_skipped) == (1, N_LAYERS - 1)
+    assert run.usage.run_ms > 0
+
+
+def test_large_values_arrive_whole(model: Model) -> None:
+    """Tens of megabytes in chunks, both ways: a large constant out and its product back, to the bit."""
+    weight = np.random.default_rng(0).standard_normal((VOCAB, 200_000)).astype(np.float32)
+    with model.trace(FRANCE) as run:
+        big = (run.logits * 0.0 + 1.0)[0, :1] @ weight[:, :100_000]
+        tall = run.blocks[0].resid_pre[0, 0, 0] + weight
+        run.save(big=big, tall=tall)
+    assert run.results["tall"].nbytes == weight.nbytes
+    first = hooked(FRANCE, "blocks.0.resid_pre")[0, 0, 0]
+    np.testing.assert_array_equal(run.results["tall"], first + weight)
+    np.testing.assert_allclose(run.results["big"][0], weight[:, :100_000].sum(0), rtol=1e-3, atol=1e-3)
+
+
+def test_a_mistake_in_shapes_is_raised_at_its_line_and_sends_nothing(model: Model) -> None:
+    """ShapeError at once, naming this file; the trace has sent no byte."""
+    with pytest.raises(ShapeError) as error, model.trace(FRANCE) as run:
+        run.blocks[1].resid_post = run.blocks[0].resid_post[:, :, :3]
+    assert error.value.location is not None
+    assert "test_conformance.py" in error.value.location
+
+
+def test_a_circle_names_both_lines(model: Model) -> None:
+    """CausalityError with the line of the write and of the read."""
+    with pytest.raises(CausalityError) as error, model.trace(FRANCE) as run:
+        run.blocks[0].resid_post = run.blocks[2].resid_post
+        run.save(x=run.logits)
+    assert str(error.value).count("test_conformance.py") >= 2
+
+
+def test_an_error_that_only_the_server_can_see_comes_back_to_the_line(model: Model) -> None:
+    """An index out of range in data is the server's verdict and the user's line."""
+    with pytest.raises(IndexOutOfRangeError, match="99") as error, model.trace(FRANCE) as run:
+        largest = run.logits.argmax(-1) * 0 + 99
+        run.save(x=run.blocks[0].resid_post[0, largest[0]])
+    assert error.value.location is not None
+    assert "test_conformance.py" in error.value.location
+
+
+def test_the_server_verifies_for_itself(served: Served, model: Model) -> None:
+    """A graph sent around the client's own checks is refused with the same class, node and field."""
+    from patchbay.ir.graph import Graph, Node, Output, Run
+
+    bad = Graph((Run(((1, 2),)),), (Node("site.read", (), {"site": "blocks.0.resid_pst"}, 0),), (Output("x", 0),))
+    with pytest.raises(UnknownSiteError, match="resid_post") as error:
+        served.execute(bad)
+    assert error.value.node == 0
+    nodes = (Node("const", (), {"scalar": 1.0}), Node("full", (), {"shape": (10**6, 10**6), "fill_value": 1.0}))
+    with pytest.raises(LimitExceededError) as limited:
+        served.execute(Graph((), nodes, (Output("x", 1),)))
+    assert limited.value.limit == "max_result_bytes"
+    with model.trace(FRANCE) as run:  # and the next good request succeeds
+        h = run.embed.save()
+    np.testing.assert_array_equal(h.value, hooked(FRANCE, "embed"))
+
+
+def test_an_unknown_model_is_not_found(served: Served) -> None:
+    """Asking for a model that is not served says so."""
+    with pytest.raises(NotFoundError):
+        served.client.model("no-such-model")
+
+
+def test_estimates_agree_with_what_is_then_spent(model: Model) -> None:
+    """The remote estimate runs nothing, and its tokens and passes are those of the execution."""
+    with model.trace() as t:
+        a, b = t.run(FRANCE), t.run(ITALY)
+        b.blocks[0].resid_post = a.blocks[1].resid_post
+        t.save(x=b.logits)
+        price = t.estimate(remote=True)
+    assert (price.passes, price.tokens) == (t.usage.passes, t.usage.tokens) == (2, 10)
+
+
+def test_many_clients_at_once_do_not_meet(model: Model) -> None:
+    """Sixteen threads with different experiments each get their own values."""
+    found: dict[int, np.ndarray] = {}
+
+    def experiment(i: int) -> None:
+        with model.trace([i % VOCAB, 3, 4]) as run:
+            run.blocks[0].resid_post[:, 0] += float(i)
+            h = run.blocks[2].resid_post.save()
+        found[i] = h.value
+
+    threads = [threading.Thread(target=experiment, args=(i,)) for i in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(16):
+        ids = torch.tensor([[i % VOCAB, 3, 4]])
+        edits = [("blocks.0.resid_post", lambda h, i=i: h[:, 0].add_(float(i)))]
+        expected = run_hooked(twin(), places("llama"), ids, edits, "blocks.2.resid_post")
+        np.testing.assert_allclose(found[i], expected, rtol=1e-5, atol=1e-5)
+
+
+async def test_the_async_twin(served: Served) -> None:
+    """The same experiment with await gives the same bits."""
+    async with served.connect_async() as client:
+        model = await client.model(MODEL_NAME)
+        async with model.trace(FRANCE) as run:
+            h = run.blocks[2].resid_post.save()
+        async with model.trace() as t:
+            other = await t.run(ITALY)
+            t.save(x=other.embed)
+    np.testing.assert_array_equal(h.value, hooked(FRANCE, "blocks.2.resid_post"))
+    np.testing.assert_array_equal(t.results["x"], hooked(ITALY, "embed"))
+
+
+def test_leaving_by_an_exception_sends_nothing(served: Served, model: Model) -> None:
+    """The user's own error passes through and no request is made."""
+    model.tokenize(FRANCE)
+    with pytest.raises(ZeroDivisionError), model.trace(FRANCE) as run:
+        h = run.embed.save()
+        _ = 1 / 0
+    with pytest.raises(pb.errors.TraceError):
+        _ = h.value
+
+
+def test_a_cancelled_call_frees_the_server(served: Served, model: Model) -> None:
+    """Abandoning a stream of many forwards cancels it; the next request is answered with the right value."""
+    from patchbay.ir.graph import Graph, Node, Output, Run
+
+    runs, nodes = [], []
+    for i in range(400):
+        runs.append(Run(tuple((1, 2, 3, 4) for _ in range(4))))
+        nodes.append(Node("site.read", (), {"site": "logits"}, i))
+    graph = Graph(tuple(runs), tuple(nodes), tuple(Output(str(i), i) for i in range(400)))
+    seen = served.abandon_after(graph, events=3)
+    assert 0 < seen < 400
+    with model.trace(FRANCE) as run:
+        h = run.embed.save()
+    np.testing.assert_array_equal(h.value, hooked(FRANCE, "embed"))
+
+
+def test_a_timeout_is_told_as_one(model: Model) -> None:
+    """A deadline too short for the work raises a deadline or cancellation error, never a transport library's."""
+    with pytest.raises((pb.errors.DeadlineExceededError, RequestCancelledError)), model.trace(timeout_s=1e-4) as t:
+        for i in range(50):
+            t.save(**{f"x{i}": t.run([1, 2, 3]).logits})
+
+
+def test_graph_errors_are_graph_errors_everywhere() -> None:
+    """The classes asserted above are all GraphErrors, so that one except clause catches them."""
+    assert all(issubclass(c, GraphError) for c in (CausalityError, IndexOutOfRangeError, LimitExceededError, ShapeError))
