@@ -51,5 +51,6 @@ def set_error(context: CallContext, error: PatchbayError) -> bytes:
     status = encode_status(error)
     context.set_code(_STATUS_CODES[code_name(error)])
     context.set_details(cut(status.message))
-    context.set_trailing_metadata(((STATUS_DETAILS_KEY, shorten(status).SerializeToString()),))
+    # A list: Ray Serve's context adds its own pairs to it, and takes nothing else.
+    context.set_trailing_metadata([(STATUS_DETAILS_KEY, shorten(status).SerializeToString())])
     return status.SerializeToString()
