@@ -186,6 +186,9 @@ def connect(
         api_key: left out: ``PATCHBAY_API_KEY``, else, on this machine, the key that ``patchbay serve`` left.
         timeout_s: seconds that an execution may take unless its trace says otherwise; None waits for ever.
         transport_options: of `patchbay.transport.grpc.GrpcTransport`, such as ``tls_roots``.
+
+    Raises:
+        InvalidRequestError: the address or the key is malformed.
     """
     address, make = _grpc(target, api_key, transport_options)
     return Client(make, timeout_s=timeout_s, name=address)
@@ -206,14 +209,15 @@ def connect_async(
 def _grpc(
     target: str | None, api_key: str | None, transport_options: dict[str, Any]
 ) -> tuple[str, Callable[[], Transport]]:
+    from patchbay.transport.grpc import GrpcTransport
+
     address = find_target(target)
     key = find_api_key(address, api_key)
 
     def make() -> Transport:
-        from patchbay.transport.grpc import GrpcTransport
-
         return GrpcTransport(address, api_key=key, **transport_options)
 
+    make()  # opens nothing; a wrong address or option is an error here, at the user's line
     return address, make
 
 

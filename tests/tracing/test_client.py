@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import signal
 import subprocess
 import sys
 import threading
 import weakref
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import patchbay as pb
 from patchbay.client import Client
 from patchbay.credentials import find_api_key, find_target, key_path, split_target
 from patchbay.errors import (
+    InvalidRequestError,
     MissingExtraError,
     NotFoundError,
     ProtocolError,
@@ -61,6 +63,16 @@ def test_connecting_sends_nothing() -> None:
     with pb.connect("localhost:1", api_key="k", timeout_s=1) as client:
         assert "localhost:1" in repr(client)
     assert threads() == before
+
+
+def test_a_malformed_address_or_option_is_refused_at_once() -> None:
+    """At the line that connects, not at the first call."""
+    with pytest.raises(InvalidRequestError, match="not an address"):
+        pb.connect("ftp://host:1")
+    with pytest.raises(InvalidRequestError, match="key"):
+        pb.connect("localhost:1", api_key="a\nb")
+    with pytest.raises(TypeError, match="no_such_option"):
+        pb.connect_async("localhost:1", no_such_option=1)
 
 
 def test_closing_ends_the_thread_and_the_transport(transport: CountingTransport) -> None:
@@ -248,6 +260,40 @@ print(os.waitstatus_to_exitcode(status), len(made))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert (done.stdout.split(), done.stderr) == (["0", "1"], "")
+
+
+def test_control_c_cancels_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupt while waiting ends the trace and closes the transport's stream."""
+    waiting, closed = threading.Event(), threading.Event()
+    main = threading.get_ident()
+    wait = Future.result
+
+    def watched(future: Future[object], timeout: float | None = None) -> object:
+        if threading.get_ident() == main:
+            waiting.set()
+        return wait(future, timeout)
+
+    class Endless(CountingTransport):
+        async def execute(
+            self, model: str, graph: Graph, options: ExecuteOptions, *, timeout_s: float | None = None
+        ) -> AsyncIterator[Event]:
+            try:
+                await asyncio.to_thread(waiting.wait, 5)
+                signal.pthread_kill(main, signal.SIGINT)
+                await asyncio.Event().wait()
+                yield  # type: ignore[misc]
+            finally:
+                closed.set()
+
+    with Client(Endless()) as client:
+        model = client.model("fake")
+        model.tokenize(FRANCE)  # so that the execution is all that is waited for
+        monkeypatch.setattr(Future, "result", watched)
+        with pytest.raises(KeyboardInterrupt), model.trace(FRANCE) as run:
+            h = run.embed.save()
+        assert closed.wait(5)
+        with pytest.raises(ValueNotReadyError, match="KeyboardInterrupt"):
+            _ = h.value
 
 
 def test_leaving_python_without_closing_is_quiet() -> None:

@@ -119,6 +119,12 @@ def test_single_tokens(model: Model) -> None:
         model.to_single_token("")
 
 
+def test_token_strings(model: Model) -> None:
+    """Ids of results, arrays included, become texts again; each id is asked for once."""
+    assert model.token_strings(np.array([0, 3, 0])) == ["<bos>", "word3", "<bos>"]
+    assert model.token_strings([]) == []
+
+
 def test_positions_of_words(model: Model) -> None:
     """The last token that overlaps the text; one text gives a number, a list gives one for each row."""
     t = model.trace()

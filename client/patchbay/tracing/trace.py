@@ -322,7 +322,7 @@ class SyncTrace(BaseTrace):
             TraceError: not an input; ids outside the vocabulary; too long.
         """
         self._check_open()
-        rows, single = self._model.wait(self._core.rows_of(inputs))
+        rows, single = self._core.known_rows_of(inputs) or self._model.wait(self._core.rows_of(inputs))
         return self._add_run(rows, single, label)
 
     def execute(self) -> None:
