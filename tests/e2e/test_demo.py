@@ -175,6 +175,16 @@ def test_daemons_that_ignore_the_end_are_ended(demo: Demo, tiny_folder: str, the
     assert demo.living() == []
 
 
+def test_a_reader_that_goes_away_leaves_nothing_behind(demo: Demo, tiny_folder: str) -> None:
+    """When nobody reads what the demo prints any more (a closed terminal, ``| head``), it still stops everything."""
+    process = demo.start(client="print('RUNNING', flush=True)", model=tiny_folder)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    process.wait()
+    assert demo.living() == []
+
+
 def test_a_failing_client_fails_the_demo(demo: Demo, tiny_folder: str) -> None:
     """The client's exit status is the demo's, so that a finding that does not hold is seen by `make`."""
     process = demo.start(client="raise SystemExit(3)", model=tiny_folder)

@@ -6,7 +6,9 @@ for keys are this demo's own, so that neither a running service nor the user's k
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -25,6 +27,7 @@ from patchbay_server.demo.processes import Processes, Stopped
 #: The client half, in the source tree.
 CLIENT = Path(__file__).resolve().parents[3] / "examples" / "demo.py"
 _POLL_S = 0.25
+_STAGE = re.compile(r"^\[ *[\d.]+ s\] (.+)$", re.MULTILINE)
 _LOG_LINES = 30
 
 
@@ -80,8 +83,9 @@ class ProgressLine:
         self._said = ""
 
     def _write(self, text: str) -> None:
-        self._out.write(text)
-        self._out.flush()
+        with contextlib.suppress(OSError):  # the reader is gone (a closed terminal, `| head`): stopping matters more
+            self._out.write(text)
+            self._out.flush()
 
 
 def run_demo(demo: Demo, out: TextIO | None = None) -> int:
@@ -181,6 +185,15 @@ def tail(log: Path) -> str:
     return "\n".join(["The end of its log:", *(f"  {row}" for row in lines[-_LOG_LINES:])])
 
 
+def stage(log: Path) -> str:
+    """What the service says that it is doing: the last of its ``[ 2.7 s] starting Ray`` lines."""
+    try:
+        said = _STAGE.findall(log.read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        said = []
+    return said[-1] if said else "importing"
+
+
 def _wait_until_ready(
     service: subprocess.Popen[bytes],
     name: str,
@@ -202,7 +215,7 @@ def _wait_until_ready(
     while (elapsed := time.monotonic() - start) < timeout_s:
         if service.poll() is not None:
             raise DemoError(f"the service ended with status {service.returncode}.\n{tail(log)}")
-        progress.update(f"starting the service ({what}, embedded model)", elapsed)
+        progress.update(f"starting the service ({what}): {stage(log)}", elapsed)
         if _listens(port):
             try:
                 with patchbay.connect(address, api_key=read_key(folder, port), timeout_s=5.0) as client:
