@@ -90,4 +90,6 @@ def test_a_thin_client_patches_a_real_model(
     answer = json.loads(printed.splitlines()[-1])
     assert answer["heavy"] == []
     for name, expected in by_hand().items():
-        torch.testing.assert_close(torch.tensor(answer["results"][name]), expected.double(), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            torch.tensor(answer["results"][name], dtype=torch.float64), expected.double(), atol=1e-6, rtol=1e-5
+        )
