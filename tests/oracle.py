@@ -1,7 +1,8 @@
-"""A graph evaluated the slow and obvious way: every read is a forward of its own, with plain hooks for the writes before it.
+"""A graph evaluated the slow and obvious way: every read is a forward of its own, with plain hooks for the writes
+before it.
 
-Independent of the verifier, the planner and the executor: it shares with them only the graph and, for pure operations, the
-kernels (which are tested against numpy on their own).
+Independent of the verifier, the planner and the executor: it shares with them only the graph and, for pure
+operations, the kernels (which are tested against numpy on their own).
 """
 
 from __future__ import annotations

@@ -157,7 +157,8 @@ class ProtocolError(PatchbayError, ValueError):
     """Bytes that do not decode to what they claim to be.
 
     Attributes:
-        field: path of the offending part, such as ``graph.nodes[3].attrs["value"].shape``; None when there is none to name.
+        field: path of the offending part, such as ``graph.nodes[3].attrs["value"].shape``; None when there is none to
+            name.
     """
 
     def __init__(self, message: str, *, field: str | None = None) -> None:

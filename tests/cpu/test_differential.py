@@ -64,7 +64,7 @@ def hooks_of(engine: Engine) -> int:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_alone_a_graph_equals_plain_hooks_to_the_bit(family: str) -> None:
-    """Every output of a generated graph, run alone, is bit-equal to plain hooks; circular ones are refused; no hook stays."""
+    """Run alone, every output of a generated graph is bit-equal to plain hooks; circles are refused; no hook stays."""
     engine, model, where = bench(family)
     counts = {"run": 0, "refused": 0}
 

@@ -1,4 +1,4 @@
-"""Canonical sites against the model's own source, written out by hand: inside attention, inside norms, per-head results."""
+"""Canonical sites against the model's own source, written out by hand: attention, norms, per-head results."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ Part = Callable[[torch.Tensor], torch.Tensor]
 
 
 def attention_by_hand(family: str, edits: dict[str, Part], seen: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Logits of a plain twin whose attention is written out here, with `edits` in block BLOCK; `seen` gets the parts."""
+    """Logits of a plain twin whose attention is written out here, edited in block BLOCK; `seen` gets the parts."""
 
     def attend(module: Any, q: Any, k: Any, v: Any, mask: Any, scaling: float, **kwargs: Any) -> tuple[Any, None]:
         here = module.layer_idx == BLOCK
@@ -129,7 +129,7 @@ def test_residual_sites_equal_transformers_own_hidden_states(family: str) -> Non
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("part", ["rot_q", "rot_k", "attn_scores", "pattern"])
 def test_attention_internals_write_as_edited_by_hand(family: str, part: str) -> None:
-    """Setting scores, pattern, or rotated queries or keys has the same effect as the edit inside a hand-written attention."""
+    """Setting scores, pattern, rotated queries or keys does what the same edit in a hand-written attention does."""
     engine = engine_of(family)
     site = f"blocks.{BLOCK}.attn.{part}"
     if site not in engine.hosted.card:
@@ -237,7 +237,7 @@ def test_positional_embedding_is_shown_and_written_per_row() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_site_reads_in_its_declared_shape_and_takes_back_what_it_gave(family: str) -> None:
-    """Each site on the card, modules included, has the declared shape and dtype, and writing the value read is harmless."""
+    """Each site on the card, modules included, has its declared shape and dtype; writing the value read is harmless."""
     engine = engine_of(family)
     offered = [s for s in engine.hosted.card.sites if s.absent is None]
     assert len(offered) > 100

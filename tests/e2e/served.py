@@ -156,9 +156,12 @@ def _ray_serve(folder: Path) -> Iterator[Served]:
     from tests.serving_fixtures import patchbay_serve
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    with patchbay_serve(save_model(folder / MODEL_NAME), name=MODEL_NAME, home=folder) as running:
-        with _over_grpc(running.target, running.api_key) as served:
-            yield served
+    model = save_model(folder / MODEL_NAME)
+    with (
+        patchbay_serve(model, name=MODEL_NAME, home=folder) as running,
+        _over_grpc(running.target, running.api_key) as served,
+    ):
+        yield served
 
 
 SERVED: dict[str, Callable[[Path], AbstractContextManager[Served]]] = {

@@ -1,6 +1,7 @@
 """One suite, three ways of serving: in this process, over plain gRPC, and through Ray Serve behind its ingress.
 
-Whatever a client may observe must be the same: values (against plain PyTorch hooks on a twin of the model), errors, usage.
+Whatever a client may observe must be the same: values (against plain PyTorch hooks on a twin of the model), errors,
+usage.
 """
 
 from __future__ import annotations
@@ -269,4 +270,5 @@ def test_a_timeout_is_told_as_one(model: Model) -> None:
 
 def test_graph_errors_are_graph_errors_everywhere() -> None:
     """The classes asserted above are all GraphErrors, so that one except clause catches them."""
-    assert all(issubclass(c, GraphError) for c in (CausalityError, IndexOutOfRangeError, LimitExceededError, ShapeError))
+    classes = (CausalityError, IndexOutOfRangeError, LimitExceededError, ShapeError)
+    assert all(issubclass(c, GraphError) for c in classes)

@@ -44,7 +44,7 @@ def test_values_that_flow_forwards_stay_in_the_level_only_when_runs_share_a_forw
 
 
 def test_values_that_flow_backwards_need_another_level() -> None:
-    """Late to early across runs takes two levels even in a shared forward; within the level, positions are site orders."""
+    """Late to early across runs takes two levels even in a shared forward; in a level, positions are site orders."""
     graph = Graph(RUNS, (read(LATE, 0), Node("tanh", (0,)), write(1, EARLY, 1), read("logits", 1)))
     plan = schedule(graph, CARD, joint=True)
     late = CARD.site(LATE).order

@@ -1,7 +1,7 @@
 """What a client knows of a model: its widths and its sites. The model's *card*.
 
-Sites are named as in TransformerLens without ``hook_``. A card lists every site with its dimensions, so that the shape of
-every value is known before anything is sent.
+Sites are named as in TransformerLens without ``hook_``. A card lists every site with its dimensions, so that the
+shape of every value is known before anything is sent.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class ModelCard:
     causal: bool
     sites: tuple[SiteSpec, ...]
     callables: tuple[CallableSpec, ...] = ()
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
     attributes: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
     @cached_property
@@ -132,7 +132,8 @@ class ModelCard:
         """The site called `name` (canonical; see `patchbay.ir.sites.canonical` for aliases).
 
         Raises:
-            UnknownSiteError: no such site, or one that this model does not offer; the message says why, or what is near.
+            UnknownSiteError: no such site, or one that this model does not offer; the message says why, or what is
+                near.
         """
         spec = self._by_name.get(name)
         if spec is None:

@@ -19,9 +19,9 @@ class ExecuteOptions:
     """How to run a graph.
 
     Attributes:
-        deterministic: run alone, one run per forward, so that every value equals the same forward done by hand, bit for bit.
-        disabled: names of optimisations to leave out (their off switches), such as ``"early_stop"``.
-        dry_run: verify and price only; the stream is Done alone, with the cost filled in.
+        deterministic: run alone, one run per forward, so that every value equals the same forward done by hand, bit
+            for bit. disabled: names of optimisations to leave out (their off switches), such as ``"early_stop"``.
+            dry_run: verify and price only; the stream is Done alone, with the cost filled in.
     """
 
     deterministic: bool = False

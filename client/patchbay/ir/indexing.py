@@ -37,7 +37,7 @@ def check_index(op: str, index: object, n_arrays: int) -> Index:
         raise GraphError(f"{op}: an index is a tuple of items, got {index!r}")
     arrays: list[int] = []
     for item in index:
-        if not isinstance(item, tuple) or not item or item[0] not in _ARITY or len(item) != _ARITY[str(item[0])]:
+        if not isinstance(item, tuple) or not item or _ARITY.get(str(item[0])) != len(item):
             raise GraphError(f"{op}: {item!r} is not an index item")
         for part in item[1:]:
             if isinstance(part, bool) or not (isinstance(part, int) or (part is None and item[0] == "slice")):
@@ -69,6 +69,15 @@ def expand_ellipsis(op: str, index: Index, ndim: int) -> Index:
     return index + fill
 
 
+def arrays_lead(index: Index) -> bool:
+    """Whether the broadcast axes come first: arrays, or ints among them, stand apart in `index`.
+
+    An ellipsis separates them in numpy even where it stands for no axis, so this looks at the index as it was written.
+    """
+    joined = [position for position, item in enumerate(index) if item[0] in ("int", "array")]
+    return any(item[0] == "array" for item in index) and joined != list(range(joined[0], joined[-1] + 1))
+
+
 def index_shape(op: str, shape: tuple[int, ...], index: Index, arrays: Sequence[TensorSpec]) -> tuple[int, ...]:
     """The shape of ``x[index]`` for an `x` of `shape`.
 
@@ -86,9 +95,8 @@ def index_shape(op: str, shape: tuple[int, ...], index: Index, arrays: Sequence[
     items = expand_ellipsis(op, index, len(shape))
     advanced = any(item[0] == "array" for item in items)
     out: list[int | None] = []  # None marks the place of the broadcast axes
-    joined: list[int] = []  # positions in `items` of arrays (and ints among them)
     axis = 0
-    for position, item in enumerate(items):
+    for item in items:
         kind = item[0]
         if kind == "newaxis":
             out.append(1)
@@ -101,17 +109,14 @@ def index_shape(op: str, shape: tuple[int, ...], index: Index, arrays: Sequence[
             if not -extent <= i < extent:
                 raise IndexOutOfRangeError(f"{op}: index {i} is out of range for axis {axis} of extent {extent}")
             if advanced:
-                joined.append(position)
                 out.append(None)
         else:
-            joined.append(position)
             out.append(None)
         axis += 1
     if not advanced:
         return tuple(e for e in out if e is not None)
     broadcast = broadcast_shapes(op, *(spec.shape for spec in arrays))
-    adjacent = joined == list(range(joined[0], joined[-1] + 1))
-    first = out.index(None) if adjacent else 0
+    first = 0 if arrays_lead(index) else out.index(None)
     rest = [e for e in out if e is not None]
     place = sum(e is not None for e in out[:first])
     return tuple(rest[:place]) + broadcast + tuple(rest[place:])

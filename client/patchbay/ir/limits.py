@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+#: Axes of a tensor; numpy and torch stop at 64.
+MAX_DIMS = 32
+#: All extents of a tensor (zeros counted as one) times its element size stay below this, so that no stride overflows.
+MAX_TENSOR_SPAN = 2**62
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:

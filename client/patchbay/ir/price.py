@@ -34,7 +34,8 @@ def price(graph: Graph, specs: Sequence[ValueSpec]) -> Cost:
     flops = live = peak = 0
     for i, node in enumerate(graph.nodes):
         args = [value for a in node.args if isinstance(value := specs[a], TensorSpec)]
-        flops += op_spec(node.op).flops(args, specs[i], _filled(node.op, node.attrs))
+        spec = op_spec(node.op)
+        flops += spec.flops(args, specs[i], spec.fill(node.attrs))
         live += value_bytes(specs[i])
         peak = max(peak, live)
         live -= sum(value_bytes(specs[d]) for d in dying[i])
@@ -42,6 +43,3 @@ def price(graph: Graph, specs: Sequence[ValueSpec]) -> Cost:
     tokens = sum(run.rows * run.seq for run in graph.runs)
     return Cost(flops=flops, peak_bytes=peak, result_bytes=results, tokens=tokens)
 
-
-def _filled(op: str, attrs):
-    return op_spec(op).fill(attrs)

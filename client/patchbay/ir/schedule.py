@@ -1,9 +1,9 @@
 """When each node can run: forward order inside a run, any order that is not circular between runs.
 
-A run is executed as often as its reads require. *Levels* number the rounds of forwards: a read has the level at which every
-write that it must see has its value. Positions inside a level are the sites' own order, so a value read at an early site of
-one run may be written at a later site of another run in the same level, when both share a forward (`joint`); otherwise the
-value crosses over to the next level.
+A run is executed as often as its reads require. *Levels* number the rounds of forwards: a read has the level at which
+every write that it must see has its value. Positions inside a level are the sites' own order, so a value read at an
+early site of one run may be written at a later site of another run in the same level, when both share a forward
+(`joint`); otherwise the value crosses over to the next level.
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ def _causality_error(graph: Graph, chains: Sequence[int | None], stuck: set[int]
     written, late = graph.nodes[write], graph.nodes[read]
     via = "" if late.run == run and len({graph.nodes[i].run for i in reads}) == 1 else " by way of other runs"
     return CausalityError(
-        f"the write at {written.attrs['site']} of run {run} needs the value at {late.attrs['site']} of run {late.run}{via}, "
-        f"which is computed only after it",
+        f"the write at {written.attrs['site']} of run {run} needs the value at {late.attrs['site']} of run "
+        f"{late.run}{via}, which is computed only after it",
         node=write,
         related=[read],
     )

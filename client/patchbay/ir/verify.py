@@ -1,4 +1,5 @@
-"""Whether a graph is valid, decided from static facts alone: on the client before sending, on the server before running.
+"""Whether a graph is valid, decided from static facts alone: on the client before sending, on the server before
+running.
 
 The rules are a table of small checks. Each looks at one node (or at the whole graph) and raises the most specific
 `GraphError`; the verifier adds the node's id, so that the client can add the user's line.
@@ -6,6 +7,7 @@ The rules are a table of small checks. Each looks at one node (or at the whole g
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -19,10 +21,10 @@ from patchbay.errors import (
     UnknownSiteError,
 )
 from patchbay.ir.card import ModelCard
-from patchbay.ir.dtypes import bool_, float32, int64
-from patchbay.ir.graph import Graph, Node, TensorData
+from patchbay.ir.dtypes import bool_, float32, int64, scalar_kind
+from patchbay.ir.graph import Graph, Node, Run, TensorData
 from patchbay.ir.indexing import index_shape
-from patchbay.ir.limits import Limits
+from patchbay.ir.limits import MAX_DIMS, MAX_TENSOR_SPAN, Limits
 from patchbay.ir.ops import spec as op_spec
 from patchbay.ir.ops.spec import OpSpec, TensorSpec, ValueSpec
 from patchbay.ir.price import price
@@ -80,10 +82,21 @@ def infer_node(graph: Graph, card: ModelCard, node: Node, specs: Sequence[ValueS
     if spec.structural:
         if node.op != "item":
             _check_arity(spec, node)
-        return _STRUCTURAL_INFERENCE[node.op](_Context(graph, card, specs), node, spec, arg_specs)
-    if node.run is not None:
+        value = _STRUCTURAL_INFERENCE[node.op](_Context(graph, card, specs), node, spec, arg_specs)
+    elif node.run is not None:
         raise GraphError(f"{node.op} is a pure operation and belongs to no run")
-    return spec.infer(arg_specs, node.attrs)
+    else:
+        value = spec.infer(arg_specs, node.attrs)
+    _check_representable(node.op, value)
+    return value
+
+
+def _check_representable(op: str, value: ValueSpec) -> None:
+    for part in (value,) if isinstance(value, TensorSpec) else value:
+        if part.ndim > MAX_DIMS:
+            raise ShapeError(f"{op}: the result would have {part.ndim} dimensions; at most {MAX_DIMS} are possible")
+        if math.prod(max(extent, 1) for extent in part.shape) * part.dtype.itemsize >= MAX_TENSOR_SPAN:
+            raise ShapeError(f"{op}: {part} is larger than any memory")
 
 
 def _check_arity(spec: OpSpec, node: Node) -> None:
@@ -103,7 +116,7 @@ def _infer_const(ctx: _Context, node: Node, spec: OpSpec, args: Sequence[TensorS
         if any(extent < 0 for extent in value.shape) or out.nbytes != value.nbytes:
             raise ShapeError(f"const: {value.nbytes} bytes do not hold a {out}")
         return out
-    kind = "bool" if isinstance(scalar, bool) else "int" if isinstance(scalar, int) else "float"
+    kind = scalar_kind(scalar)
     if kind == "int" and not -(2**63) <= scalar < 2**63:
         raise DTypeError("const: a Python integer must fit into 64 bits")
     return TensorSpec((), _SCALAR_DTYPES[kind], scalar=kind)
@@ -149,7 +162,7 @@ def _infer_item(ctx: _Context, node: Node, spec: OpSpec, args: Sequence[TensorSp
     if len(node.args) != 1:
         raise GraphError(f"item takes one argument, got {len(node.args)}")
     parts = ctx.specs[node.args[0]]
-    index = spec.fill(node.attrs)["index"]
+    index: int = spec.fill(node.attrs)["index"]
     if args or isinstance(parts, TensorSpec):
         raise GraphError("item picks from a value with several parts, got a single tensor")
     if not 0 <= index < len(parts):
@@ -166,7 +179,7 @@ _STRUCTURAL_INFERENCE: dict[str, Callable[[_Context, Node, OpSpec, Sequence[Tens
 }
 
 
-def _run_of(ctx: _Context, node: Node):
+def _run_of(ctx: _Context, node: Node) -> Run:
     if node.run is None or not 0 <= node.run < len(ctx.graph.runs):
         raise GraphError(f"{node.op} needs a run between 0 and {len(ctx.graph.runs) - 1}, got {node.run}")
     return ctx.graph.runs[node.run]

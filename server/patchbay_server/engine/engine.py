@@ -75,6 +75,7 @@ class Engine:
             return Execution(self.hosted, alone, emit_once, cancelled).run()
         except torch.OutOfMemoryError:
             raise ResourceExhaustedError(
-                "the device ran out of memory, with one run per forward too; use fewer rows or shorter texts, or save less",
+                "the device ran out of memory, with one run per forward too; use fewer rows or shorter texts, or save "
+                "less",
                 reason="DEVICE_MEMORY",
             ) from None

@@ -21,7 +21,7 @@ from patchbay_server.models.taps import Handle
 _FILLER = 0
 
 
-class _Stop(Exception):
+class _Stop(Exception):  # noqa: N818 - a signal, not an error
     """Everything that is needed has been seen; unwinds the forward."""
 
 
@@ -35,7 +35,8 @@ class Execution:
         self._values: dict[int, Any] = {}
         self._sequence_axes = {s.name: s.sequence_axes for s in hosted.card.sites}
         self._layers_run = 0
-        #: Memory of the model's own tensors while one of its sites is visited; nothing that outlives the visit may share it.
+        #: Memory of the model's own tensors while one of its sites is visited; nothing that outlives the visit may
+        #: share it.
         self._borrowed: set[int] = set()
 
     def run(self) -> Usage:

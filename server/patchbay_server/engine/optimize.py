@@ -27,15 +27,16 @@ class Rewritten:
     saved: Mapping[str, int]
 
 
-#: A pass takes a graph and says which of its nodes to keep, and for nodes that are dropped, which kept node replaces them.
+#: A pass takes a graph and says which of its nodes to keep, and for nodes that are dropped, which kept node replaces
+#: them.
 RewritePass: TypeAlias = "Callable[[Graph, ModelCard], dict[int, int]]"
 
 
 def common_subexpressions(graph: Graph, card: ModelCard) -> dict[int, int]:
     """Merge nodes that compute the same value.
 
-    Precondition: a verified graph. Postcondition: no two pure nodes have equal op, args and attrs, and no two reads at one
-    site of one run stand between the same writes of that site.
+    Precondition: a verified graph. Postcondition: no two pure nodes have equal op, args and attrs, and no two reads
+    at one site of one run stand between the same writes of that site.
     """
     del card
     replacement: dict[int, int] = {}

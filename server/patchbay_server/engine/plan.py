@@ -1,4 +1,4 @@
-"""From a verified graph to forwards: which runs share one, what happens at which site, when a value can be forgotten."""
+"""From a verified graph to forwards: which runs share one, what happens at which site, when a value is forgotten."""
 
 from __future__ import annotations
 
@@ -277,8 +277,9 @@ class _Builder:
         last_read: dict[tuple[int, int], int] = {}
         for i, node in enumerate(self.graph.nodes):
             if node.op == "site.read":
-                key = (pass_of[self.timeline.moments[i].level, node.run], node.run)  # type: ignore[index]
-                last_read[key] = max(last_read.get(key, BEFORE), self.order[i])  # type: ignore[index]
+                assert node.run is not None
+                key = (pass_of[self.timeline.moments[i].level, node.run], node.run)
+                last_read[key] = max(last_read.get(key, BEFORE), self.order[i])
         times: list[tuple[_Time, ...]] = [()] * len(self.graph.nodes)
         for i in self.timeline.order:
             node = self.graph.nodes[i]

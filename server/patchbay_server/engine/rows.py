@@ -1,7 +1,7 @@
 """Rows of unequal length: stored padded on the right, shown padded on the left.
 
-On the right, padding cannot change a causal model's values and needs no mask; on the left, ``[:, -1]`` is the last token of
-every row, which is what users expect. Padding reads as zero and ignores writes.
+On the right, padding cannot change a causal model's values and needs no mask; on the left, ``[:, -1]`` is the last
+token of every row, which is what users expect. Padding reads as zero and ignores writes.
 """
 
 from __future__ import annotations

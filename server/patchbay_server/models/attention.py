@@ -1,8 +1,8 @@
 """The attention function that models hosted by Patchbay use: scaled-dot-product attention that can be opened.
 
 While nothing inside is tapped it *is* transformers' sdpa, to the bit. While something is tapped, the taps see rotated
-queries and keys, masked scores and the pattern; only when one of them writes does the layer's output come from the opened
-computation, so that reading never changes a value.
+queries and keys, masked scores and the pattern; only when one of them writes does the layer's output come from the
+opened computation, so that reading never changes a value.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _apply(taps: Sequence[AttentionTap], part: str, value: torch.Tensor) -> torc
 
 
 def _apply_transposed(taps: Sequence[AttentionTap], part: str, value: torch.Tensor) -> torch.Tensor:
-    """Taps see positions before heads; attention has heads before positions. Untouched values keep their memory layout."""
+    """As `_apply`, for taps that see positions before heads; untouched values keep their memory layout."""
     for entry in taps:
         if entry.part == part:
             replacement = entry.handler(value.transpose(1, 2))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 
@@ -106,15 +107,12 @@ def _find_layers(model: torch.nn.Module, recording: Recording) -> list[str]:
     for name, module in model.named_modules():
         if not isinstance(module, torch.nn.ModuleList) or len({type(m) for m in module}) != 1:
             continue
-        calls = [recording.of(f"{name}.{i}") for i in range(len(module))]
-        if any(c is None or c.input is None or c.output is None for c in calls):
+        calls = [c for i in range(len(module)) if (c := recording.of(f"{name}.{i}")) is not None]
+        if len(calls) < len(module):
             continue
-        chained = all(
-            a is not None and b is not None and same(a.output, b.input) for a, b in zip(calls, calls[1:], strict=False)
-        )
+        chained = all(same(a.output, b.input) for a, b in pairwise(calls))
         keeps_width = all(
-            c is not None and c.input is not None and c.output is not None and c.input.shape == c.output.shape
-            for c in calls
+            c.input is not None and c.output is not None and c.input.shape == c.output.shape for c in calls
         )
         if chained and keeps_width and len(module) > len(best):
             best = [f"{name}.{i}" for i in range(len(module))]
@@ -247,7 +245,8 @@ class _Block:
             self.add("attn_out", OutputTap(added.path), residual, "what attention adds to the residual stream")
             self.add("resid_mid", InputTap(reader.path), residual, "residual stream between attention and MLP")
             second = next(
-                (c for c in reversed(like) if c.start >= reader.start and close(before_mlp + c.output, self.y)), None
+                (c for c in reversed(like) if c.start >= reader.start and close(_sum(before_mlp, c.output), self.y)),
+                None,
             )
         else:
             second = None
@@ -423,6 +422,10 @@ def close(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     return bool((a.float() - b.float()).abs().max() <= tolerance * scale)
 
 
+def _sum(a: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor | None:
+    return None if b is None else a + b
+
+
 def is_linear(module: torch.nn.Module) -> bool:
     """A leaf that multiplies by one weight matrix (torch's Linear, transformers' Conv1D and their quantized kin)."""
     weight = getattr(module, "weight", None)
@@ -467,9 +470,10 @@ def _holds(output: torch.Tensor, target: torch.Tensor) -> bool:
     """Whether `output` (heads in any layout) agrees with `target` on the positions that `target` has."""
     rows, seq, heads, width = target.shape
     for view in (output, output.transpose(1, 2) if output.ndim == 4 else None):
-        if view is not None and view.shape[0] == rows and view.numel() // (rows * view.shape[1]) == heads * width:
-            if close(view.reshape(rows, view.shape[1], heads, width)[:, :seq], target):
-                return True
+        if view is None or view.shape[0] != rows or view.numel() != rows * view.shape[1] * heads * width:
+            continue
+        if close(view.reshape(rows, view.shape[1], heads, width)[:, :seq], target):
+            return True
     return False
 
 

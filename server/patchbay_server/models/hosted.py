@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from patchbay.errors import InvalidRequestError, RequestRangeError, RequestRangeError
+from patchbay.errors import InvalidRequestError, RequestRangeError
 from patchbay.ir.card import ModelCard
 from patchbay.ir.events import ModelSummary, TokenizedRow
 from patchbay.ir.limits import Limits
@@ -86,23 +86,6 @@ class HostedModel:
         return TokenizedRow(
             tuple(ids), tuple(known[i] for i in ids), ((0, 0),) * len(ids), tuple(i in special for i in ids)
         )
-
-    def token_strings(self, ids: Sequence[int]) -> TokenizedRow:
-        """The text of each token id; offsets are (0, 0), since the ids stand for no text.
-
-        Raises:
-            InvalidRequestError: the model has no tokenizer.
-            RequestRangeError: an id is outside the vocabulary.
-        """
-        if self.tokenizer is None:
-            raise InvalidRequestError(f"{self.card.name!r} is hosted without a tokenizer")
-        bad = next((i for i in ids if not 0 <= i < self.card.d_vocab), None)
-        if bad is not None:
-            raise RequestRangeError(f"token id {bad} is outside the vocabulary of {self.card.d_vocab}")
-        with self._tokenizer_lock:
-            special = set(self.tokenizer.all_special_ids)
-            strings = tuple(self.tokenizer.decode([i]) for i in ids)
-        return TokenizedRow(tuple(ids), strings, ((0, 0),) * len(ids), tuple(i in special for i in ids))
 
     def _tokenize_one(self, text: str, add_special_tokens: bool) -> TokenizedRow:
         fast = bool(getattr(self.tokenizer, "is_fast", False))

@@ -59,10 +59,12 @@ def load(source: str, *, name: str | None = None, dtype: str = "auto", device: s
     except (OSError, ValueError) as error:
         raise FailedPreconditionError(
             f"the model {source!r} could not be loaded: {error}\n"
-            "Give 'demo', a hub id such as org/name (needs network, or a filled HF cache), or a folder with config.json "
-            "and *.safetensors."
+            "Give 'demo', a hub id such as org/name (needs network, or a filled HF cache), or a folder with "
+            "config.json and *.safetensors."
         ) from error
-    return host(model.to(where), tokenizer, name=name or Path(source).name, source=source)
+    placed: torch.nn.Module = model
+    placed.to(where)
+    return host(placed, tokenizer, name=name or Path(source).name, source=source)
 
 
 def host(
@@ -70,20 +72,21 @@ def host(
 ) -> HostedModel:
     """Make a transformers model ready: derive its sites, prove them, write its card.
 
-    The model is put in eval mode and given Patchbay's attention function, which computes what sdpa computes, to the bit,
-    while nothing is tapped. Its outputs do not change otherwise.
+    The model is put in eval mode and given Patchbay's attention function, which computes what sdpa computes, to the
+    bit, while nothing is tapped. Its outputs do not change otherwise.
 
     Raises:
         FailedPreconditionError: the model has no stack of layers that can be found.
     """
     attention.register()
     model.eval()
-    if hasattr(model, "set_attn_implementation"):
+    hf: Any = model
+    if hasattr(hf, "set_attn_implementation"):
         try:
-            model.set_attn_implementation(attention.IMPLEMENTATION)
+            hf.set_attn_implementation(attention.IMPLEMENTATION)
         except (ValueError, KeyError) as error:
             log.info("attention sites are not offered by %s: %s", name, error)
-    config = model.config
+    config = hf.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     probes = [_probe(model, rows, seq, int(text.vocab_size)) for rows, seq in _PROBES]
     recordings = [record(model, ids) for ids in probes]

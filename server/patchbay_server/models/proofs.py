@@ -1,7 +1,7 @@
 """Whether the derived sites are what their names say: identities checked on random tokens when a model is loaded.
 
-A site that fails, or that no identity reaches, is taken off the card with the reason. The identities are read through the
-same taps that experiments use, so the taps are proved along with the binding.
+A site that fails, or that no identity reaches, is taken off the card with the reason. The identities are read through
+the same taps that experiments use, so the taps are proved along with the binding.
 """
 
 from __future__ import annotations
@@ -262,7 +262,7 @@ def _is_function_of(x: torch.Tensor, y: torch.Tensor) -> bool:
     xs, ys = x.flatten().float()[order], y.flatten().float()[order]
     near = (xs[1:] - xs[:-1]).abs() < 1e-3 * (xs.abs().max() + 1e-12)
     jumps = (ys[1:] - ys[:-1]).abs()[near]
-    return near.sum() == 0 or bool((jumps <= 2e-2 * (ys.abs().max() + 1e-12)).float().mean() > 0.98)
+    return not near.any() or bool((jumps <= 2e-2 * (ys.abs().max() + 1e-12)).float().mean() > 0.98)
 
 
 __all__ = ["Proof", "prove", "read_all", "write_same"]

@@ -1,7 +1,7 @@
 """How a site is attached to a model: one small class per kind of place, each translating to the canonical layout.
 
-A tap calls its handler with the site's value in canonical layout and puts a replacement, if the handler returns one, back
-where the model expects it. Taps hold no state of their own; whoever attaches one must remove the handle.
+A tap calls its handler with the site's value in canonical layout and puts a replacement, if the handler returns one,
+back where the model expects it. Taps hold no state of their own; whoever attaches one must remove the handle.
 """
 
 from __future__ import annotations
@@ -126,17 +126,17 @@ class InputTap:
 
         def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             del module
-            key = next((i for i, a in enumerate(args) if isinstance(a, torch.Tensor)), None)
-            name = None if key is not None else next(k for k, v in kwargs.items() if isinstance(v, torch.Tensor))
-            whole = args[key] if key is not None else kwargs[name]  # type: ignore[index]
+            place = next((i for i, a in enumerate(args) if isinstance(a, torch.Tensor)), None)
+            name = "" if place is not None else next(k for k, v in kwargs.items() if isinstance(v, torch.Tensor))
+            whole: torch.Tensor = args[place] if place is not None else kwargs[name]
             new = handler(whole if self.heads is None else self.heads.split(whole))
             if new is None:
                 return None
             if self.heads is not None:
                 new = self.heads.merge(whole, new)
-            if key is not None:
-                return (*args[:key], new, *args[key + 1 :]), kwargs
-            return args, {**kwargs, name: new}  # type: ignore[dict-item]
+            if place is not None:
+                return (*args[:place], new, *args[place + 1 :]), kwargs
+            return args, {**kwargs, name: new}
 
         return model.get_submodule(self.path).register_forward_pre_hook(hook, with_kwargs=True)
 
@@ -242,8 +242,8 @@ _NORM_TAPS = "_patchbay_norm_taps"
 class NormTap:
     """The inside of a normalization: its ``scale`` or its ``normalized`` value.
 
-    Reading leaves the module's own output in place, to the bit; writing recomputes it from the edited part. An edited scale
-    is what ``normalized`` is then computed with.
+    Reading leaves the module's own output in place, to the bit; writing recomputes it from the edited part. An edited
+    scale is what ``normalized`` is then computed with.
 
     Attributes:
         path: the module's name.
@@ -303,8 +303,8 @@ class _NormHandle:
 class ResultTap:
     """What each head adds to the residual stream: its slice of the output projection applied to its z.
 
-    Computed only while attached; ``[rows, seq, head, d_model]``. Writing replaces the projection's output by the sum of the
-    edited results plus the projection's bias.
+    Computed only while attached; ``[rows, seq, head, d_model]``. Writing replaces the projection's output by the sum
+    of the edited results plus the projection's bias.
 
     Attributes:
         path: the output projection's name.
