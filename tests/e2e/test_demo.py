@@ -147,8 +147,15 @@ def test_the_demo_finds_what_it_claims(demo: Demo) -> None:
     assert demo.living() == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("moment", ["starting the service", "RUNNING"])
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [
+        ("starting the service", signal.SIGINT),
+        ("loading", signal.SIGHUP),
+        ("RUNNING", signal.SIGINT),
+        ("RUNNING", signal.SIGTERM),
+    ],
+)
 def test_a_signal_leaves_nothing_behind(demo: Demo, tiny_folder: str, moment: str, number: signal.Signals) -> None:
     """Ctrl-C and its kin, while the service starts or while the client runs, end everything; the status says which."""
     process = demo.start(client=SLEEPS, model=tiny_folder)
