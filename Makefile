@@ -114,8 +114,9 @@ serve: $(STAMP) ## keep a service with the embedded model running (ARGS="--model
 	@$(VENV)/bin/patchbay serve $(ARGS)
 
 .PHONY: docs
-docs: $(STAMP) ## regenerate the pages that come from the code (docs/sites.md, docs/ops.md)
-	@$(PY) -m patchbay_server.docs
+docs: $(STAMP) ## regenerate what is written from the code: docs/ops.md, the chart's schema
+	@$(PY) -m patchbay.ir.ops.document >docs/ops.md.new || { rm docs/ops.md.new; exit 1; }; mv docs/ops.md.new docs/ops.md
+	@$(PY) deploy/generate_chart.py
 
 .PHONY: demo-model
 demo-model: $(STAMP) ## train the embedded model again from its seed (under 20 minutes on 2 cores)
