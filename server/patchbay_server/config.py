@@ -147,7 +147,7 @@ class RayConfig(_Section):
     """The Ray node that `patchbay serve` starts for itself."""
 
     temp_dir: Path | None = Field(
-        default=None, description="Ray's folder; its path must be short (Unix sockets). Default: a new one under /tmp."
+        default=None, description="Ray's folder; at most 20 characters (Unix sockets). Default: /tmp."
     )
     object_store_bytes: int = Field(
         default=128 * 2**20, ge=80 * 2**20, description="Ray's object store; requests do not pass through it."

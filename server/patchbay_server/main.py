@@ -42,11 +42,14 @@ def serve_plain(config: Config, *, progress: Callable[[str], None], ready: Calla
     Raises:
         PatchbayError: a model cannot be loaded, the port is taken, a key cannot be written.
     """
+    from transformers.utils.logging import disable_progress_bar
+
     from patchbay_server.models.loader import load
     from patchbay_server.serving.local import LocalCatalog, backends_of
     from patchbay_server.serving.plain import serve_grpc
     from patchbay_server.serving.replica import servicer_of
 
+    disable_progress_bar()  # our own line says what is going on
     hosted = []
     for model in config.models:
         progress(f"loading {model.name}")

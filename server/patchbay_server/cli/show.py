@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import re
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -80,8 +81,8 @@ def render(model: ModelCard, *, every_site: bool = False) -> str:
     ]
     if model.callables:
         facts.append(("callables", ", ".join(f"{c.name} [{c.d_in} -> {c.d_out}]" for c in model.callables)))
-    limits = ", ".join(f"{name} {getattr(model.limits, name):,}" for name in type(model.limits).__dataclass_fields__)
-    facts.append(("limits", limits))
+    limits = dataclasses.asdict(model.limits)
+    facts.append(("limits", ", ".join(f"{name} {count(value)}" for name, value in limits.items())))
     present = [s for s in model.sites if s.absent is None]
     absent = [s for s in model.sites if s.absent is not None]
     parts = [head, table(facts, indent="  "), ""]

@@ -49,6 +49,9 @@ _LOCAL_NODE: Mapping[str, str] = MappingProxyType(
     }
 )
 
+#: A Unix socket's path holds 107 characters, of which HAProxy's takes 78 beyond the node's folder, and Ray's 62.
+MAX_FOLDER_LENGTH = 107 - 78
+
 #: Ports are looked for here: below what Linux hands out for outgoing connections.
 _PORT_RANGE = (20_000, 32_000)
 #: Ports that each replica range spans beyond the number of replicas: a replaced replica takes a new one.
@@ -138,7 +141,7 @@ def node_environment(ports: NodePorts, folder: Path, *, haproxy: bool) -> dict[s
         folder: a folder of its own, short enough for Unix sockets.
         haproxy: HAProxy as ingress, else Serve's own proxy.
     """
-    proxy_folder = folder / "haproxy"
+    proxy_folder = folder / "h"
     token = folder / "token"
     environment = {
         **_LOCAL_NODE,
@@ -168,7 +171,7 @@ def node_environment(ports: NodePorts, folder: Path, *, haproxy: bool) -> dict[s
 
 def prepare_folder(folder: Path) -> None:
     """Make what `node_environment` points to."""
-    (folder / "haproxy").mkdir(mode=0o700, parents=True, exist_ok=True)
+    (folder / "h").mkdir(mode=0o700, parents=True, exist_ok=True)
     handle = os.open(folder / "token", os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
     with os.fdopen(handle, "w") as file:
         file.write(secrets.token_hex(32))

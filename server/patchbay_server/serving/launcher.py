@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from patchbay_server.config import Config
+from patchbay_server.config import Config, ConfigError
 from patchbay_server.serving import environment, processes
 
 #: Time for a node to stop in order, beyond what running requests are given.
@@ -53,7 +53,7 @@ def run(config: Config, *, progress: Callable[[str], None], ready: Callable[[], 
     """
     launch = Launch()
     processes.adopt_orphans()
-    folder = Path(tempfile.mkdtemp(prefix="patchbay-", dir=_short_temp_dir(config)))
+    folder = _make_folder(config)
     launch.log = folder / "node.log"
     with open(launch.log, "wb") as log:
         node = subprocess.Popen(
@@ -138,9 +138,21 @@ def _signals(node: subprocess.Popen[bytes]) -> Iterator[None]:
             signal.signal(name, handler)
 
 
-def _short_temp_dir(config: Config) -> str | None:
-    """Where the node's folder goes: Unix sockets allow about a hundred characters, and macOS's own folders are long."""
-    if config.ray.temp_dir is not None:
-        config.ray.temp_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return str(config.ray.temp_dir)
-    return "/tmp" if os.path.isdir("/tmp") else None
+def _make_folder(config: Config) -> Path:
+    """A new folder for the node, short enough for the Unix sockets in it (macOS's own temporary folders are not).
+
+    Raises:
+        ConfigError: the configured folder is too long, or cannot be written to.
+    """
+    parent = config.ray.temp_dir
+    try:
+        if parent is None:
+            return Path(tempfile.mkdtemp(prefix="patchbay-", dir="/tmp" if os.path.isdir("/tmp") else None))
+        parent = parent.absolute()
+        room = environment.MAX_FOLDER_LENGTH - len("/12345678")
+        if len(str(parent)) > room:
+            raise ConfigError(f"ray.temp_dir: {parent} is too long for Unix sockets; at most {room} characters fit")
+        parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return Path(tempfile.mkdtemp(prefix="", dir=parent))
+    except OSError as error:
+        raise ConfigError(f"ray.temp_dir: cannot make a folder in {parent or '/tmp'}: {error.strerror}") from None

@@ -1,0 +1,86 @@
+"""Whatever ends the service, no process of it stays behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.serving_fixtures import (
+    Served,
+    start_cli,
+    stop_cli,
+    tiny_config,
+    wait_for_line,
+    wait_gone,
+    wait_ready,
+)
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="follows processes through /proc and pidfds")
+
+STOP_TIMEOUT_S = 60.0
+
+
+@pytest.fixture
+def served() -> Iterator[Served]:
+    """`patchbay serve`, just started, with every file of its own under one folder (short enough for Ray's sockets)."""
+    with tempfile.TemporaryDirectory(prefix="pb", dir="/tmp") as home:
+        served = start_cli(tiny_config(torch_threads=1, ray={"temp_dir": f"{home}/r"}), Path(home))
+        try:
+            yield served
+        finally:
+            stop_cli(served)
+
+
+def folders(served: Served) -> list[Path]:
+    """What the service left of its own folder."""
+    assert served.config.ray.temp_dir is not None
+    return list(served.config.ray.temp_dir.glob("*"))
+
+
+def test_ctrl_c(served: Served) -> None:
+    """SIGINT: exit status 0, every process gone, the folder removed."""
+    wait_ready(served)
+    pids = served.pids()
+    assert served.pids("gcs_server")
+    assert served.pids("ServeReplica")
+    assert stop_cli(served) == 0
+    assert wait_gone(pids, STOP_TIMEOUT_S) == []
+    assert folders(served) == []
+
+
+def test_ctrl_c_while_starting(served: Served) -> None:
+    """SIGTERM before the service is up ends it just as well."""
+    wait_for_line(served, "starting the gRPC ingress")
+    pids = served.pids()
+    assert served.pids("raylet")
+    assert stop_cli(served, signal.SIGTERM) == 0
+    assert wait_gone(pids, STOP_TIMEOUT_S) == []
+    assert folders(served) == []
+
+
+def test_the_node_is_killed(served: Served) -> None:
+    """When Ray's driver dies without a word, the launcher ends what is left and says that it was not asked to."""
+    wait_for_line(served, "loading")
+    (node,) = served.pids("patchbay_server.serving.node")
+    pids = served.pids()
+    os.kill(node, signal.SIGKILL)
+    assert served.process is not None
+    assert served.process.wait(STOP_TIMEOUT_S) == 1
+    assert wait_gone(pids, STOP_TIMEOUT_S) == []
+    wait_for_line(served, "ended unexpectedly (signal 9)")
+
+
+def test_the_launcher_is_killed(served: Served) -> None:
+    """When the launcher itself is killed, the node notices and takes everything down with it."""
+    wait_for_line(served, "loading")
+    pids = served.pids()
+    assert served.process is not None
+    served.process.kill()
+    served.process.wait(STOP_TIMEOUT_S)
+    assert wait_gone(pids, STOP_TIMEOUT_S) == []
