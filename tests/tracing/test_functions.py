@@ -140,6 +140,8 @@ def test_wrong_calls_say_what_is_wrong(run: Run) -> None:
         pb.ops.exp(np.zeros(3))
     with pytest.raises(ShapeError, match="axis 5"):
         e.sum(5)
+    with pytest.raises(GraphError, match="keepdims must be bool"):
+        e.sum(-1, np.float32)
     with pytest.raises(GraphError, match="must be axis"):
         e.softmax("last")
     with pytest.raises(GraphError, match="list of tensors"):

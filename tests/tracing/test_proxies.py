@@ -275,6 +275,16 @@ def test_array_namespace_and_array(model: Model) -> None:
     assert np.asarray(s, dtype=np.float64).dtype == np.float64
 
 
+def test_numpys_functions_are_refused_with_advice(run: Run) -> None:
+    """numpy works on numbers; inside a trace the same functions are in pb.ops."""
+    e = run.embed
+    for use in (lambda: np.stack([e, e]), lambda: np.sum(e), lambda: np.where(e > 0, e, 0.0)):
+        with pytest.raises(TypeError, match=r"inside the trace use pb\.ops"):
+            use()
+    with pytest.raises(TypeError, match="ufunc"):
+        np.exp(e)
+
+
 def test_proxies_of_two_traces_do_not_mix(model: Model) -> None:
     """Each side says which of the two mistakes it was."""
     first, second = model.trace(), model.trace()

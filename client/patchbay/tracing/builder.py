@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
-from patchbay.errors import CausalityError, GraphError, TraceError
+from patchbay.errors import CausalityError, DTypeError, GraphError, TraceError
 from patchbay.ir.card import ModelCard
 from patchbay.ir.graph import Attr, Graph, Node, Output, Run, TensorData
 from patchbay.ir.ops.spec import TensorSpec, ValueSpec
@@ -227,10 +227,12 @@ class GraphBuilder:
                 continue
             spec = self.specs[a]
             if isinstance(spec, TensorSpec) and spec.scalar is not None:
-                lines.append(f"\n  {self._formula(a, 1)}: a Python number")
+                if isinstance(error, DTypeError):
+                    lines.append(f"\n  {self._formula(a, 1)}: a Python number")
                 continue
+            what = "a constant" if self.nodes[a].op == "const" else self.describe(a)
             place = self.location(a)
-            lines.append(f"\n  {show_spec(spec)}: {self.describe(a)}" + (f", made at {place}" if place else ""))
+            lines.append(f"\n  {show_spec(spec)}: {what}" + (f", made at {place}" if place else ""))
         error.message += "".join(lines)
         return error
 

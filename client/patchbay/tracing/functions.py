@@ -98,7 +98,9 @@ def attribute(spec: OpSpec, declared: AttrSpec, value: object) -> Attr:
         if kind == "float":
             return float(value)  # type: ignore[arg-type]
         if kind == "bool":
-            return bool(value)
+            if type(value).__name__ in ("bool", "bool_") or value in (0, 1):
+                return bool(value)
+            raise TypeError
         if kind == "scalar":
             return value if type(value) in (bool, int, float) else value.item()  # type: ignore[attr-defined, return-value]
         if kind == "dtype":

@@ -136,6 +136,13 @@ class Proxy:
         array = self.value
         return array if dtype is None else array.astype(dtype)  # type: ignore[call-overload, no-any-return]
 
+    def __array_function__(self, function: Any, types: object, args: object, kwargs: object) -> Any:
+        name = function.__name__
+        raise TypeError(
+            f"numpy.{name} needs the numbers, which are known only after the trace has run; inside the trace use pb.ops"
+            " (the array API's names: concat for concatenate, cumulative_sum for cumsum, permute_dims for transpose)"
+        )
+
     def __array_namespace__(self, *, api_version: str | None = None) -> ModuleType:
         import patchbay.ops
 
