@@ -45,7 +45,7 @@ def _tensor_in_a_graph(**fields: object) -> graph_pb2.Graph:
         ({"element_type": F32, "shape": [0, 2**62]}, ".shape", "larger than any memory"),
         ({"element_type": F32, "shape": [1] * 33}, ".shape", "33 dimensions; at most 32"),
         ({"element_type": F32, "shape": [2], "data": b"1234567"}, ".data", "7 bytes for float32.2., which takes 8"),
-        ({"element_type": F32, "shape": [2**40], "data": b"1234"}, ".data", "4 bytes for"),
+        ({"element_type": F32, "shape": [2**20], "data": b"1234"}, ".data", "4 bytes for"),
         ({"element_type": F32, "shape": [], "data": b""}, ".data", "0 bytes for float32.., which takes 4"),
         ({"element_type": tensor_pb2.ELEMENT_TYPE_BOOL, "shape": [1], "data": b"\x02"}, ".data", "0 or 1"),
     ],
@@ -175,8 +175,15 @@ def test_lists_of_the_greatest_depth_pass() -> None:
         (_run(row_lengths=[0] * 5), Limits(max_rows=4), "max_rows", 5),
         (_run(tokens=[0] * 5, row_lengths=[5]), Limits(max_tokens=4), "max_tokens", 5),
         (_nodes(N(op="x"), N(op="y", args=[0] * 65)), Limits(max_nodes=2), "max_args", 65),
+        (
+            _tensor_in_a_graph(element_type=F32, shape=[2], data=bytes(8)),
+            Limits(max_const_bytes=7),
+            "max_const_bytes",
+            8,
+        ),
+        (_tensor_in_a_graph(element_type=F32, shape=[2**40]), Limits(max_const_bytes=7), "max_const_bytes", 2**42),
     ],
-    ids=["nodes", "outputs", "runs", "rows", "tokens", "args"],
+    ids=["nodes", "outputs", "runs", "rows", "tokens", "args", "constants", "claimed constants"],
 )
 def test_counts(graph: graph_pb2.Graph, limits: Limits, limit: str, requested: int) -> None:
     """Counts above the limits are refused before Python objects are built, and the error names the limit."""

@@ -8,10 +8,6 @@ INLINE_BYTES = 64 * 2**10
 CHUNK_BYTES = 512 * 2**10
 #: A chunk larger than this is refused.
 MAX_CHUNK_BYTES = 4 * 2**20
-#: Extents of a tensor; numpy stops at 64.
-MAX_DIMS = 32
-#: All extents (zeros counted as one) times the element size stay below this, so that no stride overflows.
-MAX_TENSOR_SPAN = 2**62
 #: How deeply attribute lists nest; an index is a list of lists.
 MAX_ATTR_DEPTH = 8
 #: Entries of one attribute list.

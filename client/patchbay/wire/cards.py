@@ -8,9 +8,9 @@ from types import MappingProxyType
 from patchbay.errors import ProtocolError
 from patchbay.ir.card import CallableSpec, Dim, ModelCard, SiteSpec
 from patchbay.ir.events import ModelSummary
-from patchbay.ir.limits import Limits
+from patchbay.ir.limits import MAX_DIMS, Limits
 from patchbay.v1 import card_pb2
-from patchbay.wire.bounds import MAX_DIMS, MAX_SITES
+from patchbay.wire.bounds import MAX_SITES
 from patchbay.wire.names import decode_model, encode_model
 from patchbay.wire.tensors import decode_dtype, encode_dtype
 

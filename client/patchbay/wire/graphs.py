@@ -92,9 +92,28 @@ def decode_graph(message: graph_pb2.Graph, limits: Limits | None = None) -> Grap
     limits = limits or Limits()
     _check_counts(message, limits)
     runs = tuple(_decode_run(run, f"runs[{index}]") for index, run in enumerate(message.runs))
-    interned: dict[str, str] = {}
-    nodes = tuple(_decode_node(node, position, len(runs), interned) for position, node in enumerate(message.nodes))
+    state = _State(len(runs), limits.max_const_bytes)
+    nodes = tuple(_decode_node(node, position, state) for position, node in enumerate(message.nodes))
     return Graph(runs=runs, nodes=nodes, outputs=_decode_outputs(message, len(nodes)))
+
+
+class _State:
+    """What decoding one graph carries from node to node."""
+
+    def __init__(self, n_runs: int, max_const_bytes: int) -> None:
+        self.n_runs = n_runs
+        self._max_const_bytes = max_const_bytes
+        self._const_bytes = 0
+        self._names: dict[str, str] = {}
+
+    def intern(self, name: str) -> str:
+        """The same object for equal names: thousands of nodes share a few dozen."""
+        return self._names.setdefault(name, name)
+
+    def charge(self, size: int, field: str) -> None:
+        """Charge an inline tensor, before its bytes are copied out of the message."""
+        self._const_bytes += size
+        _check_limit("max_const_bytes", field, self._const_bytes, self._max_const_bytes)
 
 
 def _check_counts(message: graph_pb2.Graph, limits: Limits) -> None:
@@ -114,7 +133,7 @@ def _check_counts(message: graph_pb2.Graph, limits: Limits) -> None:
 
 def _check_limit(limit: str, field: str, count: int, allowed: int) -> None:
     if count > allowed:
-        what = "outputs" if field == "outputs" else limit.removeprefix("max_")
+        what = "outputs" if field == "outputs" else limit.removeprefix("max_").replace("_bytes", " bytes")
         raise LimitExceededError(
             f"the graph has {count} {what}; at most {allowed} are allowed (limit {limit})",
             limit=limit,
@@ -143,7 +162,7 @@ def _decode_run(message: graph_pb2.Run, field: str) -> Run:
     return Run(tokens=tuple(rows), label=message.label)
 
 
-def _decode_node(message: graph_pb2.Node, position: int, n_runs: int, interned: dict[str, str]) -> Node:
+def _decode_node(message: graph_pb2.Node, position: int, state: _State) -> Node:
     args = tuple(message.args)
     if args and (min(args) < 0 or max(args) >= position):
         index = next(i for i, arg in enumerate(args) if not 0 <= arg < position)
@@ -154,9 +173,9 @@ def _decode_node(message: graph_pb2.Node, position: int, n_runs: int, interned: 
             field=f"nodes[{position}].args[{index}]",
         )
     run = message.run if message.HasField("run") else None
-    if run is not None and not 0 <= run < n_runs:
+    if run is not None and not 0 <= run < state.n_runs:
         raise GraphError(
-            f"node {position} belongs to run {run}, but the graph has {n_runs}",
+            f"node {position} belongs to run {run}, but the graph has {state.n_runs}",
             node=position,
             field=f"nodes[{position}].run",
         )
@@ -169,11 +188,12 @@ def _decode_node(message: graph_pb2.Node, position: int, n_runs: int, interned: 
     decoded: dict[str, Attr] = {}
     for name in attrs:
         _check_name(name, f"nodes[{position}].attrs")
-        decoded[interned.setdefault(name, name)] = _decode_attr(attrs[name], f'nodes[{position}].attrs["{name}"]', 0)
-    return Node(op=interned.setdefault(op, op), args=args, attrs=decoded, run=run)
+        field = f'nodes[{position}].attrs["{name}"]'
+        decoded[state.intern(name)] = _decode_attr(attrs[name], field, 0, state)
+    return Node(op=state.intern(op), args=args, attrs=decoded, run=run)
 
 
-def _decode_attr(message: graph_pb2.Attr, field: str, depth: int) -> Attr:
+def _decode_attr(message: graph_pb2.Attr, field: str, depth: int, state: _State) -> Attr:
     kind = message.WhichOneof("kind")
     if kind == "int_value":
         return message.int_value
@@ -189,14 +209,14 @@ def _decode_attr(message: graph_pb2.Attr, field: str, depth: int) -> Attr:
     if kind == "null_value":
         return None
     if kind == "tensor_value":
-        return decode_tensor(message.tensor_value, field)
+        return decode_tensor(message.tensor_value, field, state.charge)
     if kind == "list_value":
         values = message.list_value.values
         if depth >= MAX_ATTR_DEPTH:
             raise ProtocolError(f"{field}: lists nest more than {MAX_ATTR_DEPTH} deep", field=field)
         if len(values) > MAX_ATTR_ITEMS:
             raise ProtocolError(f"{field}: {len(values)} entries; at most {MAX_ATTR_ITEMS}", field=field)
-        return tuple(_decode_attr(value, f"{field}[{index}]", depth + 1) for index, value in enumerate(values))
+        return tuple(_decode_attr(value, f"{field}[{index}]", depth + 1, state) for index, value in enumerate(values))
     raise ProtocolError(f"{field}: an attribute of no kind that this version knows", field=field)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
@@ -16,8 +16,9 @@ from zlib import crc32
 from patchbay.errors import DTypeError, LimitExceededError, ProtocolError
 from patchbay.ir.dtypes import DTYPES, DType
 from patchbay.ir.graph import TensorData
+from patchbay.ir.limits import MAX_DIMS, MAX_TENSOR_SPAN
 from patchbay.v1 import tensor_pb2
-from patchbay.wire.bounds import CHUNK_BYTES, MAX_CHUNK_BYTES, MAX_DIMS, MAX_TENSOR_SPAN
+from patchbay.wire.bounds import CHUNK_BYTES, MAX_CHUNK_BYTES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -118,13 +119,22 @@ def encode_tensor(tensor: TensorData) -> tensor_pb2.Tensor:
     return tensor_pb2.Tensor(element_type=encode_dtype(tensor.dtype), shape=tensor.shape, data=_as_bytes(tensor.data))
 
 
-def decode_tensor(message: tensor_pb2.Tensor, field: str) -> TensorData:
+def decode_tensor(
+    message: tensor_pb2.Tensor, field: str, charge: Callable[[int, str], None] | None = None
+) -> TensorData:
     """
+    Args:
+        message: the message.
+        field: its path, for errors.
+        charge: called with the bytes that the shape stands for, before they are copied out of the message; may raise.
+
     Raises:
         ProtocolError: an unknown element type, an impossible shape, or bytes that do not fill it exactly.
     """
     dtype = decode_dtype(message.element_type, f"{field}.element_type")
     shape = decode_shape(message.shape, dtype, f"{field}.shape")
+    if charge is not None:
+        charge(math.prod(shape) * dtype.itemsize, field)
     data = message.data
     _check_data(dtype, shape, len(data), f"{field}.data")
     _check_elements(dtype, data, f"{field}.data")
