@@ -1,0 +1,66 @@
+"""What a derivation comes to: sites with the way to each, absences with their reasons, widths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from patchbay_server.models.taps import Tap
+
+#: Leading extents of everything that has one vector per position.
+RESIDUAL = ("rows", "seq")
+
+
+@dataclass(frozen=True)
+class FoundSite:
+    """A canonical site and the way to it.
+
+    Attributes:
+        name: canonical name.
+        tap: how it is reached.
+        dims: symbolic extents, as in a SiteSpec.
+        doc: one sentence.
+    """
+
+    name: str
+    tap: Tap
+    dims: tuple[int | str, ...]
+    doc: str
+
+
+@dataclass
+class Widths:
+    """Extents read off the recording; 0 where a model has no such thing."""
+
+    n_layers: int = 0
+    d_model: int = 0
+    n_heads: int = 0
+    n_kv_heads: int = 0
+    d_head: int = 0
+    d_mlp: int = 0
+    d_vocab: int = 0
+
+
+@dataclass
+class Binding:
+    """What was derived.
+
+    Attributes:
+        sites: found sites by canonical name.
+        absent: reason by canonical name.
+        widths: extents.
+        layers: paths of the decoder layers, in order.
+        ln_final: path of the final norm, or None.
+        unembed: path of the unembedding, or None.
+        attention: attention module path by layer.
+    """
+
+    sites: dict[str, FoundSite] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+    widths: Widths = field(default_factory=Widths)
+    layers: list[str] = field(default_factory=list)
+    ln_final: str | None = None
+    unembed: str | None = None
+    attention: dict[int, str] = field(default_factory=dict)
+
+    def add(self, name: str, tap: Tap, dims: tuple[int | str, ...], doc: str) -> None:
+        self.sites[name] = FoundSite(name, tap, dims, doc)
