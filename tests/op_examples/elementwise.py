@@ -24,7 +24,7 @@ def _unary(dtypes: Sequence[str], low: float = -4, high: float = 4) -> Builder:
 
 
 _UNARY: Mapping[str, Sequence[str]] = {
-    **dict.fromkeys("negative positive abs sign square floor ceil round trunc relu".split(), NUMBERS),
+    **dict.fromkeys("negative positive stop_gradient abs sign square floor ceil round trunc relu".split(), NUMBERS),
     **dict.fromkeys("exp exp2 expm1 log log1p log2 log10 sqrt rsqrt reciprocal sin cos tan".split(), ANY),
     **dict.fromkeys("asin acos atan sinh cosh tanh asinh acosh atanh erf sigmoid".split(), ANY),
     **dict.fromkeys("logical_not isnan isinf isfinite".split(), ANY),

@@ -62,6 +62,7 @@ _UNARY: Mapping[str, Callable[[Array], Any]] = {
     "negative": np.negative,
     "positive": lambda x: x,
     "abs": np.abs,
+    "stop_gradient": lambda x: x,
     "sign": np.sign,
     "square": np.square,
     "floor": _integers(np.floor),

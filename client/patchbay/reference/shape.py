@@ -104,7 +104,7 @@ def _triu(x: Array, *, k: int) -> Value:
 
 @implements(OPS["diagonal"], in_own_dtype=True)
 def _diagonal(x: Array, *, offset: int) -> Value:
-    return np.diagonal(x, offset, -2, -1)
+    return np.diagonal(x, max(-x.shape[-2], min(offset, x.shape[-1])), -2, -1)
 
 
 @implements(OPS["pad"], in_own_dtype=True)

@@ -50,7 +50,7 @@ def _arange(*, start: Number, stop: Number | None, step: Number, dtype: str | No
 @implements(OPS["eye"])
 def _eye(*, n_rows: int, n_cols: int | None, k: int, dtype: str | None) -> torch.Tensor:
     columns = n_rows if n_cols is None else n_cols
-    if k == 0:
+    if k == 0 or not n_rows * columns:
         return torch.eye(n_rows, columns, dtype=_dtype(dtype))
     rows_at = torch.arange(n_rows).unsqueeze(-1)
     return (torch.arange(columns) - rows_at == max(-n_rows, min(k, columns))).to(_dtype(dtype))

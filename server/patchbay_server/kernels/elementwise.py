@@ -32,6 +32,7 @@ _UNARY: Mapping[str, Unary] = {
     "negative": torch.neg,
     "positive": torch.positive,
     "abs": torch.abs,
+    "stop_gradient": torch.Tensor.detach,
     "sign": lambda x: torch.where(x.isnan(), x, torch.sign(x)) if x.is_floating_point() else torch.sign(x),
     "square": torch.square,
     "floor": _rounding(torch.floor),
@@ -149,15 +150,16 @@ def _is_integer(*values: Operand) -> bool:
 def _floor_divide(x1: Operand, x2: Operand) -> torch.Tensor:
     if _is_integer(x1, x2):
         return _total(torch.floor_divide)(x1, x2, remainder=False)
-    a, b = promoted(x1, x2)
-    return a // b
+    # As floor_divide, bit for bit, but with a gradient (0).
+    return torch.div(*promoted_tensors(x1, x2), rounding_mode="floor")
 
 
 @implements(OPS["remainder"])
 def _remainder(x1: Operand, x2: Operand) -> torch.Tensor:
     if _is_integer(x1, x2):
         return _total(torch.remainder)(x1, x2, remainder=True)
-    a, b = promoted(x1, x2)
+    # A number on the left has no gradient in torch.
+    a, b = promoted(x1, x2) if isinstance(x1, torch.Tensor) else promoted_tensors(x1, x2)
     return a % b
 
 

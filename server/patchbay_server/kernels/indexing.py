@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from patchbay.ir.indexing import Index
 from patchbay.ir.ops import OPS
 from patchbay_server.kernels.registry import implements
-from patchbay_server.kernels.selection import Mode, check_bounds, index_get, torch_index, wrapped
+from patchbay_server.kernels.selection import Mode, check_bounds, index_get, index_put, wrapped
 from patchbay_server.kernels.tensors import common_dtype, promoted_tensors
 
 
@@ -23,13 +23,8 @@ def _set_index(
     x: torch.Tensor, value: torch.Tensor | bool | int | float, *arrays: torch.Tensor, index: Index, mode: Mode
 ) -> torch.Tensor:
     common_dtype(x, *(() if isinstance(value, torch.Tensor) else (value,)))  # refuses integers that do not fit
-    key = torch_index("set_index", tuple(x.shape), index, arrays)
-    if mode == "add":
-        value = x[key] + value
-    elif mode == "mul":
-        value = x[key] * value
     result = x.clone()
-    result[key] = value.to(x.dtype) if isinstance(value, torch.Tensor) else value
+    index_put(result, index, arrays, value, mode)
     return result
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from patchbay.errors import IndexOutOfRangeError
-from patchbay.ir.indexing import Index, expand_ellipsis
+from patchbay.ir.indexing import Index, arrays_lead, expand_ellipsis
 
 Mode = Literal["set", "add", "mul"]
 
@@ -50,7 +50,8 @@ def torch_index(op: str, shape: tuple[int, ...], index: Index, arrays: Sequence[
             continue
         extent = shape[axis]
         if kind == "slice":
-            result.append(slice(*item[1:]))
+            start, stop, step = slice(*item[1:]).indices(extent)
+            result.append(slice(start, stop, min(step, max(extent, 1))))  # torch cannot take every 64-bit number
         elif kind == "int":
             position = int(item[1])  # type: ignore[arg-type]
             if not -extent <= position < extent:
@@ -66,13 +67,34 @@ def torch_index(op: str, shape: tuple[int, ...], index: Index, arrays: Sequence[
     return tuple(result)
 
 
+def located(
+    op: str, x: torch.Tensor, index: Index, arrays: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, tuple[Any, ...]]:
+    """A view of `x` and what to index it with in torch to reach ``x[index]``.
+
+    Raises:
+        IndexOutOfRangeError: an index outside its axis.
+    """
+    key = torch_index(op, tuple(x.shape), index, arrays)
+    joined = [position for position, part in enumerate(key) if isinstance(part, torch.Tensor)]
+    together = bool(joined) and joined == list(range(joined[0], joined[-1] + 1))
+    if not together or joined[0] == 0 or not arrays_lead(index):
+        return x, key
+    # Only an ellipsis of no axes stands between the arrays: numpy puts the broadcast axes first, torch does not see it.
+    axes = [position - sum(part is None for part in key[:position]) for position in joined]
+    front = tuple(key[position] for position in joined)
+    rest = tuple(part for position, part in enumerate(key) if position not in joined)
+    return x.movedim(axes, tuple(range(len(axes)))), front + rest
+
+
 def index_get(x: torch.Tensor, index: Index, arrays: Sequence[torch.Tensor]) -> torch.Tensor:
     """``x[index]``, a view where torch gives one.
 
     Raises:
         IndexOutOfRangeError: an index outside its axis.
     """
-    return x[torch_index("getitem", tuple(x.shape), index, arrays)]
+    view, key = located("getitem", x, index, arrays)
+    return view[key]
 
 
 def index_put(
@@ -89,9 +111,9 @@ def index_put(
     Raises:
         IndexOutOfRangeError: an index outside its axis; x is unchanged then.
     """
-    key = torch_index("site.write", tuple(x.shape), index, arrays)
+    view, key = located("index_put", x, index, arrays)
     if mode == "add":
-        value = x[key] + value
+        value = view[key] + value
     elif mode == "mul":
-        value = x[key] * value
-    x[key] = value.to(x.dtype) if isinstance(value, torch.Tensor) else value
+        value = view[key].clone() * value  # a copy: the gradient of value needs what was there before
+    view[key] = value.to(x.dtype) if isinstance(value, torch.Tensor) else value

@@ -77,13 +77,20 @@ def _flip(x: torch.Tensor, *, axis: Axes) -> torch.Tensor:
 @implements(OPS["roll"])
 def _roll(x: torch.Tensor, *, shift: int | Shape, axis: Axes) -> torch.Tensor:
     if axis is None:
-        return torch.roll(x, shift)
+        assert isinstance(shift, int)
+        return torch.roll(x, shift % max(1, x.numel()))
     axes = (axis,) if isinstance(axis, int) else axis
-    return torch.roll(x, (shift,) * len(axes) if isinstance(shift, int) else shift, axes) if axes else x
+    shifts = (shift,) * len(axes) if isinstance(shift, int) else shift
+    within = tuple(s % max(1, x.shape[a]) for s, a in zip(shifts, axes, strict=True))
+    return torch.roll(x, within, axes) if axes else x
 
 
 @implements(OPS["repeat"])
 def _repeat(x: torch.Tensor, *, repeats: int, axis: int | None) -> torch.Tensor:
+    if not x.numel():  # torch multiplies what may not fit into 64 bits
+        if axis is None:
+            return x.reshape(0)
+        return x.reshape([extent * repeats if i == axis % x.ndim else extent for i, extent in enumerate(x.shape)])
     return torch.repeat_interleave(x, repeats, axis)
 
 
@@ -119,4 +126,4 @@ def _pad(x: torch.Tensor, *, pad: Shape, value: bool | int | float) -> torch.Ten
 
 @implements(OPS["unfold"])
 def _unfold(x: torch.Tensor, *, axis: int, size: int, step: int) -> torch.Tensor:
-    return x.unfold(axis, size, step)
+    return x.unfold(axis, size, min(step, x.shape[axis]))  # a longer step says the same, and could overflow a stride

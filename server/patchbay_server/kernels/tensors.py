@@ -66,7 +66,7 @@ def to_data(tensor: torch.Tensor) -> TensorData:
         return TensorData(dtype, tuple(host.shape), memoryview(b""))
     # as_strided, not reshape: a single element may keep any stride, and then has no view as bytes.
     flat = host.as_strided((host.numel(),), (1,))
-    return TensorData(dtype, tuple(host.shape), memoryview(flat.view(torch.uint8).numpy()).toreadonly())
+    return TensorData(dtype, tuple(host.shape), flat.view(torch.uint8).numpy().data.toreadonly())
 
 
 def number_fits(value: bool | int | float, dtype: DType) -> bool:

@@ -23,6 +23,7 @@ _ARITHMETIC = (
     elementwise("pow", PAIR, "x1 to the power x2; an integer to a negative power is truncated towards 0."),
     elementwise("negative", X, "-x."),
     elementwise("positive", X, "x itself."),
+    elementwise("stop_gradient", X, "x itself, taken as a constant when differentiated (jax.lax.stop_gradient)."),
     elementwise("abs", X, "Absolute value."),
     elementwise("sign", X, "-1, 0 or 1 by sign; NaN stays NaN."),
     elementwise("square", X, "x * x."),

@@ -181,11 +181,31 @@ class OpSpec:
             raise GraphError(f"{self.name} takes {wanted} tensor arguments ({', '.join(self.params)}), got {len(args)}")
         if not self.scalars and any(a.scalar for a in args):
             raise DTypeError(f"{self.name} takes tensors, got a Python scalar")
-        return self.rule(args, self.fill(attrs))
+        result = self.rule(args, self.fill(attrs))
+        for part in result if isinstance(result, tuple) else (result,):
+            check_extents(self.name, part)
+        return result
+
+
+#: Most axes a value may have; torch and numpy stop at 64, and some operations need room for more than they return.
+MAX_NDIM = 32
+#: Most elements that extents may multiply to (zeros left out), so that no library's 64-bit arithmetic overflows.
+MAX_SIZE = 2**60
+
+
+def check_extents(op: str, spec: TensorSpec) -> None:
+    """Raise ShapeError when `spec` has more axes or larger extents than any library can address.
+
+    An extent of 0 does not excuse the others: [0, 10**30] holds nothing, and is refused.
+    """
+    if spec.ndim > MAX_NDIM:
+        raise ShapeError(f"{op}: {spec.ndim} dimensions, of at most {MAX_NDIM}")
+    if math.prod(max(1, extent) for extent in spec.shape) > MAX_SIZE:
+        raise ShapeError(f"{op}: {spec} is larger than any machine can hold")
 
 
 def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
 
 def _is_ints(value: object) -> bool:
@@ -193,7 +213,7 @@ def _is_ints(value: object) -> bool:
 
 
 def check_attr(op: str, spec: AttrSpec, value: object) -> None:
-    """Raise GraphError unless `value` is of the kind that `spec` declares."""
+    """Raise GraphError unless `value` is of the kind that `spec` declares; integers must fit into 64 bits."""
     from patchbay.ir.dtypes import DTYPES
     from patchbay.ir.graph import TensorData
 
@@ -208,7 +228,7 @@ def check_attr(op: str, spec: AttrSpec, value: object) -> None:
         "axes": lambda: value is None or _is_int(value) or _is_ints(value),
         "shape": lambda: _is_ints(value),
         "ints": lambda: _is_ints(value),
-        "scalar": lambda: isinstance(value, (bool, int, float)),
+        "scalar": lambda: isinstance(value, (bool, float)) or _is_int(value),
         "index": lambda: isinstance(value, tuple),
         "tensor": lambda: isinstance(value, TensorData),
     }[kind]()
