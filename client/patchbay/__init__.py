@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from patchbay.model import AsyncModel, Model
     from patchbay.results import Results
     from patchbay.tokens import Tokens
-    from patchbay.tracing import AsyncTrace, Proxy, Run, Trace
+    from patchbay.tracing import AsyncTrace, Proxy, Run, Trace, grad
 
 __all__ = [
     "AsyncClient",
@@ -50,6 +50,7 @@ __all__ = [
     "connect",
     "connect_async",
     "errors",
+    "grad",
     "local",
     "ops",
 ]
@@ -74,6 +75,7 @@ _HOMES = {
     "TraceError": "errors",
     "connect": "client",
     "connect_async": "client",
+    "grad": "tracing",
     "local": "client",
 }
 _MODULES = frozenset({"errors", "methods", "ops", "plots", "testing"})

@@ -30,6 +30,7 @@ PUBLIC = [
     "connect",
     "connect_async",
     "errors",
+    "grad",
     "local",
     "ops",
 ]

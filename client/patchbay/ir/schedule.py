@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from patchbay.errors import CausalityError
 from patchbay.ir.card import ModelCard
@@ -72,6 +73,27 @@ def site_chains(graph: Graph, card: ModelCard) -> tuple[int | None, ...]:
             if graph.nodes[i].op == "site.write":
                 last = i
     return tuple(before)
+
+
+def dependents(graph: Graph, card: ModelCard) -> list[list[int]]:
+    """For every node, the nodes whose value its value may change at once: users, and the next access in its run.
+
+    An access passes its influence on along the forward: what is read or written at a site is upstream of the run's next
+    access, in forward order, then program order.
+    """
+    users: list[list[int]] = [[] for _ in graph.nodes]
+    accesses: dict[int, list[tuple[int, int]]] = {}
+    for i, node in enumerate(graph.nodes):
+        for a in node.args:
+            users[a].append(i)
+        if is_access(node):
+            assert node.run is not None
+            accesses.setdefault(node.run, []).append((card.site(str(node.attrs["site"])).order, i))
+    for entries in accesses.values():
+        in_order = [i for _, i in sorted(entries)]
+        for earlier, later in pairwise(in_order):
+            users[earlier].append(later)
+    return users
 
 
 def topological_order(graph: Graph, chains: Sequence[int | None]) -> tuple[int, ...]:

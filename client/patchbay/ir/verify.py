@@ -28,7 +28,7 @@ from patchbay.ir.limits import MAX_DIMS, MAX_TENSOR_SPAN, Limits
 from patchbay.ir.ops import spec as op_spec
 from patchbay.ir.ops.spec import OpSpec, TensorSpec, ValueSpec
 from patchbay.ir.price import price
-from patchbay.ir.schedule import site_chains, topological_order
+from patchbay.ir.schedule import dependents, site_chains, topological_order
 
 #: The value of a node that yields none (``site.write``).
 NO_VALUE: tuple[TensorSpec, ...] = ()
@@ -170,12 +170,26 @@ def _infer_item(ctx: _Context, node: Node, spec: OpSpec, args: Sequence[TensorSp
     return parts[index]
 
 
+def _infer_grad(ctx: _Context, node: Node, spec: OpSpec, args: Sequence[TensorSpec]) -> ValueSpec:
+    del ctx, node, spec
+    metric, *wrt = args
+    if metric.scalar is not None or metric.size != 1:
+        raise ShapeError(f"grad: the metric must be one number, got {metric}; reduce it first (sum, mean, an index)")
+    if not metric.dtype.is_floating:
+        raise DTypeError(f"grad: the metric must be floating-point, got {metric}")
+    for value in wrt:
+        if value.scalar is not None or not value.dtype.is_floating:
+            raise DTypeError(f"grad: gradients are taken with respect to floating-point tensors, got {value}")
+    return tuple(wrt)
+
+
 _STRUCTURAL_INFERENCE: dict[str, Callable[[_Context, Node, OpSpec, Sequence[TensorSpec]], ValueSpec]] = {
     "const": _infer_const,
     "site.read": _infer_read,
     "site.write": _infer_write,
     "call": _infer_call,
     "item": _infer_item,
+    "grad": _infer_grad,
 }
 
 
@@ -229,6 +243,36 @@ def _arguments_refer_backwards(graph: Graph, card: ModelCard) -> None:
                 )
 
 
+def _metrics_depend_on_what_they_are_differentiated_by(graph: Graph, card: ModelCard) -> None:
+    grads = [i for i, node in enumerate(graph.nodes) if node.op == "grad" and len(node.args) > 1]
+    if not grads:
+        return
+    users = dependents(graph, card)
+    for i in grads:
+        metric, *wrt = graph.nodes[i].args
+        for position, value in enumerate(wrt, start=1):
+            reached, pending = {value}, [value]
+            while pending:
+                for user in users[pending.pop()]:
+                    if user not in reached and graph.nodes[user].op != "grad":
+                        reached.add(user)
+                        pending.append(user)
+            if metric not in reached:
+                what = graph.nodes[value]
+                hint = (
+                    "; take the gradient with respect to the site's whole value, then index the gradient"
+                    if what.op == "getitem"
+                    else ""
+                )
+                name = what.attrs.get("site", what.op)
+                raise GraphError(
+                    f"grad: the metric does not depend on argument {position} ({name}){hint}",
+                    node=i,
+                    related=[value, metric],
+                    field=f"nodes[{i}].args[{position}]",
+                )
+
+
 def _outputs_are_values(graph: Graph, card: ModelCard) -> None:
     del card
     names: set[str] = set()
@@ -243,6 +287,8 @@ def _outputs_are_values(graph: Graph, card: ModelCard) -> None:
 
 GraphRule: TypeAlias = "Callable[[Graph, ModelCard], None]"
 GRAPH_RULES: tuple[GraphRule, ...] = (_runs_are_well_formed, _arguments_refer_backwards, _outputs_are_values)
+#: Checked once every node has been inferred, so that sites and operations are known to exist.
+LATE_GRAPH_RULES: tuple[GraphRule, ...] = (_metrics_depend_on_what_they_are_differentiated_by,)
 
 
 def _check_counts(graph: Graph, limits: Limits) -> None:
@@ -304,6 +350,8 @@ def verify(graph: Graph, card: ModelCard, limits: Limits | None = None) -> Verif
             what = "is a write and has no value" if value == NO_VALUE else f"has {len(value)} parts; pick one with item"
             raise GraphError(f"output {output.name!r} {what}", node=output.node, field=f"outputs[{index}]")
     topological_order(graph, site_chains(graph, card))
+    for rule in LATE_GRAPH_RULES:
+        rule(graph, card)
     cost = price(graph, specs)
     for limit, requested, what in (
         ("max_result_bytes", cost.result_bytes, "bytes of results"),

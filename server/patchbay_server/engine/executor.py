@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from patchbay.errors import GraphError, RequestCancelledError
 from patchbay.ir.events import Event, Progress, TensorValue, Usage
 from patchbay.ir.graph import TensorData
-from patchbay_server.engine.plan import Actions, Compute, Emit, Pass, Plan, Read, Write
+from patchbay_server.engine.plan import Actions, Compute, Emit, Pass, Plan, Read, Resume, Slot, Step, Write
 from patchbay_server.engine.rows import left_padded, own_rows, seen_rows, write_back
 from patchbay_server.kernels import index_get, index_put, to_data, to_tensor
 from patchbay_server.models.hosted import HostedModel
@@ -47,7 +48,7 @@ class Execution:
             RequestCancelledError: `cancelled` turned true.
         """
         plan = self._plan
-        with torch.no_grad():
+        with torch.no_grad(), _frozen_parameters(self._hosted.model, plan.last_grad is not None):
             for number, each in enumerate(plan.passes):
                 self._run_pass(each)
                 self._emit(Progress(number + 1, len(plan.passes)))
@@ -76,7 +77,7 @@ class Execution:
             for path in self._hosted.layers:
                 handles.append(model.get_submodule(path).register_forward_pre_hook(self._enter_layer))
             for site, moment in each.sites.items():
-                writes = any(isinstance(step, Write) for step in moment.steps)
+                writes = any(map(_changes_the_model, moment.steps))
                 handles.append(self._hosted.taps[site].attach(model, self._handler(each, site, moment), writes=writes))
             forward(model, self._input_ids(each))
         except _Stop:
@@ -124,8 +125,17 @@ class Execution:
         self._borrowed = {_storage(value)}
         for step in moment.steps:
             if isinstance(step, Read):
-                self._values[step.node] = seen_rows(current, axes, step.slot)
+                seen = seen_rows(current, axes, step.slot)
                 owned = False  # somebody looks at it now: the next write works on a copy
+                if step.differentiated:
+                    seen = self._begin_gradients(seen)
+                    current = self._resumed(current, seen, axes, step.slot)
+                self._values[step.node] = seen
+                continue
+            if isinstance(step, Resume):
+                current = self._resumed(current, self._values[step.node], axes, step.slot)
+                owned = False
+                self._forget(step.free)
                 continue
             if isinstance(step, Write):
                 try:
@@ -153,9 +163,7 @@ class Execution:
         if isinstance(new, torch.Tensor):
             new = new.to(current.dtype)
         arrays = [self._values[i] for i in step.indices]
-        everything = not slot.ragged and slot.start == 0 and slot.stop == current.shape[0]
-        everything = everything and all(current.shape[a] == slot.seq for a in axes)
-        if everything and not step.index:
+        if slot.covers(current, axes) and not step.index:
             return _meet(current, new, step.mode)
         result = current if owned else current.clone()
         part = own_rows(result, axes, slot)
@@ -166,6 +174,40 @@ class Execution:
         if slot.ragged:
             write_back(part, target, axes, slot)
         return result
+
+    def _resumed(self, current: torch.Tensor, shown: torch.Tensor, axes: Sequence[int], slot: Slot) -> torch.Tensor:
+        """`current` with a run's rows replaced by what its user was shown, so that the model depends on that value."""
+        if slot.covers(current, axes):
+            return shown
+        result = current.clone()
+        part = own_rows(result, axes, slot)
+        if slot.ragged:
+            write_back(part, shown, axes, slot)
+        else:
+            part.copy_(shown)
+        return result
+
+    def _begin_gradients(self, value: torch.Tensor) -> torch.Tensor:
+        """`value`, in memory of its own, as something to differentiate by; from here on, operations are recorded."""
+        torch.set_grad_enabled(True)
+        return value.clone() if value.requires_grad else value.detach().clone().requires_grad_()
+
+    def _gradients(self, step: Compute) -> tuple[torch.Tensor, ...]:
+        metric, *wrt = (self._values[a] for a in step.args)
+        last = step.node == self._plan.last_grad
+        found: Sequence[torch.Tensor | None] = [None] * len(wrt)
+        if metric.requires_grad:
+            found = torch.autograd.grad(metric.sum(), wrt, retain_graph=not last, allow_unused=True)
+        # Where only operations without a derivative (argmax, comparisons) lie between, the gradient is zero.
+        parts = tuple(torch.zeros_like(w) if g is None else g.detach() for g, w in zip(found, wrt, strict=True))
+        if last:
+            torch.set_grad_enabled(False)
+            for node, value in self._values.items():  # the recorded operations, and what they hold, are let go
+                if isinstance(value, torch.Tensor):
+                    self._values[node] = value.detach()
+                elif isinstance(value, tuple):
+                    self._values[node] = tuple(v.detach() for v in value)
+        return parts
 
     def _compute(self, step: Compute) -> None:
         values = self._values
@@ -184,6 +226,8 @@ class Execution:
         except RuntimeError as error:  # what a kernel can only find out from the data: a singular matrix, say
             reason = str(error).partition("\n")[0]
             raise self._named(GraphError(f"{step.op} failed: {reason}"), step.node) from error
+        if step.differentiated:
+            values[step.node] = self._begin_gradients(values[step.node])
         if step.outputs:
             self._send(step.node, step.outputs)
 
@@ -193,6 +237,8 @@ class Execution:
             return step.attrs["scalar"] if value is None else to_tensor(value, self._hosted.device)
         if step.op == "item":
             return self._values[step.args[0]][step.attrs["index"]]
+        if step.op == "grad":
+            return self._gradients(step)
         assert step.op == "call", step.op
         module = self._hosted.callables[step.attrs["target"]]
         dtype = next(iter(module.parameters())).dtype  # type: ignore[attr-defined]
@@ -221,6 +267,24 @@ class Execution:
             error.node = self._plan.origin[node]
             error.field = f"nodes[{error.node}]"
         return error
+
+
+@contextmanager
+def _frozen_parameters(model: torch.nn.Module, needed: bool) -> Iterator[None]:
+    """Parameters collect no gradients, and nothing is recorded for their sake, while the body runs."""
+    thawed = [p for p in model.parameters() if p.requires_grad] if needed else []
+    for parameter in thawed:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in thawed:
+            parameter.requires_grad_(True)
+
+
+def _changes_the_model(step: Step) -> bool:
+    """Whether the model goes on with something else than its own tensor after `step`."""
+    return isinstance(step, (Write, Resume)) or (isinstance(step, Read) and step.differentiated)
 
 
 def _meet(current: torch.Tensor, new: Any, mode: str) -> torch.Tensor:

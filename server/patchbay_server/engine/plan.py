@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from patchbay.ir.card import ModelCard
 from patchbay.ir.events import Cost, ExecuteOptions
@@ -17,6 +17,9 @@ from patchbay.ir.schedule import BEFORE, Schedule, schedule
 from patchbay.ir.verify import verify
 from patchbay_server.engine.optimize import PASSES, optimize
 from patchbay_server.kernels import kernel
+
+if TYPE_CHECKING:
+    import torch
 
 #: Optimisations of the planner and the executor, by the name that switches them off.
 BATCH_RUNS = "batch_runs"
@@ -44,13 +47,40 @@ class Slot:
     lengths: tuple[int, ...]
     ragged: bool
 
+    def covers(self, value: torch.Tensor, axes: Sequence[int]) -> bool:
+        """Whether the run's rows, as its user sees them, are all of a forward's value."""
+        whole = not self.ragged and self.start == 0 and self.stop == value.shape[0]
+        return whole and all(value.shape[axis] == self.seq for axis in axes)
+
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """Take the value of a run's rows at the site."""
+    """Take the value of a run's rows at the site.
+
+    Attributes:
+        node: the read.
+        slot: the run's rows.
+        differentiated: a gradient is taken with respect to the value, so the model goes on with it.
+    """
 
     node: int
     slot: Slot
+    differentiated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Let a later forward of the run go on with the value that an earlier one read, so that gradients reach it.
+
+    Attributes:
+        node: the read.
+        slot: the run's rows.
+        free: values to forget afterwards.
+    """
+
+    node: int
+    slot: Slot
+    free: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +107,7 @@ class Compute:
     attrs: Mapping[str, Any]
     outputs: tuple[str, ...] = ()
     free: tuple[int, ...] = ()
+    differentiated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +119,7 @@ class Emit:
     free: tuple[int, ...] = ()
 
 
-Step = Read | Write | Compute | Emit
+Step = Read | Resume | Write | Compute | Emit
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +170,7 @@ class Plan:
         saved: what each rewrite saved.
         received: number of nodes received.
         options: as requested.
+        last_grad: the node after which no gradient is taken any more; None where none is.
     """
 
     graph: Graph
@@ -149,6 +181,7 @@ class Plan:
     saved: Mapping[str, int]
     received: int
     options: ExecuteOptions
+    last_grad: int | None = None
 
 
 #: When something happens: index of the pass, order of the site in it (BEFORE: before it begins).
@@ -185,7 +218,17 @@ def make_plan(graph: Graph, card: ModelCard, limits: Limits, options: ExecuteOpt
         tokens=sum(p.rows * p.seq for p in passes),
         passes=len(passes),
     )
-    return Plan(small, rewritten.origin, passes, after, cost, rewritten.saved, len(graph.nodes), options)
+    return Plan(
+        graph=small,
+        origin=rewritten.origin,
+        passes=passes,
+        after=after,
+        cost=cost,
+        saved=rewritten.saved,
+        received=len(graph.nodes),
+        options=options,
+        last_grad=builder.last_grad(),
+    )
 
 
 def _price(graph: Graph, specs: Sequence[Any]) -> Cost:
@@ -231,6 +274,11 @@ class _Builder:
         self.graph, self.card, self.timeline, self.groups, self.options = graph, card, timeline, groups, options
         self.order = [card.site(str(n.attrs["site"])).order if n.run is not None else BEFORE for n in graph.nodes]
         self.slots = [self._slots(runs) for _, runs in groups]
+        #: Values that a gradient is taken with respect to.
+        self.differentiated = {a for n in graph.nodes if n.op == "grad" for a in n.args[1:]}
+        #: Forwards after the first in which a differentiated read must be put back, by node.
+        self.resumed: dict[int, tuple[_Time, ...]] = {}
+        self.times: list[tuple[_Time, ...]] = []
         self.names: dict[int, list[str]] = defaultdict(list)
         for output in graph.outputs:
             self.names[output.node].append(output.name)
@@ -244,11 +292,11 @@ class _Builder:
         return tuple(slots)
 
     def build(self) -> tuple[tuple[Pass, ...], Actions]:
-        times = self._times()
+        self.times = times = self._times()
         last_use = self._last_uses(times)
         events: dict[_Time, list[int]] = defaultdict(list)
         for i, when in enumerate(times):
-            for time in when:
+            for time in (*when, *self.resumed.get(i, ())):
                 events[time].append(i)
         moments = {time: self._actions(time, sorted(nodes), last_use) for time, nodes in events.items()}
         site_at = {s.order: s.name for s in self.card.sites if s.absent is None}
@@ -270,6 +318,11 @@ class _Builder:
             )
         return tuple(passes), moments.get((len(self.groups), BEFORE), Actions())
 
+    def last_grad(self) -> int | None:
+        """The gradient that is taken last; only after `build`."""
+        grads = [(self.times[i], i) for i, node in enumerate(self.graph.nodes) if node.op == "grad"]
+        return max(grads)[1] if grads else None
+
     def _times(self) -> list[tuple[_Time, ...]]:
         """When each node happens: once, but for writes, which happen in every forward of their run that shows them."""
         end: _Time = (len(self.groups), BEFORE)
@@ -286,7 +339,14 @@ class _Builder:
             level = self.timeline.moments[i].level
             if node.op == "site.read":
                 assert node.run is not None
-                times[i] = ((pass_of[level, node.run], self.order[i]),)
+                first = pass_of[level, node.run]
+                times[i] = ((first, self.order[i]),)
+                if i in self.differentiated:
+                    self.resumed[i] = tuple(
+                        (p, self.order[i])
+                        for p, (_, runs) in enumerate(self.groups)
+                        if p > first and node.run in runs and self.order[i] <= last_read[p, node.run]
+                    )
             elif node.op == "site.write":
                 times[i] = tuple(
                     (p, self.order[i])
@@ -311,7 +371,7 @@ class _Builder:
         last: dict[int, tuple[_Time, int]] = {}
         for i, node in enumerate(self.graph.nodes):
             if times[i]:
-                last.setdefault(i, (max(times[i]), i))
+                last.setdefault(i, (max((*times[i], *self.resumed.get(i, ()))), i))
                 for a in node.args:
                     last[a] = max(last[a], (max(times[i]), i))
         return last
@@ -333,14 +393,16 @@ class _Builder:
     def _steps(self, i: int, time: _Time, free: tuple[int, ...]) -> list[Step]:
         node, names = self.graph.nodes[i], tuple(self.names.get(i, ()))
         if node.op == "site.read":
-            read = Read(i, self._slot(time, node.run))
+            if time in self.resumed.get(i, ()):
+                return [Resume(i, self._slot(time, node.run), free)]
+            read = Read(i, self._slot(time, node.run), i in self.differentiated)
             return [read, Emit(i, names, free)] if names or free else [read]
         attrs = op_spec(node.op).fill(node.attrs)
         if node.op == "site.write":
             slot = self._slot(time, node.run)
             return [Write(i, slot, node.args[0], node.args[1:], attrs["mode"], attrs["index"], free)]
         function = None if op_spec(node.op).structural else kernel(op_spec(node.op))
-        return [Compute(i, node.op, function, node.args, attrs, names, free)]
+        return [Compute(i, node.op, function, node.args, attrs, names, free, i in self.differentiated)]
 
     def _slot(self, time: _Time, run: int | None) -> Slot:
         return next(s for s in self.slots[time[0]] if s.run == run)

@@ -72,4 +72,17 @@ ITEM = OpSpec(
     doc="One part of the value of an operation with several results, such as topk.",
 )
 
-STRUCTURAL = (CONST, SITE_READ, SITE_WRITE, CALL, ITEM)
+GRAD = OpSpec(
+    name="grad",
+    params=("metric", "wrt"),
+    rule=None,
+    variadic=True,
+    flops=no_flops,
+    category="structural",
+    doc=(
+        "Gradients of a scalar with respect to values, through every operation, write and layer in between; one part "
+        "for each value, of its shape and dtype. The parts are plain values: they have no gradients of their own."
+    ),
+)
+
+STRUCTURAL = (CONST, SITE_READ, SITE_WRITE, CALL, ITEM, GRAD)
