@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from patchbay.ir.ops import OPS
-from patchbay.ir.ops.spec import REQUIRED, AttrSpec, OpSpec, input_size_flops, no_flops, output_size_flops
+from patchbay.ir.ops.spec import REQUIRED, AttrSpec, FlopsRule, OpSpec, input_size_flops, no_flops, output_size_flops
 
 _HEADINGS: Mapping[str, str] = MappingProxyType(
     {
@@ -58,7 +58,11 @@ def _attribute(attr: AttrSpec) -> str:
 
 
 def _cost(op: OpSpec) -> str:
-    named = {no_flops: "none", output_size_flops: "1 per result", input_size_flops: "1 per input"}
+    named: Mapping[FlopsRule, str] = {
+        no_flops: "none",
+        output_size_flops: "1 per result",
+        input_size_flops: "1 per input",
+    }
     return named.get(op.flops, "by extents")
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from patchbay.errors import GraphError, ShapeError
+from patchbay.ir.limits import MAX_DIMS
 from patchbay.ir.ops.rules import promoted
-from patchbay.ir.ops.spec import MAX_NDIM, AttrSpec, OpSpec, TensorSpec, ValueSpec
+from patchbay.ir.ops.spec import AttrSpec, OpSpec, TensorSpec, ValueSpec
 
 MAX_OPERANDS = 8
 MAX_EQUATION = 256
@@ -102,8 +103,8 @@ def parse(equation: str, shapes: Sequence[tuple[int, ...]]) -> Contraction:
                 raise ShapeError(f"einsum: {label!r} in {equation!r} has extents {known} and {extent}")
             extents[label] = extent if known == 1 else known
         inputs.append(labels)
-    if len(extents) > MAX_NDIM:
-        raise GraphError(f"einsum: {equation!r} names {len(extents)} axes, of at most {MAX_NDIM}")
+    if len(extents) > MAX_DIMS:
+        raise GraphError(f"einsum: {equation!r} names {len(extents)} axes, of at most {MAX_DIMS}")
     ellipsis: tuple[Label, ...] = tuple(sorted(label for label in extents if isinstance(label, int)))
     if result is None:
         letters = "".join(terms).replace(".", "")

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 from patchbay.errors import DTypeError, GraphError, ShapeError
 from patchbay.ir.dtypes import DType, Kind, promote, promote_scalar
 from patchbay.ir.graph import Attr
+from patchbay.ir.limits import MAX_DIMS, MAX_TENSOR_SPAN
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,20 +188,14 @@ class OpSpec:
         return result
 
 
-#: Most axes a value may have; torch and numpy stop at 64, and some operations need room for more than they return.
-MAX_NDIM = 32
-#: Most elements that extents may multiply to (zeros left out), so that no library's 64-bit arithmetic overflows.
-MAX_SIZE = 2**60
-
-
 def check_extents(op: str, spec: TensorSpec) -> None:
     """Raise ShapeError when `spec` has more axes or larger extents than any library can address.
 
     An extent of 0 does not excuse the others: [0, 10**30] holds nothing, and is refused.
     """
-    if spec.ndim > MAX_NDIM:
-        raise ShapeError(f"{op}: {spec.ndim} dimensions, of at most {MAX_NDIM}")
-    if math.prod(max(1, extent) for extent in spec.shape) > MAX_SIZE:
+    if spec.ndim > MAX_DIMS:
+        raise ShapeError(f"{op}: {spec.ndim} dimensions, of at most {MAX_DIMS}")
+    if math.prod(max(1, extent) for extent in spec.shape) * spec.dtype.itemsize >= MAX_TENSOR_SPAN:
         raise ShapeError(f"{op}: {spec} is larger than any machine can hold")
 
 
