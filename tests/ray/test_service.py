@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import grpc
 import grpc.aio
@@ -30,7 +32,7 @@ from patchbay.ir.dtypes import float32
 from patchbay.ir.events import Done, ExecuteOptions, Progress, Started, TensorValue
 from patchbay.ir.graph import Graph, Node, Output, Run, TensorData
 from patchbay.transport.grpc import GrpcTransport
-from patchbay_server.serving.environment import haproxy_available
+from patchbay_server.serving.environment import haproxy_binary
 from tests.serving_fixtures import D_MODEL, N_LAYERS, TINY, Served, tiny_model
 
 TEXT = "the capital of france is"
@@ -258,7 +260,26 @@ async def test_reflection_through_the_ingress(channel: grpc.aio.Channel) -> None
 
 async def test_the_ingress_is_haproxy_where_it_can_be(service: Served) -> None:
     """On machines with HAProxy the calls above went through it."""
-    assert bool(service.pids("haproxy")) == haproxy_available()
+    assert bool(service.pids("haproxy")) == (haproxy_binary() is not None)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the listening sockets from /proc")
+@pytest.mark.skipif(haproxy_binary() is None, reason="Serve's own proxy is not started through our script")
+def test_only_the_grpc_port_of_haproxy_is_for_others(service: Served) -> None:
+    """Of HAProxy's listeners one is on all interfaces, the configured port; figures and HTTP stay on loopback."""
+    sockets = set()
+    for pid in service.pids("haproxy"):
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                sockets.add(os.readlink(entry).removeprefix("socket:[").removesuffix("]"))
+    found = set()
+    for line in Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:]:
+        fields = line.split()
+        if fields[3] == "0A" and fields[9] in sockets:
+            address, _, port = fields[1].partition(":")
+            found.add((address, int(port, 16)))
+    assert {port for address, port in found if address != "0100007F"} == {service.config.port}
+    assert len(found) > 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the replica's process in /proc")

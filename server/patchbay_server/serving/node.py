@@ -65,12 +65,12 @@ class _Node:
         config = Config.parse(self._request["config"])
         folder = Path(self._request["folder"])
         ports = environment.find_ports(config)
-        haproxy = config.ray.haproxy and environment.haproxy_available()
-        if not haproxy:
-            why = "ray.haproxy is false" if environment.haproxy_available() else "there is no HAProxy here"
+        haproxy = environment.haproxy_binary() if config.ray.haproxy else None
+        if haproxy is None:
+            why = "there is no HAProxy here" if config.ray.haproxy else "ray.haproxy is false"
             self._say("progress", f"using Ray Serve's own proxy, since {why}")
-        environment.prepare_folder(folder)
-        os.environ.update(environment.node_environment(ports, folder, haproxy=haproxy))
+        environment.prepare_folder(folder, ports, haproxy)
+        os.environ.update(environment.node_environment(ports, folder, haproxy))
         self._say("progress", "importing Ray")
         from patchbay_server.serving import ray as serving
 

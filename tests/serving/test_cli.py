@@ -1,0 +1,174 @@
+"""The patchbay command: what it prints, and with which status it ends."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from patchbay._version import __version__
+from patchbay_server import cli
+from patchbay_server.cli import text
+from patchbay_server.store.keys import KeyStore
+from tests.serving_fixtures import TINY, Served, free_port, serve_plain, start_cli, stop_cli, tiny_config, wait_ready
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No test sees or touches the keys and settings of whoever runs it."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    for name in ("PATCHBAY_URL", "PATCHBAY_API_KEY", "PATCHBAY_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    """A plain server without keys."""
+    with serve_plain() as served:
+        yield served
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    """--version prints it and ends with 0."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"patchbay {__version__}\n"
+
+
+def test_importing_the_cli_is_light() -> None:
+    """The command itself loads none of the heavy packages, so that --help and --version are quick."""
+    heavy = ("torch", "ray", "transformers", "grpc", "pydantic", "numpy")
+    code = f"import sys, patchbay_server.cli; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_models(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    """One aligned line per model."""
+    assert cli.main(["models", "--url", served.target]) == 0
+    head, line = capsys.readouterr().out.splitlines()
+    assert head.split() == ["MODEL", "FAMILY", "PARAMS", "LAYERS", "WIDTH", "READY", "SOURCE"]
+    assert line.split()[:2] == [TINY, "llama"]
+    assert head.index("FAMILY") == line.index("llama")
+
+
+def test_card(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    """The card folds the layers into one line each, names what is absent, and --sites lists everything."""
+    assert cli.main(["card", TINY, "--url", served.target]) == 0
+    short = capsys.readouterr().out
+    assert re.search(r"blocks\.\{0-1\}\.attn\.pattern +\[rows, 4, query, key\] +float32 +read, write", short)
+    assert "not offered by this model" in short
+    assert "module:" not in short
+    assert cli.main(["card", TINY, "--sites", "--url", served.target]) == 0
+    whole = capsys.readouterr().out
+    assert "blocks.1.attn.pattern" in whole
+    assert "module:" in whole
+
+
+def test_errors_are_one_kind_line(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    """No traceback: a sentence on stderr and status 1."""
+    for arguments, expected in (
+        (["card", "tinny", "--url", served.target], "did you mean 'tiny'"),
+        (["models", "--url", f"localhost:{free_port()}"], "no Patchbay server answers"),
+        (["serve", "--config", "/nonexistent.yaml"], "cannot read the configuration file"),
+        (["keys", "revoke", "nobody"], "no key and no account"),
+    ):
+        assert cli.main(arguments) == 1
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("patchbay: ")
+        assert expected in err
+        assert "Traceback" not in err
+
+
+def test_keys_live_in_the_default_file(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """create prints the key alone on stdout, list never shows it, revoke forgets it."""
+    assert cli.main(["keys", "create", "ada"]) == 0
+    key = capsys.readouterr().out.strip()
+    store = KeyStore(home / "patchbay" / "keys.json")
+    assert store.verify(key) == "ada"
+    assert cli.main(["keys", "list"]) == 0
+    listing = capsys.readouterr().out
+    assert "ada" in listing
+    assert key not in listing
+    assert cli.main(["keys", "revoke", "ada"]) == 0
+    assert KeyStore(store.path).verify(key) is None
+
+
+def test_keys_follow_the_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With --config the file is the one that the service will read."""
+    file = tmp_path / "patchbay.yaml"
+    file.write_text(f"keys: {{file: {tmp_path / 'mine.json'}}}")
+    assert cli.main(["keys", "--config", str(file), "create", "bob"]) == 0
+    assert KeyStore(tmp_path / "mine.json").verify(capsys.readouterr().out.strip()) == "bob"
+
+
+def test_thin_install_is_told_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without the service's packages `serve` names the extra."""
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["serve"]) == 1
+    assert "pip install 'patchbay[server]'" in capsys.readouterr().err
+
+
+def test_doctor_finds_a_server(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every line is ok, warn or FAIL; a server that answers is named with its models."""
+    assert cli.main(["doctor", "--url", served.target]) == 0
+    out = capsys.readouterr().out
+    assert f"hosts {TINY}" in out
+    lines = out.split("\n\n")[0].splitlines()
+    assert len(lines) >= 8
+    assert {line.split()[0] for line in lines} <= {"ok", "warn"}
+
+
+def test_doctor_says_how_to_mend(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A bad configuration, a readable key file and a silent server are failures, each with a remedy; status 1."""
+    port = free_port()
+    file = home / "bad.yaml"
+    file.write_text("prot: 1")
+    key = home / "patchbay" / "keys" / str(port)
+    key.parent.mkdir(parents=True)
+    key.write_text("pbk_x")
+    key.chmod(0o644)
+    assert cli.main(["doctor", "--config", str(file), "--url", f"localhost:{port}"]) == 1
+    out = capsys.readouterr().out
+    for remedy in ("did you mean 'port'", f"chmod 600 {key}", "check the address"):
+        assert remedy in out
+    assert "3 of " in out
+
+
+def test_serve_plain_from_start_to_stop(tmp_path: Path) -> None:
+    """--plain shows progress, announces itself with a snippet, makes a key, and Ctrl-C ends it with 0."""
+    served = start_cli(tiny_config(torch_threads=1), tmp_path, "--plain")
+    try:
+        served = wait_ready(served)
+        assert served.api_key is not None
+        done = subprocess.run(
+            [sys.executable, "-m", "patchbay_server.cli", "models", "--url", served.target],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert TINY in done.stdout, done.stderr
+    finally:
+        status = stop_cli(served)
+    assert status == 0
+    printed = "".join(served.log)
+    assert f"loading {TINY}" in printed
+    assert f'pb.connect("localhost:{served.config.port}")' in printed
+
+
+def test_tables_and_counts() -> None:
+    """Columns align, trailing spaces are gone, and counts have three digits."""
+    assert text.table([("a", "b"), ("ccc", "d")], head=("X", "Y")) == "X    Y\na    b\nccc  d"
+    assert text.table([]) == ""
+    assert [text.count(n) for n in (7, 950_000, 1_236_000_000)] == ["7", "950k", "1.24B"]
