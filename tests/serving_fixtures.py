@@ -237,14 +237,30 @@ def stop_cli(served: Served, sig: int = signal.SIGINT, timeout_s: float = 60.0) 
 
 
 @contextlib.contextmanager
-def serve_ray(config: Config | None = None, *flags: str) -> Iterator[Served]:
-    """``patchbay serve`` on Ray in a process of its own, with keys, stopped by SIGINT at the end."""
-    with tempfile.TemporaryDirectory(prefix="patchbay-home-") as home:
-        served = start_cli(tiny_config(torch_threads=1) if config is None else config, Path(home), *flags)
-        try:
-            yield wait_ready(served)
-        finally:
-            stop_cli(served)
+def patchbay_serve(source: str | Path, *, name: str, home: Path, **overrides: Any) -> Iterator[Served]:
+    """``patchbay serve`` on Ray with one model, in processes of its own, with keys; stopped by SIGINT at the end.
+
+    Args:
+        source: the model, as ``--model`` takes it.
+        name: name to serve it under.
+        home: folder for its configuration, keys and key file.
+        overrides: further keys of the configuration.
+    """
+    served = start_cli(tiny_config(models=[{"name": name, "source": str(source)}], torch_threads=1, **overrides), home)
+    try:
+        yield wait_ready(served)
+    finally:
+        stop_cli(served)
+
+
+@contextlib.contextmanager
+def serve_ray() -> Iterator[Served]:
+    """``patchbay serve`` on Ray with the tiny model."""
+    with (
+        tempfile.TemporaryDirectory(prefix="patchbay-home-") as home,
+        patchbay_serve(tiny_folder(), name=TINY, home=Path(home)) as served,
+    ):
+        yield served
 
 
 @functools.cache
