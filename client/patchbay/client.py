@@ -41,7 +41,6 @@ class Connection:
         self._transport: Transport | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pid = os.getpid()
-        self._lost: list[Transport] = []
         self._cores: dict[str, ModelCore] = {}
         self._closed = False
 
@@ -49,14 +48,16 @@ class Connection:
         """The transport of this loop and process.
 
         Raises:
-            TraceError: the client was closed, or is used in another event loop than it began in.
+            TraceError: the client was closed, or is used in another event loop or process than it began in.
         """
         if self._closed:
             raise TraceError("this client is closed; connect again")
         loop = asyncio.get_running_loop()
         if self._transport is not None and self._pid != os.getpid():
-            self._lost.append(self._transport)  # a fork must neither use nor tear down its parent's connection
-            self._transport = None
+            raise TraceError(
+                "this client was used before the process forked, and gRPC does not outlive a fork (calls would hang):"
+                " start workers with multiprocessing's 'spawn' method and connect in them"
+            )
         if self._transport is None:
             self._transport, self._loop, self._pid = self._make_transport(), loop, os.getpid()
         elif self._loop is not loop:

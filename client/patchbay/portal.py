@@ -21,7 +21,7 @@ _JOIN_S = 5.0
 
 
 class Portal:
-    """An event loop in a daemon thread, started on first use and once more in a forked child."""
+    """An event loop in a daemon thread, started on first use; a forked child starts another."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
