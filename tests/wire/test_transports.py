@@ -25,6 +25,7 @@ from patchbay.errors import (
     NotFoundError,
     PatchbayError,
     ProtocolError,
+    RequestRangeError,
     ServiceError,
     UnauthenticatedError,
     UnavailableError,
@@ -66,6 +67,15 @@ async def test_models_cards_and_tokens(service: Service) -> None:
     for special in (True, False):
         rows = await service.transport.tokenize("fake", texts, add_special_tokens=special)
         assert rows == service.backend.model.tokenize(texts, special)
+
+
+async def test_token_strings(service: Service) -> None:
+    """Token ids come back with their strings; ids that are none are refused on the client."""
+    row = await service.transport.token_strings("fake", [0, 3, 3])
+    assert row == service.backend.model.token_strings([0, 3, 3])
+    for ids in ([2**63], ["a"]):
+        with pytest.raises(RequestRangeError, match="not token ids"):
+            await service.transport.token_strings("fake", ids)  # type: ignore[arg-type]
 
 
 async def test_execution(service: Service) -> None:
@@ -300,7 +310,7 @@ async def test_nobody_listens() -> None:
             await _collect(transport)
 
 
-async def test_deadlines(address: str, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_deadlines(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call that outlasts its deadline is a DeadlineExceededError, and the backend is told to stop."""
     closed = asyncio.Event()
 
@@ -311,11 +321,19 @@ async def test_deadlines(address: str, backend: FakeBackend, monkeypatch: pytest
         finally:
             closed.set()
 
-    monkeypatch.setattr(backend, "execute", forever)
-    async with _connected(address, api_key=KEY) as transport:
-        with pytest.raises(DeadlineExceededError, match=r"did not finish within 0\.2 s"):
-            await _collect(transport, timeout_s=0.2)
+    monkeypatch.setattr(service.backend, "execute", forever)
+    with pytest.raises(DeadlineExceededError, match=r"did not finish within 0\.2 s"):
+        await _collect(service.transport, timeout_s=0.2)
     await asyncio.wait_for(closed.wait(), 10)
+
+
+async def test_deadlines_leave_the_callers_own_code_alone(service: Service) -> None:
+    """A deadline that passes while the caller does something else between two events does not cancel the caller."""
+    with pytest.raises(DeadlineExceededError):
+        async for event in service.transport.execute("fake", GRAPH, OPTIONS, timeout_s=0.2):
+            assert event == Started()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(asyncio.Event().wait(), 0.4)
 
 
 async def test_routing_metadata() -> None:

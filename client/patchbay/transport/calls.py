@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Sequence
 
-from patchbay.errors import ProtocolError
+from patchbay.errors import PatchbayError, ProtocolError, RequestRangeError
 from patchbay.ir.card import ModelCard
 from patchbay.ir.events import ExecuteOptions, ModelSummary, TokenizedRow
 from patchbay.ir.graph import Graph
@@ -48,7 +48,16 @@ def tokenize_request(model: str, texts: Sequence[str], add_special_tokens: bool)
 
 
 def token_strings_request(model: str, ids: Sequence[int]) -> service_pb2.TokenizeRequest:
-    return service_pb2.TokenizeRequest(model=encode_model(model), ids=ids)
+    """
+    Raises:
+        RequestRangeError: an id of more than 64 bits.
+    """
+    try:
+        return service_pb2.TokenizeRequest(model=encode_model(model), ids=ids)
+    except (OverflowError, TypeError, ValueError) as error:
+        if isinstance(error, PatchbayError):
+            raise
+        raise RequestRangeError(f"not token ids: {error}", reason="INVALID_TOKEN_ID") from None
 
 
 def read_rows(response: service_pb2.TokenizeResponse, expected: int) -> tuple[TokenizedRow, ...]:

@@ -221,7 +221,7 @@ class GrpcTransport(Transport):
         from grpc import aio
 
         data = serialize(request)
-        call = channel.unary_unary(f"/{calls.SERVICE}/{method}")
+        call: Any = channel.unary_unary(f"/{calls.SERVICE}/{method}")
         self.bytes_sent += len(data)
         try:
             answer: bytes = await call(data, timeout=self._timeout_s, metadata=self._metadata(application))
@@ -237,9 +237,8 @@ class GrpcTransport(Transport):
         import grpc
         from grpc import aio
 
-        call = channel.unary_stream(f"/{calls.SERVICE}/Execute")(
-            data, timeout=timeout_s, metadata=self._metadata(application)
-        )
+        start: Any = channel.unary_stream(f"/{calls.SERVICE}/Execute")
+        call = start(data, timeout=timeout_s, metadata=self._metadata(application))
         self.bytes_sent += len(data)
         try:
             async for answer in call:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from google.protobuf.message import Message
@@ -70,37 +71,6 @@ class LocalContext:
         raise service_error(self._code.name, self._details)
 
 
-@asynccontextmanager
-async def _deadline(timeout_s: float | None) -> AsyncIterator[None]:
-    """Ends the body after `timeout_s` seconds (asyncio.timeout, which Python 3.10 lacks).
-
-    Raises:
-        DeadlineExceededError: the time is over.
-    """
-    task = asyncio.current_task()
-    if timeout_s is None or task is None:
-        yield
-        return
-    expired = False
-
-    def expire() -> None:
-        nonlocal expired
-        expired = True
-        task.cancel()
-
-    timer = asyncio.get_running_loop().call_later(timeout_s, expire)
-    try:
-        yield
-    except asyncio.CancelledError:
-        if not expired:
-            raise
-        if hasattr(task, "uncancel"):
-            task.uncancel()
-        raise DeadlineExceededError(f"the request took longer than timeout_s={timeout_s:g}") from None
-    finally:
-        timer.cancel()
-
-
 class LocalTransport(Transport):
     """Calls a servicer object directly.
 
@@ -150,8 +120,20 @@ class LocalTransport(Transport):
         request, context, decoder = calls.execute_request(model, graph, options), self._context(), EventDecoder()
         self.bytes_sent += request.ByteSize()
         responses = cast("AsyncGenerator[service_pb2.ExecuteResponse, None]", self._servicer.Execute(request, context))
-        async with aclosing(responses), _deadline(timeout_s):
-            async for response in responses:
+        give_up_at = None if timeout_s is None else time.monotonic() + timeout_s
+        async with aclosing(responses):
+            while True:
+                # Timed one by one: between them the caller runs code of its own, which no timer of ours may cancel.
+                remaining_s = None if give_up_at is None else give_up_at - time.monotonic()
+                try:
+                    response = await asyncio.wait_for(anext(responses), remaining_s)
+                except StopAsyncIteration:
+                    break
+                except asyncio.TimeoutError:
+                    raise DeadlineExceededError(
+                        f"the model in this process did not finish within {timeout_s:.3g} s; give more time, or ask "
+                        "for less at once"
+                    ) from None
                 self.bytes_received += response.ByteSize()
                 event = decoder.feed(response)
                 if event is not None:

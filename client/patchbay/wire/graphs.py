@@ -6,7 +6,9 @@ a Python object is built, references, nesting, tensors. What an operation or a s
 
 from __future__ import annotations
 
-from google.protobuf.struct_pb2 import NullValue
+from typing import TYPE_CHECKING, cast
+
+from google.protobuf.struct_pb2 import NULL_VALUE
 
 from patchbay.errors import GraphError, LimitExceededError, ProtocolError
 from patchbay.ir.graph import Attr, Graph, Node, Output, Run, TensorData
@@ -22,6 +24,9 @@ from patchbay.wire.bounds import (
     MAX_STRING_CHARS,
 )
 from patchbay.wire.tensors import decode_tensor, encode_tensor
+
+if TYPE_CHECKING:
+    from google.protobuf.struct_pb2 import NullValue
 
 # --- encoding -----------------------------------------------------------------------------------------------------
 
@@ -60,7 +65,7 @@ def encode_graph(graph: Graph) -> graph_pb2.Graph:
 
 def _encode_attr(value: Attr, into: graph_pb2.Attr) -> None:
     if value is None:
-        into.null_value = NullValue.NULL_VALUE
+        into.null_value = cast("NullValue", NULL_VALUE)
     elif isinstance(value, bool):
         into.bool_value = value
     elif isinstance(value, int):

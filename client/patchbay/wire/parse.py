@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Literal, TypeAlias, TypeVar
+from typing import Literal, TypeAlias, TypeVar, cast
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import DecodeError, Message
@@ -35,7 +35,7 @@ _Kind: TypeAlias = "Descriptor | Literal['string', 'packed']"
 def _length_delimited_fields(descriptor: Descriptor) -> Mapping[int, _Kind]:
     table: dict[int, _Kind] = {}
     for field in descriptor.fields:
-        if field.type == FieldDescriptor.TYPE_MESSAGE:
+        if field.message_type is not None:
             table[field.number] = field.message_type
         elif field.type in (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES):
             table[field.number] = "string"
@@ -112,7 +112,7 @@ def parse(message_type: type[M], data: bytes, *, max_parsed_bytes: int = MAX_PAR
         LimitExceededError: it would take more than `max_parsed_bytes`.
     """
     if len(data) > UNCHECKED_BYTES:
-        check_parsed_size(data, message_type.DESCRIPTOR, max_parsed_bytes)
+        check_parsed_size(data, cast("Descriptor", message_type.DESCRIPTOR), max_parsed_bytes)
     message = message_type()
     try:
         message.ParseFromString(data)

@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from zlib import crc32
 
 from patchbay.errors import DTypeError, LimitExceededError, ProtocolError
@@ -24,9 +24,13 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_ELEMENT_TYPES: Mapping[str, tensor_pb2.ElementType] = MappingProxyType(
-    {name: tensor_pb2.ElementType.Value(f"ELEMENT_TYPE_{name.upper()}") for name in DTYPES}
-)
+
+def _element_type(dtype: str) -> tensor_pb2.ElementType:
+    # protobuf's stubs and its generated ones disagree on what Value returns.
+    return cast("tensor_pb2.ElementType", tensor_pb2.ElementType.Value(f"ELEMENT_TYPE_{dtype.upper()}"))
+
+
+_ELEMENT_TYPES: Mapping[str, tensor_pb2.ElementType] = MappingProxyType({name: _element_type(name) for name in DTYPES})
 _DTYPES: Mapping[int, DType] = MappingProxyType({number: DTYPES[name] for name, number in _ELEMENT_TYPES.items()})
 
 _ML_DTYPES = frozenset({"bfloat16", "float8_e4m3fn", "float8_e5m2"})
@@ -42,8 +46,10 @@ def numpy_dtype(dtype: DType) -> np.dtype[Any]:
     if dtype.name in _ML_DTYPES:
         import ml_dtypes
 
-        return np.dtype(getattr(ml_dtypes, dtype.name))
-    return np.dtype(dtype.name).newbyteorder("<")
+        found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, dtype.name))
+    else:
+        found = np.dtype(dtype.name).newbyteorder("<")
+    return found
 
 
 def to_numpy(tensor: TensorData) -> NDArray[Any]:
@@ -67,7 +73,7 @@ def from_numpy(array: NDArray[Any]) -> TensorData:
     swapped = array.dtype.byteorder == ">" or (array.dtype.byteorder == "=" and sys.byteorder == "big")
     little = array.astype(array.dtype.newbyteorder("<")) if swapped else array
     flat = np.ascontiguousarray(little).reshape(-1).view(np.uint8)
-    return TensorData(dtype, tuple(array.shape), memoryview(flat))
+    return TensorData(dtype, tuple(array.shape), flat.data)
 
 
 # --- messages -----------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from patchbay.wire.parse import serialize
 
 def add_servicer_to_server(servicer: Any, server: Any) -> None:
     """Serve `servicer` (a `Servicer`, or a stand-in with methods of the same names) on a `grpc.aio` server."""
-    handlers = {
+    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
         name: grpc.unary_unary_rpc_method_handler(getattr(servicer, name), response_serializer=serialize)
         for name in ("ListModels", "GetModel", "Tokenize")
     }

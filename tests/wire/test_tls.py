@@ -1,0 +1,60 @@
+"""TLS between the client and a plain gRPC server."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+
+from patchbay.errors import UnavailableError
+from patchbay.transport.grpc import GrpcTransport
+from patchbay_server.transport.registration import add_servicer_to_server
+from patchbay_server.transport.servicer import Servicer
+from tests.wire.conftest import KEY
+from tests.wire.fakes import FakeBackend
+
+pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes]:
+    """A private key and a self-signed certificate for localhost."""
+    folder: Path = tmp_path_factory.mktemp("tls")
+    key, cert = folder / "key.pem", folder / "cert.pem"
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
+    command = ["openssl", "req", "-x509", *curve, "-nodes", "-days", "2", *subject, "-keyout", key, "-out", cert]
+    subprocess.run(command, check=True, capture_output=True)
+    return key.read_bytes(), cert.read_bytes()
+
+
+@pytest.fixture
+async def tls_port(certificate: tuple[bytes, bytes], servicer: Servicer) -> AsyncIterator[int]:
+    """Port of a server that speaks TLS only."""
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    add_servicer_to_server(servicer, server)
+    port = server.add_secure_port("localhost:0", grpc.ssl_server_credentials([certificate]))
+    await server.start()
+    yield port
+    await server.stop(0)
+
+
+async def test_a_trusted_certificate(tls_port: int, certificate: tuple[bytes, bytes], backend: FakeBackend) -> None:
+    """With its certificate trusted, a server behind grpcs:// answers, key included."""
+    transport = GrpcTransport(f"grpcs://localhost:{tls_port}", api_key=KEY, tls_roots=certificate[1])
+    assert await transport.list_models() == (backend.summary,)
+    await transport.close()
+
+
+@pytest.mark.parametrize("scheme", ["grpcs://", "grpc://"])
+async def test_an_untrusted_certificate_or_no_tls(tls_port: int, scheme: str) -> None:
+    """A certificate that nobody vouches for, or plain text to a TLS port, is an UnavailableError with what gRPC saw."""
+    transport = GrpcTransport(f"{scheme}localhost:{tls_port}", api_key=KEY)
+    with pytest.raises(UnavailableError, match="gRPC says"):
+        await transport.list_models()
+    await transport.close()
