@@ -1,0 +1,1 @@
+"""The intervention graph as pure data: nodes, operations, sites, rules, prices. Standard library only."""
