@@ -10,7 +10,7 @@ from patchbay_server.docs.pages import PAGES
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the pages into the current checkout, or with ``--check`` say which are out of date; returns an exit code."""
+    """Write the pages into the current checkout; with ``--check`` say which are out of date. Returns an exit code."""
     parser = argparse.ArgumentParser(prog="python -m patchbay_server.docs", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; fail when a page is out of date")
     parser.add_argument("--root", type=Path, default=Path(), help="the checkout (default: the current folder)")

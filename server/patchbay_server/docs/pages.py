@@ -1,4 +1,4 @@
-"""The generated pages and what writes each. A page that people write too keeps its generated part between two markers."""
+"""The generated pages, and what writes each. Pages that people write too keep a generated part between markers."""
 
 from __future__ import annotations
 
