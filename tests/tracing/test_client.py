@@ -37,6 +37,8 @@ from tests.tracing.conftest import FRANCE, CountingTransport
 
 
 def threads() -> int:
+    """Background threads of clients, those that other tests left to the garbage collector aside."""
+    gc.collect()
     return sum(t.name == "patchbay-client" for t in threading.enumerate())
 
 
