@@ -116,12 +116,14 @@ def test_events(events: list[Event], usage: object) -> None:
 def test_large_tensors_in_chunks_of_any_size(tensor: TensorData, chunk_bytes: int, finite: bool) -> None:
     """A tensor cut into chunks of any size is put together to the same bytes."""
     from patchbay.v1 import events_pb2
-    from patchbay.wire.tensors import encode_chunks, encode_header
+    from patchbay.wire.tensors import chunk_offsets, encode_header, fill_chunk
 
     decoder = EventDecoder()
     header = events_pb2.TensorEvent(name="x", header=encode_header(tensor), finite=finite)
     messages = [service_pb2.ExecuteResponse(tensor=header)]
-    messages += [service_pb2.ExecuteResponse(chunk=c) for c in encode_chunks(tensor, chunk_bytes)]
+    for offset in chunk_offsets(tensor, chunk_bytes):
+        messages.append(service_pb2.ExecuteResponse())
+        fill_chunk(messages[-1].chunk, tensor, offset, chunk_bytes)
     back = [decoder.feed(message) for message in messages]
     assert back[:-1] == [None] * (len(messages) - 1)
     assert back[-1] == TensorValue("x", tensor, finite)

@@ -16,7 +16,15 @@ from patchbay.ir.graph import TensorData
 from patchbay.v1 import tensor_pb2
 from patchbay.wire.bounds import CHUNK_BYTES, INLINE_BYTES
 from patchbay.wire.events import EventDecoder, encode_event
-from patchbay.wire.tensors import Assembler, encode_chunks, encode_header, from_numpy, numpy_dtype, to_numpy
+from patchbay.wire.tensors import (
+    Assembler,
+    chunk_offsets,
+    encode_header,
+    fill_chunk,
+    from_numpy,
+    numpy_dtype,
+    to_numpy,
+)
 from tests.wire import strategies as wire
 
 
@@ -110,8 +118,12 @@ def _feed(chunks: list[tensor_pb2.TensorChunk]) -> TensorData:
     return assembler.finish()
 
 
-def _chunks() -> list[tensor_pb2.TensorChunk]:
-    return list(encode_chunks(_tensor(64), 16))
+def _chunks(tensor: TensorData | None = None) -> list[tensor_pb2.TensorChunk]:
+    tensor = _tensor(64) if tensor is None else tensor
+    chunks = [tensor_pb2.TensorChunk() for _ in chunk_offsets(tensor, 16)]
+    for chunk, offset in zip(chunks, chunk_offsets(tensor, 16), strict=True):
+        fill_chunk(chunk, tensor, offset, 16)
+    return chunks
 
 
 def _damaged() -> list[tensor_pb2.TensorChunk]:
@@ -166,7 +178,7 @@ def test_bools_other_than_0_and_1_are_refused_in_chunks_too() -> None:
     """A bool tensor that arrives in chunks is checked element by element as an inline one is."""
     tensor = TensorData(bool_, (3,), b"\x00\x01\x02")
     assembler = Assembler(encode_header(tensor), "x", max_bytes=100)
-    for chunk in encode_chunks(tensor):
+    for chunk in _chunks(tensor):
         assembler.add(chunk)
     with pytest.raises(ProtocolError, match="a bool is the byte 0 or 1"):
         assembler.finish()

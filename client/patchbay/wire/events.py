@@ -13,7 +13,7 @@ from patchbay.ir.events import Cost, Done, Event, ExecuteOptions, Progress, Queu
 from patchbay.v1 import events_pb2, service_pb2
 from patchbay.wire.bounds import CHUNK_BYTES, INLINE_BYTES, MAX_NAME_CHARS, MAX_RESULT_BYTES
 from patchbay.wire.status import decode_status
-from patchbay.wire.tensors import Assembler, decode_tensor, encode_chunks, encode_header, encode_tensor
+from patchbay.wire.tensors import Assembler, chunk_offsets, decode_tensor, encode_header, encode_tensor, fill_chunk
 
 _COST = ("flops", "peak_bytes", "result_bytes", "tokens", "passes")
 _USAGE = (
@@ -64,8 +64,10 @@ def encode_event(event: Event, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[se
             yield response(value=events_pb2.ValueEvent(name=name, tensor=encode_tensor(value), finite=finite))
         case TensorValue(name=name, value=value, finite=finite):
             yield response(tensor=events_pb2.TensorEvent(name=name, header=encode_header(value), finite=finite))
-            for chunk in encode_chunks(value, chunk_bytes):
-                yield response(chunk=chunk)
+            for offset in chunk_offsets(value, chunk_bytes):
+                part = response()
+                fill_chunk(part.chunk, value, offset, chunk_bytes)
+                yield part
         case Progress(pass_index=done, passes=total):
             yield response(progress=events_pb2.ProgressEvent(passes_done=done, passes_total=total))
         case Queued(position=position):

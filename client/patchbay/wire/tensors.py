@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 from zlib import crc32
@@ -160,12 +160,22 @@ def encode_header(tensor: TensorData) -> tensor_pb2.TensorHeader:
     )
 
 
-def encode_chunks(tensor: TensorData, chunk_bytes: int = CHUNK_BYTES) -> Iterator[tensor_pb2.TensorChunk]:
-    """The bytes of `tensor` in messages of at most `chunk_bytes`; each byte is copied once, into its message."""
-    view = memoryview(tensor.data)
-    for offset in range(0, len(view), chunk_bytes):
-        part = bytes(view[offset : offset + chunk_bytes])
-        yield tensor_pb2.TensorChunk(offset=offset, data=part, crc32=crc32(part))
+def chunk_offsets(tensor: TensorData, chunk_bytes: int = CHUNK_BYTES) -> range:
+    """Where the chunks of `tensor` begin."""
+    return range(0, tensor.nbytes, chunk_bytes)
+
+
+def fill_chunk(
+    message: tensor_pb2.TensorChunk, tensor: TensorData, offset: int, chunk_bytes: int = CHUNK_BYTES
+) -> None:
+    """Put the at most `chunk_bytes` bytes of `tensor` from `offset` on into `message`.
+
+    It fills a message in its place, inside another one for instance: building it apart would copy every byte once more.
+    """
+    part = bytes(memoryview(tensor.data)[offset : offset + chunk_bytes])
+    message.offset = offset
+    message.data = part
+    message.crc32 = crc32(part)
 
 
 class Assembler:
