@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from patchbay.ir.ops import OPS, PURE
 from patchbay.ir.ops.spec import OpSpec
 from patchbay.model import Model
 from patchbay.tracing import Proxy, Run
+from patchbay.tracing.stubs import stub
 from tests.tracing.conftest import FRANCE
 
 NAMED = [spec for spec in PURE if spec.name != "getitem"]
@@ -156,3 +159,11 @@ def test_the_namespace_has_the_standards_constants() -> None:
     assert pb.ops.newaxis is None
     assert pb.ops.float32.name == "float32"
     assert pb.ops.bool.name == "bool"
+
+
+def test_the_stub_for_editors_is_current() -> None:
+    """`ops.pyi` says what the operations say: `python -m patchbay.tracing.stubs` writes it."""
+    written = Path(pb.ops.__file__).with_suffix(".pyi").read_text(encoding="utf-8")
+    assert ast.unparse(ast.parse(written)) == ast.unparse(ast.parse(stub()))
+    typed = {node.name for node in ast.parse(written).body if isinstance(node, ast.FunctionDef)}
+    assert typed == {spec.name for spec in NAMED}
