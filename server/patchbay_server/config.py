@@ -167,7 +167,7 @@ class Config(_Section):
     )
     host: str = Field(
         default="0.0.0.0",
-        description="Address that the plain server listens on. HAProxy always listens on all interfaces.",
+        description="Address that the gRPC port listens on. Replicas' own ports are on all interfaces, with keys too.",
     )
     port: int = Field(default=9000, ge=0, le=65535, description="gRPC port; 0: any free one (plain server only).")
     insecure: bool = Field(default=False, description="Serve without keys: anybody who reaches the port may use it.")
@@ -345,3 +345,13 @@ def _known_keys(path: tuple[Any, ...]) -> list[str]:
     }
     section = sections.get(str(path[0]), Config) if path else Config
     return list(section.model_fields)
+
+
+def keys_markdown() -> str:
+    """The table of keys in docs/serving.md; ``python -m patchbay_server.config`` prints it, and a test compares."""
+    rows = [f"| `{key}` | {default} | {meaning} |" for key, default, meaning in Config.keys_table()]
+    return "\n".join(["| key | default | meaning |", "|---|---|---|", *rows])
+
+
+if __name__ == "__main__":
+    print(keys_markdown())

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("pydantic", reason="the configuration needs the server extra")
 
 from patchbay.ir.limits import Limits
-from patchbay_server.config import Config, ConfigError, LimitsConfig
+from patchbay_server.config import Config, ConfigError, LimitsConfig, keys_markdown
 
 EXAMPLE = Path(__file__).parents[2] / "deploy" / "patchbay.yaml"
 
@@ -138,3 +138,9 @@ def test_schema_refuses_unknown_keys_and_describes_all() -> None:
     for section in [schema, *schema["$defs"].values()]:
         assert section["additionalProperties"] is False
     assert all(meaning for _, _, meaning in Config.keys_table())
+
+
+def test_the_operators_page_lists_every_key() -> None:
+    """docs/serving.md holds the table of keys as the code prints it (``python -m patchbay_server.config``)."""
+    page = (EXAMPLE.parents[1] / "docs" / "serving.md").read_text(encoding="utf-8")
+    assert keys_markdown() in page

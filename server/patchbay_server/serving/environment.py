@@ -169,7 +169,7 @@ def node_environment(ports: NodePorts, folder: Path, haproxy: str | None) -> dic
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "5",
         **RAY_ENVIRONMENT,
     }
-    if haproxy is None:
+    if not haproxy:
         environment |= {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
     else:
         environment["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(folder / "haproxy")

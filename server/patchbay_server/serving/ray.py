@@ -177,7 +177,8 @@ def start(config: Config, ports: NodePorts, folder: Path, progress: Callable[[st
     )
     _wait_running(set(applications), deadline, config)
     progress("waiting for the ingress")
-    _wait_answering(ports.grpc, applications, deadline)
+    host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
+    _wait_answering(f"{host}:{ports.grpc}", applications, deadline)
 
 
 def _wait_running(names: set[str], deadline: float, config: Config) -> None:
@@ -210,9 +211,9 @@ def _reason(messages: list[str]) -> str:
     return lines[-1] if lines else "Ray Serve gave no reason"
 
 
-def _wait_answering(port: int, names: Mapping[str, Any], deadline: float) -> None:
+def _wait_answering(target: str, names: Mapping[str, Any], deadline: float) -> None:
     """Ask every application for its health through the ingress until all say SERVING."""
-    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+    with grpc.insecure_channel(target) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         for name in names:
             while True:
@@ -226,7 +227,7 @@ def _wait_answering(port: int, names: Mapping[str, Any], deadline: float) -> Non
                 except grpc.RpcError as error:
                     seen = str(error.details())
                 if time.monotonic() > deadline:
-                    raise StartError(f"no answer from {name} through port {port}: {seen}")
+                    raise StartError(f"no answer from {name} at {target}: {seen}")
                 time.sleep(_POLL_S)
 
 
