@@ -63,7 +63,7 @@ def test_every_site_of_the_card_is_reached_by_attribute(run: Run) -> None:
         for part in path:
             here = here[int(part)] if part.isdigit() else getattr(here, part)
         assert leaf in dir(here)
-        assert getattr(here, leaf).shape == site.shape(run.rows, run.seq)
+        assert getattr(here, leaf).shape == site.shape({"rows": run.rows, "seq": run.seq})
 
 
 def test_a_read_sees_earlier_writes_and_no_later_ones(model: Model) -> None:

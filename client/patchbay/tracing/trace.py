@@ -42,7 +42,7 @@ class BaseTrace(abc.ABC):
     Attributes:
         builder: the graph so far.
         runs: the runs so far.
-        sent_bytes, received_bytes: payload that crossed the transport for this trace, as the client counted it.
+        sent_bytes, received_bytes: payload that crossed the client's connection while this trace was executed.
     """
 
     def __init__(
