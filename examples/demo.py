@@ -68,7 +68,7 @@ def logit_lens(model: pb.Model, book: plots.Logbook) -> None:
         book.finding(f"{ANSWER} ends in place {places[-1]} of {model.card.d_vocab}, not first.", passed=False)
     else:
         book.finding(
-            f"{ANSWER} starts in place {places[0]} of {model.card.d_vocab}, is first from '{depths[first]}' on, and "
+            f"{ANSWER} starts in place {places[0]} of {model.card.d_vocab}, is first from {depths[first]} on, and "
             f"ends with a probability of {probabilities[-1, -1]:.1%}."
         )
 
@@ -130,8 +130,8 @@ def causal_tracing(model: pb.Model, book: plots.Logbook) -> None:
     if answered and early and late and max(early) < min(late) and recovered[max(early), subject] > 0.5:
         a, b = max(early), min(late)
         book.finding(
-            f"Up to '{labels[a]}' the answer hangs on the token {tokens[subject]!r} (a patch there goes "
-            f"{recovered[a, subject]:.0%} of the way to {ANSWER}); from '{labels[b]}' on it hangs on the last token, "
+            f"Up to {labels[a]} the answer hangs on the token {tokens[subject]!r} (a patch there goes "
+            f"{recovered[a, subject]:.0%} of the way to {ANSWER}); from {labels[b]} on it hangs on the last token, "
             f"{tokens[last]!r} ({recovered[b, last]:.0%}). In between, attention has carried the fact across."
         )
     else:
@@ -151,8 +151,8 @@ def induction_heads(model: pb.Model, book: plots.Logbook) -> None:
         "Induction heads",
         f"{rows} sequences of {period} random words, each said twice. An induction head looks from a word in the "
         "repeat to what followed the same word the first time, and so knows what comes next. Every head is scored by "
-        "the attention that it pays there; then the best one, and in another run a random one, is ablated (its output "
-        "set to zero).",
+        "the attention that it pays there. Then heads are ablated (their output is set to zero), each choice in a run "
+        "of its own: the best one, a random one, all that score at least half of the best, and as many random others.",
     )
     rng = random.Random(0)
     texts = [" ".join(rng.sample(WORDS, period) * 2) for _ in range(rows)]
@@ -162,32 +162,40 @@ def induction_heads(model: pb.Model, book: plots.Logbook) -> None:
         scores = methods.induction_scores(run, period, start=start).save()
 
     grid = scores.value  # [layer, head]
-    best = tuple(int(i) for i in np.unravel_index(grid.argmax(), grid.shape))
-    other = rng.choice([head for head in np.ndindex(*grid.shape) if head != best])
     book.show(plots.head_grid(grid, "Attention paid to what followed the same word the first time"))
+    ranked = sorted(np.ndindex(*grid.shape), key=lambda head: grid[head], reverse=True)
+    found = [head for head in ranked if grid[head] >= grid.max() / 2]
+    others = ranked[len(found) :]
+    choices = {
+        "nothing": [],
+        "the best": ranked[:1],
+        "a random one": rng.sample(others, 1),
+        f"all {len(found)} that score": found,
+        f"{len(found)} random others": rng.sample(others, min(len(found), len(others))),
+    }
 
     with model.trace() as t:
-        intact, without_best, without_other = t.run(texts), t.run(texts), t.run(texts)
-        methods.ablate_head(without_best, *best)
-        methods.ablate_head(without_other, *other)
-        for name, r in {"intact": intact, "best": without_best, "other": without_other}.items():
-            t.save(**{name: methods.copying_accuracy(r, period, start=start)})
+        for name, heads in choices.items():
+            ablated = t.run(texts)
+            for layer, head in heads:
+                methods.ablate_head(ablated, layer, head)
+            accuracy = methods.copying_accuracy(ablated, period, start=start)
+            probability = methods.copying_probability(ablated, period, start=start)
+            t.save(**{name: (accuracy, probability)})
 
-    before, after, control = (float(t.results[name]) for name in ("intact", "best", "other"))
+    copied, sure = ([float(t.results[name][i]) for name in choices] for i in (0, 1))
+    shown = [", ".join(f"{layer}.{head}" for layer, head in heads) for heads in choices.values()]
     book.table(
-        ["ablated", "score", "words copied"],
-        [
-            ["nothing", "", f"{before:.1%}"],
-            ["best: layer {}, head {}".format(*best), f"{grid[best]:.2f}", f"{after:.1%}"],
-            ["random: layer {}, head {}".format(*other), f"{grid[other]:.2f}", f"{control:.1%}"],
-        ],
+        ["ablated", "layer.head", "words copied", "probability of the right word"],
+        [[name, heads, f"{a:.1%}", f"{p:.1%}"] for name, heads, a, p in zip(choices, shown, copied, sure, strict=True)],
     )
     book.usage(run.trace, t)
     book.finding(
-        f"Layer {best[0]}, head {best[1]} pays {grid[best]:.0%} of its attention to the right place. Without it the "
-        f"model copies {after:.1%} of the words instead of {before:.1%}; without a random head (layer {other[0]}, head "
-        f"{other[1]}), {control:.1%}.",
-        passed=before > 0.9 and after < before - 0.05 and after < control,
+        f"Layer {ranked[0][0]}, head {ranked[0][1]} pays {grid.max():.0%} of its attention to the right place. The "
+        f"model copies {copied[0]:.0%} of the words; without this head {copied[1]:.0%} (and it is {sure[1]:.1%} sure "
+        f"instead of {sure[0]:.1%}), without a random one {copied[2]:.0%}. Without all {len(found)} heads that score "
+        f"it copies {copied[3]:.0%}, without as many random others {copied[4]:.0%}.",
+        passed=copied[0] > 0.9 and sure[1] < sure[0] and copied[3] < 0.5 * copied[0] < copied[4],
     )
 
 
@@ -198,51 +206,54 @@ def steering(model: pb.Model, book: plots.Logbook) -> None:
     example = "I read the story and it was {}. I felt"
     good = ["wonderful", "great", "excellent", "lovely", "amazing", "brilliant", "fantastic", "superb"]
     bad = ["terrible", "awful", "horrible", "bad", "dreadful", "boring", "dull", "nasty"]
-    layer, scale, count = 1, 1.0, 8
+    layer = 1
     book.section(
         "Steering",
-        f"The mean residual stream after layer {layer} over {len(good)} kind judgements, minus the mean over "
-        f"{len(bad)} harsh ones, is a direction. It is added while the model continues {prompt!r}.",
+        f"The mean residual stream after layer {layer} over {len(good)} kind judgements of a story, minus the mean "
+        f"over {len(bad)} harsh ones, is a direction. It is added at the last token of {prompt!r}.",
     )
     with model.trace() as t:
-        kind = t.run([example.format(word) for word in good])
-        harsh = t.run([example.format(word) for word in bad])
-        means = [run.blocks[layer].resid_post[:, -1] for run in (kind, harsh)]
-        t.save(direction=methods.difference_in_means(*means))
+        kind, harsh = (t.run([example.format(word) for word in words]) for words in (good, bad))
+        streams = [run.blocks[layer].resid_post[:, -1] for run in (kind, harsh)]  # [word, d_model] each
+        t.save(direction=methods.difference_in_means(*streams))
     direction = t.results["direction"]  # [d_model]
     traces = [t]
 
+    end = len(model.tokenize(prompt)) - 1
+
+    def steer(run: pb.Run, scale: float = 1.0) -> None:
+        methods.add_direction(run, layer, direction, scale, positions=end)
+
     glad, sad = ([model.token_id(word) for word in words] for words in (GLAD, SAD))
-    steps = [0.0, 0.5 * scale, scale, 1.5 * scale]
+    scales = [-1.0, 0.0, 0.5, 1.0]
     with model.trace() as t:
         rows = []
-        for step in steps:
+        for scale in scales:
             run = t.run(prompt)
-            methods.add_direction(run, layer, direction, step, positions=-1)
+            steer(run, scale)
             p = run.logits[0, -1].softmax(-1)
             rows.append(pb.ops.stack([p[glad].sum(), p[sad].sum()]))
         t.save(shares=pb.ops.stack(rows))
-    shares = t.results["shares"]  # [step, glad or sad]
+    shares = t.results["shares"]  # [scale, glad or sad]
     traces.append(t)
     book.table(
         ["times the direction", "P(a glad word)", "P(a sad word)"],
-        [[f"{step:g}", f"{a:.1%}", f"{b:.1%}"] for step, (a, b) in zip(steps, shares, strict=True)],
+        [[f"{scale:g}", f"{a:.1%}", f"{b:.1%}"] for scale, (a, b) in zip(scales, shares, strict=True)],
     )
 
-    end = len(model.tokenize(prompt)) - 1  # the prompt's last token; what is added there and after it
-
-    def steer(run: pb.Run) -> None:
-        methods.add_direction(run, layer, direction, scale, positions=slice(end, None))
-
+    stop = model.token_id(".")
     plain, steered = (
-        model.token_strings(methods.continue_greedily(model, prompt, count, change, on_trace=traces.append))
+        model.token_strings(methods.continue_greedily(model, prompt, 12, change, stop=stop, on_trace=traces.append))
         for change in (None, steer)
     )
-    book.table(["", f"{prompt} ..."], [["as it is", "... " + " ".join(plain)], ["steered", "... " + " ".join(steered)]])
+    before, after = " ".join(plain), " ".join(steered)
+    book.table(["", f"{prompt} ..."], [["as it is", before], ["steered", after]])
     book.usage(*traces)
+    by_scale = dict(zip(scales, shares, strict=True))
     book.finding(
-        f"Left alone the model goes on with {plain[0]!r}; with the direction added it goes on with {steered[0]!r}, and "
-        f"the probability of a glad word rises from {shares[0, 0]:.1%} to {shares[steps.index(scale), 0]:.1%}.",
+        f"Left alone the model goes on {before!r}; steered it goes on {after!r}. The probability of a glad word rises "
+        f"from {by_scale[0.0][0]:.1%} to {by_scale[1.0][0]:.1%}, that of a sad one falls from {by_scale[0.0][1]:.1%} "
+        f"to {by_scale[1.0][1]:.1%}.",
         passed=plain[0] in SAD and steered[0] in GLAD,
     )
 

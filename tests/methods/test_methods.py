@@ -76,7 +76,7 @@ def test_logit_lens_of_some_positions(lab: Lab) -> None:
         run.save(whole=whole.tokens, part=part.tokens)
     assert part.ranks is None
     np.testing.assert_array_equal(run.results["part"], run.results["whole"][:, :, [1, -1]])
-    assert methods.lens_labels(2) == ["embedding", "after layer 0", "after layer 1"]
+    assert methods.lens_labels(2) == ["embedding", "layer 0", "layer 1"]
 
 
 def test_logit_difference_is_of_the_last_position_and_averaged(lab: Lab) -> None:
@@ -189,6 +189,16 @@ def test_copying_accuracy_counts_right_guesses_of_the_second_copy(lab: Lab) -> N
     np.testing.assert_allclose(share.value, (guesses == np.array(rows)[:, 5:7]).mean(), **CLOSE)
 
 
+def test_copying_probability_is_that_of_the_right_tokens(lab: Lab) -> None:
+    """The mean probability, over the second copy, of the token that comes."""
+    rows = [[1, 4, 9, 6, 4, 9, 6], [1, 8, 2, 3, 8, 2, 3]]
+    with lab.model.trace(rows) as run:
+        mean = methods.copying_probability(run, 3, start=1).save()
+    probabilities = torch.from_numpy(lab.logits(rows)).softmax(-1)[:, 4:6]
+    by_hand = probabilities.gather(-1, torch.tensor(rows)[:, 5:7, None]).mean()
+    np.testing.assert_allclose(mean.value, by_hand, **CLOSE)
+
+
 def test_copying_accuracy_refuses_rows_that_do_not_repeat(lab: Lab) -> None:
     """Rows that are not two copies are a mistake of the caller, and said to be one."""
     with pytest.raises(ValueError, match="do not repeat"), lab.model.trace([CLEAN]) as run:
@@ -254,6 +264,7 @@ def test_greedy_continuation_under_a_change(lab: Lab) -> None:
         run.logits[:, -1, 13] = 1e9
 
     assert methods.continue_greedily(lab.model, CLEAN, 3, force) == [13, 13, 13]
+    assert methods.continue_greedily(lab.model, CLEAN, 3, force, stop=13) == [13]
 
 
 def test_methods_are_thin_and_load_lazily() -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from patchbay.methods.heads import (
         ablate_head,
         copying_accuracy,
+        copying_probability,
         induction_scores,
         previous_token_scores,
     )
@@ -37,6 +38,7 @@ _HOME = {
     "add_direction": "steering",
     "continue_greedily": "steering",
     "copying_accuracy": "heads",
+    "copying_probability": "heads",
     "difference_in_means": "steering",
     "induction_scores": "heads",
     "lens_labels": "lens",
@@ -56,6 +58,7 @@ __all__ = [
     "add_direction",
     "continue_greedily",
     "copying_accuracy",
+    "copying_probability",
     "difference_in_means",
     "induction_scores",
     "lens_labels",

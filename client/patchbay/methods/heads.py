@@ -57,7 +57,7 @@ def ablate_head(run: Run, layer: int, head: int, value: Any = 0.0) -> None:
 
 
 def copying_accuracy(run: Run, period: int, *, start: int = 0) -> Proxy:
-    """The share of the second copy's tokens that the run predicts, a scalar; the first of them is not counted.
+    """The share of the second copy's tokens that the run finds likeliest, a scalar; the first of them is not counted.
 
     Args:
         run: rows that are a sequence of `period` tokens, twice.
@@ -67,10 +67,23 @@ def copying_accuracy(run: Run, period: int, *, start: int = 0) -> Proxy:
     Raises:
         ValueError: the rows are not the same two copies all through.
     """
+    queries, targets = _copies(run, period, start)
+    share: Proxy = (run.logits[:, queries].argmax(axis=-1) == targets).astype("float32").mean()
+    return share
+
+
+def copying_probability(run: Run, period: int, *, start: int = 0) -> Proxy:
+    """The probability that the run gives the second copy's tokens, on average, a scalar; see `copying_accuracy`."""
+    queries, targets = _copies(run, period, start)
+    probabilities = run.logits[:, queries].softmax(-1)
+    mean: Proxy = probabilities.take_along_axis(targets[:, :, None], axis=-1).mean()
+    return mean
+
+
+def _copies(run: Run, period: int, start: int) -> tuple[Any, Any]:
+    """Positions in the second copy, and the token that follows each, [rows, positions]."""
     ids = np.array([row.ids for row in run.tokens])
     queries = np.arange(start + period, run.seq - 1)
     if not len(queries) or (ids[:, queries] != ids[:, queries - period]).any():
         raise ValueError(f"the rows do not repeat {period} tokens after the first {start}")
-    guesses = run.logits[:, queries].argmax(axis=-1)
-    share: Proxy = (guesses == ids[:, queries + 1]).astype("float32").mean()
-    return share
+    return queries, ids[:, queries + 1]

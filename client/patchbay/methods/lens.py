@@ -32,8 +32,8 @@ def residual_stream(run: Run, depth: int) -> Proxy:
 
 
 def lens_labels(n_layers: int) -> list[str]:
-    """Names of the depths from 0 to `n_layers`."""
-    return ["embedding", *(f"after layer {i}" for i in range(n_layers))]
+    """Names of the depths from 0 to `n_layers`: what the residual stream has been through."""
+    return ["embedding", *(f"layer {i}" for i in range(n_layers))]
 
 
 def logit_lens(

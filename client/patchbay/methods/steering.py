@@ -63,19 +63,21 @@ def continue_greedily(
     count: int,
     change: Callable[[Run], None] | None = None,
     *,
+    stop: int | None = None,
     on_trace: Callable[[Trace], None] | None = None,
 ) -> list[int]:
-    """The `count` tokens that the model finds likeliest after `prompt`, one trace for each.
+    """The tokens, at most `count`, that the model finds likeliest after `prompt`, one trace for each.
 
     Args:
         model: the model.
         prompt: what to continue, a text or token ids.
         count: how many tokens.
         change: an intervention, made in every run before its logits are read.
+        stop: a token after which nothing more is added.
         on_trace: called with each trace when it has run.
 
     Returns:
-        The new tokens' ids.
+        The new tokens' ids, `stop` included.
     """
     ids: Sequence[int] = model.tokenize(prompt).ids if isinstance(prompt, str) else list(prompt)
     start = len(ids)
@@ -88,4 +90,6 @@ def continue_greedily(
         ids = [*ids, int(t.results["token"])]
         if on_trace is not None:
             on_trace(t)
+        if ids[-1] == stop:
+            break
     return list(ids[start:])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from patchbay.plots.colour import ANCHORS, MISSING, Scale, readable_on
 from patchbay.plots.extras import require
+from patchbay.plots.terminal import write_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -90,7 +91,7 @@ def draw_grid(
     bar.ax.tick_params(colors=ink, length=0, labelsize=8)
     if scale_title:
         bar.set_label(_shown(scale_title, 60), color=ink, fontsize=8.5, **plain)
-    bar.ax.yaxis.set_major_formatter(lambda v, _: number.format(v))
+    bar.ax.yaxis.set_major_formatter(lambda v, _: write_number(number, v))
     return figure
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from patchbay.plots.base import Plot, picture, to_grid, to_labels
 from patchbay.plots.colour import Scale, ScaleName
 from patchbay.plots.figures import draw_grid
-from patchbay.plots.terminal import Canvas, cell, legend, line
+from patchbay.plots.terminal import Canvas, cell, legend, line, write_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,11 +43,11 @@ class Heatmap(Plot):
     marks: frozenset[tuple[int, int]]
 
     def _write(self, value: float) -> str:
-        return "" if math.isnan(value) else self.number.format(value)
+        return "" if math.isnan(value) else write_number(self.number, value)
 
     def lines(self, canvas: Canvas) -> Iterable[Text]:
         texts = [[self._write(v) for v in row] for row in self.values]
-        extra = 2 if canvas.colour else 3 + bool(self.marks)
+        extra = 2 if canvas.colour else 2 + bool(self.marks)
         numbers = max(len(t) for row in texts for t in row) + extra
         label_width = canvas.measure([*self.y_labels, self.y_title], 20)
         width = max(numbers, canvas.measure(self.x_labels, 14) + 1)

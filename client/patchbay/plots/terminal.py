@@ -6,6 +6,7 @@ Everywhere else the same table is drawn with shades and numbers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -107,9 +108,16 @@ def cell(canvas: Canvas, scale: Scale, value: float, text: str, width: int, *, m
     return shade + canvas.fit(star + text, width - 2, "right") + " ", "bold" if mark else ""
 
 
+def write_number(number: str, value: float) -> str:
+    """`value` in the format `number`; a negative one that rounds to zero loses its sign."""
+    text = number.format(value)
+    rounds_to_zero = math.isfinite(value) and not any(digit in text for digit in "123456789")
+    return text.replace("-", "") if rounds_to_zero else text
+
+
 def legend(canvas: Canvas, scale: Scale, number: str, unit: str = "", missing: bool = False) -> Text:
     """The scale as a bar, from its lowest to its highest number (formatted by `number`)."""
-    low, high = number.format(scale.low), number.format(scale.high)
+    low, high = write_number(number, scale.low), write_number(number, scale.high)
     parts: list[str | tuple[str, str]] = [f"{low} "]
     if canvas.colour:
         steps = 24

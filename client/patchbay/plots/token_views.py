@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from patchbay.plots.base import Plot, to_grid, to_labels
 from patchbay.plots.colour import Scale, ScaleName, readable_on, to_hex
 from patchbay.plots.figures import draw_grid
-from patchbay.plots.terminal import Canvas, cell, legend, line
+from patchbay.plots.terminal import Canvas, cell, legend, line, write_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,7 +55,7 @@ class TokenTable(Plot):
         marks = self._marks()
         label_width = canvas.measure(self.y_labels, 20)
         word = canvas.measure([t for row in self.tokens for t in row], 12)
-        extra = 2 if canvas.colour else 3 + bool(marks)
+        extra = 2 if canvas.colour else 2 + bool(marks)
         width = max(word + 5 + extra, canvas.measure(self.x_labels, 14) + 1)
         per_band = max(1, (canvas.width - label_width - 2) // width)
         if self.title:
@@ -143,7 +143,7 @@ class TokenStrip(Plot):
     def lines(self, canvas: Canvas) -> Iterable[Text]:
         if self.title:
             yield line((canvas.clean(self.title), "bold"))
-        numbers = [self.number.format(v) for v in self.values]
+        numbers = [write_number(self.number, v) for v in self.values]
         widths = [
             canvas.measure([t], 24) + 2 if canvas.colour else max(canvas.measure([t], 24), len(n) + 2) + 1
             for t, n in zip(self.tokens, numbers, strict=True)
@@ -174,7 +174,7 @@ class TokenStrip(Plot):
             x_title="",
             y_title="",
             scale_title=self.scale_title,
-            texts=[[self.number.format(v) for v in self.values]],
+            texts=[[write_number(self.number, v) for v in self.values]],
             number=self.number,
             dark=dark,
         )
@@ -184,14 +184,14 @@ class TokenStrip(Plot):
         high = max(range(len(self.values)), key=self.values.__getitem__)
         return (
             f"Text with a number per token: {self.title or self.scale_title}. "
-            f"Highest {self.number.format(self.values[high])} at token {high}, {self.tokens[high]}."
+            f"Highest {write_number(self.number, self.values[high])} at token {high}, {self.tokens[high]}."
         )
 
     def html(self) -> str:
+        numbers = [write_number(self.number, v) for v in self.values]
         spans = " ".join(
-            f'<span style="{_coloured(self.scale.rgb(v))}" title="{html.escape(self.number.format(v), quote=True)}">'
-            f"{html.escape(t)}</span>"
-            for t, v in zip(self.tokens, self.values, strict=True)
+            f'<span style="{_coloured(self.scale.rgb(v))}" title="{html.escape(n, quote=True)}">{html.escape(t)}</span>'
+            for t, v, n in zip(self.tokens, self.values, numbers, strict=True)
         )
         title = f"<figcaption>{html.escape(self.title)}</figcaption>" if self.title else ""
         return f'<figure>{title}<p class="strip">{spans}</p></figure>'
