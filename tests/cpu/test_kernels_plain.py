@@ -20,8 +20,6 @@ from patchbay_server import kernels
 from tests.cpu.test_kernels import to_torch
 from tests.op_examples import Operand, op_examples
 
-Tensors = tuple[torch.Tensor, ...]
-
 
 def run(name: str, *args: Any, **attrs: Any) -> Any:
     return kernels.kernel(OPS[name])(*args, **OPS[name].fill(attrs))

@@ -59,7 +59,8 @@ for _name in "equal not_equal less less_equal greater greater_equal logical_and 
 for _name in ("subtract", "floor_divide", "remainder"):
     builds(_name)(_binary(NUMBERS, "fi"))
 builds("logaddexp")(_binary(ANY, "fib"))
-builds("pow")(_binary(NUMBERS, "fi"))
+# Without infinities: numpy takes the square root for x ** 0.5, torch (-inf) ** 0.5 = inf as C does.
+builds("pow")(_binary(NUMBERS, "fi", special=False))
 for _name in ("bitwise_and", "bitwise_or", "bitwise_xor"):
     builds(_name)(_binary((*INTS, "bool"), "ib"))
 
