@@ -6,7 +6,7 @@ import dataclasses
 from types import MappingProxyType
 
 from patchbay.errors import ProtocolError
-from patchbay.ir.card import CallableSpec, Dim, ModelCard, SiteSpec
+from patchbay.ir.card import SYMBOLS, CallableSpec, Dim, InputSpec, ModelCard, SiteSpec
 from patchbay.ir.events import ModelSummary
 from patchbay.ir.limits import MAX_DIMS, Limits
 from patchbay.v1 import card_pb2
@@ -14,7 +14,6 @@ from patchbay.wire.bounds import MAX_SITES
 from patchbay.wire.names import decode_model, encode_model
 from patchbay.wire.tensors import decode_dtype, encode_dtype
 
-_SYMBOLS = frozenset({"rows", "seq", "query", "key"})
 _LIMITS = tuple(field.name for field in dataclasses.fields(Limits))
 #: Widths that are the same number in both forms: IR name -> message field.
 _WIDTHS = {
@@ -46,6 +45,9 @@ def encode_card(card: ModelCard) -> card_pb2.ModelCard:
             for c in card.callables
         ],
         limits=encode_limits(card.limits),
+        takes_tokens=card.takes_tokens,
+        ragged=card.ragged,
+        inputs=[_encode_input(i) for i in card.inputs],
         attributes=dict(card.attributes),
         **{field: getattr(card, name) for name, field in _WIDTHS.items()},
     )
@@ -54,7 +56,7 @@ def encode_card(card: ModelCard) -> card_pb2.ModelCard:
 def _encode_site(site: SiteSpec) -> card_pb2.SiteSpec:
     return card_pb2.SiteSpec(
         name=site.name,
-        dims=[card_pb2.Dim(symbol=d) if isinstance(d, str) else card_pb2.Dim(size=d) for d in site.dims],
+        dims=_encode_dims(site.dims),
         element_type=encode_dtype(site.dtype),
         order=site.order,
         writable=site.writable,
@@ -63,12 +65,27 @@ def _encode_site(site: SiteSpec) -> card_pb2.SiteSpec:
     )
 
 
+def _encode_dims(dims: tuple[Dim, ...]) -> list[card_pb2.Dim]:
+    return [card_pb2.Dim(symbol=d) if isinstance(d, str) else card_pb2.Dim(size=d) for d in dims]
+
+
+def _encode_input(spec: InputSpec) -> card_pb2.InputSpec:
+    return card_pb2.InputSpec(
+        name=spec.name,
+        dims=_encode_dims(spec.dims),
+        element_type=encode_dtype(spec.dtype),
+        required=spec.required,
+        below=spec.below,
+        doc=spec.doc,
+    )
+
+
 def decode_card(message: card_pb2.ModelCard) -> ModelCard:
     """
     Raises:
         ProtocolError: a card that contradicts itself or that this version cannot read.
     """
-    for field in ("sites", "callables", "attributes"):
+    for field in ("sites", "callables", "inputs", "attributes"):
         if len(getattr(message, field)) > MAX_SITES:
             raise ProtocolError(f"card.{field}: more than {MAX_SITES} entries", field=f"card.{field}")
     widths = {name: _count(message, field, "card") for name, field in _WIDTHS.items()}
@@ -81,20 +98,38 @@ def decode_card(message: card_pb2.ModelCard) -> ModelCard:
         causal=message.causal,
         sites=tuple(_decode_site(site, f"card.sites[{index}]") for index, site in enumerate(message.sites)),
         callables=tuple(_decode_callable(c, f"card.callables[{i}]") for i, c in enumerate(message.callables)),
+        takes_tokens=message.takes_tokens,
+        ragged=message.ragged,
+        inputs=tuple(_decode_input(spec, f"card.inputs[{i}]") for i, spec in enumerate(message.inputs)),
         limits=decode_limits(message.limits),
         attributes=MappingProxyType(dict(message.attributes)),
         **widths,
     )
 
 
-def _decode_site(message: card_pb2.SiteSpec, field: str) -> SiteSpec:
+def _decode_dims(message: card_pb2.SiteSpec | card_pb2.InputSpec, field: str) -> tuple[Dim, ...]:
     if not 1 <= len(message.dims) <= MAX_DIMS:
         raise ProtocolError(
             f"{field}.dims: {len(message.dims)} of them; 1 to {MAX_DIMS} are allowed", field=f"{field}.dims"
         )
+    return tuple(_decode_dim(dim, f"{field}.dims[{index}]") for index, dim in enumerate(message.dims))
+
+
+def _decode_input(message: card_pb2.InputSpec, field: str) -> InputSpec:
+    return InputSpec(
+        name=message.name,
+        dims=_decode_dims(message, field),
+        dtype=decode_dtype(message.element_type, f"{field}.element_type"),
+        required=message.required,
+        below=_count(message, "below", field) if message.HasField("below") else None,
+        doc=message.doc,
+    )
+
+
+def _decode_site(message: card_pb2.SiteSpec, field: str) -> SiteSpec:
     return SiteSpec(
         name=message.name,
-        dims=tuple(_decode_dim(dim, f"{field}.dims[{index}]") for index, dim in enumerate(message.dims)),
+        dims=_decode_dims(message, field),
         dtype=decode_dtype(message.element_type, f"{field}.element_type"),
         order=message.order,
         writable=message.writable,
@@ -106,7 +141,7 @@ def _decode_site(message: card_pb2.SiteSpec, field: str) -> SiteSpec:
 def _decode_dim(message: card_pb2.Dim, field: str) -> Dim:
     if message.WhichOneof("extent") == "size":
         return _count(message, "size", field)
-    if message.symbol not in _SYMBOLS:
+    if message.symbol not in SYMBOLS:
         raise ProtocolError(f"{field}: {message.symbol!r} is not an extent that this version knows", field=field)
     return message.symbol
 

@@ -43,6 +43,7 @@ def encode_graph(graph: Graph) -> graph_pb2.Graph:
                 tokens=[token for row in run.tokens for token in row],
                 row_lengths=run.lengths,
                 label=run.label[:MAX_LABEL_CHARS],
+                inputs=[graph_pb2.RunInput(name=name, value=encode_tensor(value)) for name, value in run.inputs],
             )
         except (ValueError, TypeError) as error:
             raise GraphError(f"runs[{index}] cannot be sent: {error}", field=f"runs[{index}]") from None
@@ -96,8 +97,8 @@ def decode_graph(message: graph_pb2.Graph, limits: Limits | None = None) -> Grap
     """
     limits = limits or Limits()
     _check_counts(message, limits)
-    runs = tuple(_decode_run(run, f"runs[{index}]") for index, run in enumerate(message.runs))
-    state = _State(len(runs), limits.max_const_bytes)
+    state = _State(len(message.runs), limits.max_const_bytes)
+    runs = tuple(_decode_run(run, f"runs[{index}]", state) for index, run in enumerate(message.runs))
     nodes = tuple(_decode_node(node, position, state) for position, node in enumerate(message.nodes))
     return Graph(runs=runs, nodes=nodes, outputs=_decode_outputs(message, len(nodes)))
 
@@ -148,7 +149,7 @@ def _check_limit(limit: str, field: str, count: int, allowed: int) -> None:
         )
 
 
-def _decode_run(message: graph_pb2.Run, field: str) -> Run:
+def _decode_run(message: graph_pb2.Run, field: str, state: _State) -> Run:
     lengths = tuple(message.row_lengths)
     if any(length < 0 for length in lengths) or sum(lengths) != len(message.tokens):
         raise ProtocolError(
@@ -164,7 +165,16 @@ def _decode_run(message: graph_pb2.Run, field: str) -> Run:
     for length in lengths:
         rows.append(tokens[start : start + length])
         start += length
-    return Run(tokens=tuple(rows), label=message.label)
+    if len(message.inputs) > MAX_ATTRS:
+        raise ProtocolError(
+            f"{field}.inputs: {len(message.inputs)} of them; at most {MAX_ATTRS}", field=f"{field}.inputs"
+        )
+    inputs = []
+    for index, given in enumerate(message.inputs):
+        place = f"{field}.inputs[{index}]"
+        _check_name(given.name, f"{place}.name")
+        inputs.append((given.name, decode_tensor(given.value, f"{place}.value", state.charge)))
+    return Run(tokens=tuple(rows), label=message.label, inputs=tuple(inputs))
 
 
 def _decode_node(message: graph_pb2.Node, position: int, state: _State) -> Node:

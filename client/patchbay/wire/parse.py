@@ -25,7 +25,7 @@ MAX_PARSED_BYTES = 128 * 2**20
 
 # What upb spends, rounded up; tests/wire/test_parse.py compares the sum with the memory that parsing really takes.
 _MESSAGE_COST = 96
-_STRING_COST = 32
+_STRING_COST = 64
 _NUMBER_COST = 8
 
 _Kind: TypeAlias = "Descriptor | Literal['string', 'packed']"
