@@ -246,7 +246,8 @@ def patchbay_serve(source: str | Path, *, name: str, home: Path, **overrides: An
         home: folder for its configuration, keys and key file.
         overrides: further keys of the configuration.
     """
-    served = start_cli(tiny_config(models=[{"name": name, "source": str(source)}], torch_threads=1, **overrides), home)
+    overrides = {"models": [{"name": name, "source": str(source)}], "torch_threads": 1, **overrides}
+    served = start_cli(tiny_config(**overrides), home)
     try:
         yield wait_ready(served)
     finally:
@@ -255,10 +256,11 @@ def patchbay_serve(source: str | Path, *, name: str, home: Path, **overrides: An
 
 @contextlib.contextmanager
 def serve_ray() -> Iterator[Served]:
-    """``patchbay serve`` on Ray with the tiny model."""
+    """``patchbay serve`` on Ray with the tiny model and the embedded one."""
+    both = [{"name": TINY, "source": str(tiny_folder())}, {"name": "demo", "source": "demo"}]
     with (
         tempfile.TemporaryDirectory(prefix="patchbay-home-") as home,
-        patchbay_serve(tiny_folder(), name=TINY, home=Path(home)) as served,
+        patchbay_serve(tiny_folder(), name=TINY, home=Path(home), models=both) as served,
     ):
         yield served
 

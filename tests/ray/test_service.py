@@ -44,9 +44,11 @@ def read(site: str, tokens: tuple[tuple[int, ...], ...]) -> Graph:
     return Graph((Run(tokens),), (Node("site.read", (), {"site": site}, 0),), (Output("x", 0),))
 
 
-async def values(transport: GrpcTransport, graph: Graph, options: ExecuteOptions = OPTIONS) -> dict[str, np.ndarray]:
+async def values(
+    transport: GrpcTransport, graph: Graph, options: ExecuteOptions = OPTIONS, *, model: str = TINY
+) -> dict[str, np.ndarray]:
     found = {}
-    async for event in transport.execute(TINY, graph, options, timeout_s=60.0):
+    async for event in transport.execute(model, graph, options, timeout_s=60.0):
         if isinstance(event, TensorValue):
             flat = np.frombuffer(event.value.data, dtype=event.value.dtype.name)
             found[event.name] = flat.reshape(event.value.shape)
@@ -59,8 +61,9 @@ async def tokens(transport: GrpcTransport) -> tuple[int, ...]:
 
 
 async def test_models_and_card(transport: GrpcTransport) -> None:
-    """The control application lists the model; the model's own application gives its card."""
-    (summary,) = await transport.list_models()
+    """The control application lists every model by name; a model's own application gives its card."""
+    demo, summary = await transport.list_models()
+    assert (demo.name, demo.ready) == ("demo", True)
     assert (summary.name, summary.family, summary.n_layers, summary.ready) == (TINY, "llama", N_LAYERS, True)
     card = await transport.get_model(TINY)
     assert card.d_model == D_MODEL
@@ -93,6 +96,17 @@ async def test_read_and_patch(transport: GrpcTransport) -> None:
     with torch.no_grad():
         wanted = model(torch.tensor([ids])).logits.numpy()
     np.testing.assert_allclose(found["logits"], wanted, rtol=1e-4, atol=1e-5)
+
+
+async def test_each_model_answers_for_itself(transport: GrpcTransport) -> None:
+    """Two models behind one port: the embedded one knows the capital of France, the random one has another width."""
+    (row,) = await transport.tokenize("demo", ["The capital of France is"])
+    (paris,) = await transport.tokenize("demo", ["Paris"], add_special_tokens=False)
+    logits = (await values(transport, read("logits", (row.ids,)), model="demo"))["x"]
+    assert logits[0, -1].argmax() == paris.ids[0]
+    card = await transport.get_model("demo")
+    assert card.d_model != D_MODEL
+    assert logits.shape == (1, len(row.ids), card.d_vocab)
 
 
 async def test_usage_and_event_order(transport: GrpcTransport) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import sys
@@ -11,7 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from patchbay.errors import GraphError, UnknownSiteError
+from patchbay.ir.events import ExecuteOptions
+from patchbay.ir.graph import Graph, Node, Output, Run
+from patchbay.transport.grpc import GrpcTransport
 from tests.serving_fixtures import (
+    TINY,
     Served,
     start_cli,
     stop_cli,
@@ -26,11 +32,15 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="follows process
 STOP_TIMEOUT_S = 60.0
 
 
-@pytest.fixture
-def served() -> Iterator[Served]:
-    """`patchbay serve`, just started, with every file of its own under one folder (short enough for Ray's sockets)."""
+@pytest.fixture(params=[True])
+def served(request: pytest.FixtureRequest) -> Iterator[Served]:
+    """`patchbay serve`, just started, with every file of its own under one folder (short enough for Ray's sockets).
+
+    The parameter says whether HAProxy may be used.
+    """
     with tempfile.TemporaryDirectory(prefix="pb", dir="/tmp") as home:
-        served = start_cli(tiny_config(torch_threads=1, ray={"temp_dir": f"{home}/r"}), Path(home))
+        ray = {"temp_dir": f"{home}/r", "haproxy": request.param}
+        served = start_cli(tiny_config(torch_threads=1, ray=ray), Path(home))
         try:
             yield served
         finally:
@@ -43,9 +53,26 @@ def folders(served: Served) -> list[Path]:
     return list(served.config.ray.temp_dir.glob("*"))
 
 
-def test_ctrl_c(served: Served) -> None:
-    """SIGINT: exit status 0, every process gone, the folder removed."""
-    wait_ready(served)
+@pytest.mark.parametrize("served", [False], indirect=True)
+def test_without_haproxy_and_ctrl_c(served: Served) -> None:
+    """Serve's own proxy serves as well, and says so; SIGINT: status 0, every process gone, the folder removed."""
+    served = wait_ready(served)
+    assert "using Ray Serve's own proxy, since ray.haproxy is false" in "".join(served.log)
+    assert not served.pids("haproxy -")
+
+    async def ask() -> tuple[str, type[Exception]]:
+        transport = GrpcTransport(served.target, api_key=served.api_key)
+        try:
+            (summary,) = await transport.list_models()
+            run, read = Run(((2, 3),)), Node("site.read", (), {"site": "nowhere"}, 0)
+            with pytest.raises(GraphError) as caught:
+                async for _ in transport.execute(TINY, Graph((run,), (read,), (Output("x", 0),)), ExecuteOptions()):
+                    pass
+            return summary.name, caught.type
+        finally:
+            await transport.close()
+
+    assert asyncio.run(ask()) == (TINY, UnknownSiteError)
     pids = served.pids()
     assert served.pids("gcs_server")
     assert served.pids("ServeReplica")

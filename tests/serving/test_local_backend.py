@@ -107,6 +107,12 @@ def graph(nodes: int = 0) -> Graph:
     return cast(Graph, type("G", (), {"nodes": (None,) * nodes})())
 
 
+@pytest.fixture(autouse=True)
+def every_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No Progress event is left out for coming too soon."""
+    monkeypatch.setattr(local, "PROGRESS_INTERVAL_S", 0.0)
+
+
 @pytest.fixture
 def engine() -> Engine:
     return Engine()
@@ -149,6 +155,13 @@ async def test_events_in_order_with_usage(make: Callable[..., LocalBackend]) -> 
     assert (usage.tokens, usage.bytes_in, usage.bytes_out, usage.nodes, usage.cost.flops) == (3, 11, 8, 4, 7)
     assert usage.queue_ms > 0
     assert usage.run_ms > 0
+
+
+async def test_progress_is_for_people(make: Callable[..., LocalBackend], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Progress that follows too soon on the last is left out; values never are."""
+    monkeypatch.setattr(local, "PROGRESS_INTERVAL_S", 3600.0)
+    events = await collect(make().execute(graph(), OPTIONS, account="a"))
+    assert [type(e) for e in events] == [Started, TensorValue, Done]
 
 
 async def test_dry_run_only_prices(make: Callable[..., LocalBackend], engine: Engine) -> None:

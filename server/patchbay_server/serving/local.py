@@ -32,8 +32,18 @@ from patchbay.errors import (
     UnavailableError,
 )
 from patchbay.ir.card import ModelCard
-from patchbay.ir.events import Done, Event, ExecuteOptions, ModelSummary, Started, TensorValue, TokenizedRow, Usage
-from patchbay.ir.events import Queued as QueuedEvent
+from patchbay.ir.events import (
+    Done,
+    Event,
+    ExecuteOptions,
+    ModelSummary,
+    Progress,
+    Queued,
+    Started,
+    TensorValue,
+    TokenizedRow,
+    Usage,
+)
 from patchbay.ir.graph import Graph
 from patchbay_server.config import Config, LimitsConfig
 from patchbay_server.scheduling import AdmissionLimits, Scheduler, Ticket
@@ -48,6 +58,8 @@ log = logging.getLogger("patchbay.serving")
 INLINE_NODES = 1_000
 #: Texts of at most so many characters are tokenized on the event loop itself.
 INLINE_CHARACTERS = 4_096
+#: Progress is for people: at most one such event in this time, so that quick requests and passes cost no messages.
+PROGRESS_INTERVAL_S = 0.05
 #: How long after a device failure the process still answers, so that clients learn why.
 EXIT_GRACE_S = 0.5
 #: Exit status of a replica whose device failed (EX_SOFTWARE): the supervisor starts another.
@@ -100,13 +112,18 @@ class _Job:
         self.nodes = nodes
         self.bytes_in = bytes_in
         self.bytes_out = 0
-        self.submitted_at = time.perf_counter()
+        self.submitted_at = self.progress_at = time.perf_counter()
         self.stopped = False
 
     def emit(self, event: Event) -> None:
         """Pass an event of the engine on to the client."""
         if isinstance(event, TensorValue):
             self.bytes_out += event.value.nbytes
+        elif isinstance(event, Progress):
+            now = time.perf_counter()
+            if now - self.progress_at < PROGRESS_INTERVAL_S:
+                return
+            self.progress_at = now
         self.channel.put(event)
 
     def cancelled(self) -> bool:
@@ -232,7 +249,7 @@ class LocalBackend:
                 return
             job = _Job(plan, channel, ticket, len(graph.nodes), bytes_in)
             ticket.on_start = lambda: self._inbox.put(job)
-            ticket.on_position = lambda position: channel.put(QueuedEvent(position))
+            ticket.on_position = lambda position: channel.put(Queued(position))
             self._jobs.add(job)
             deadline = loop.call_later(self._deadline_s, job.stop, self._too_late())
             self._scheduler.submit(ticket)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -51,6 +52,9 @@ _OTHER_CALLS = 256
 #: Starts of a replica before its application counts as failed.
 _START_ATTEMPTS = 2
 _POLL_S = 0.1
+#: Exceptions whose messages are sentences for people.
+_OURS = re.compile(r"\b(patchbay\.errors\.\w+|ConfigError|KeyStoreError): ")
+_RAISED = re.compile(r"([a-z]\w*\.)*[A-Z]\w*(Error|Exception)\b")
 
 
 class StartError(Exception):
@@ -201,14 +205,13 @@ def _wait_running(names: set[str], deadline: float, config: Config) -> None:
 
 
 def _reason(messages: list[str]) -> str:
-    """The sentence in a deployment's failure message that was written for people, where there is one."""
-    for message in messages:
-        for line in message.splitlines():
-            if "patchbay.errors." in line or "ConfigError" in line or "KeyStoreError" in line:
-                _, _, sentence = line.partition(": ")
-                return sentence.strip() or line.strip()
+    """The sentence in a deployment's failure message that was written for people, else the last exception in it."""
     lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
-    return lines[-1] if lines else "Ray Serve gave no reason"
+    for line in lines:
+        if _OURS.search(line):
+            return line.partition(": ")[2] or line
+    raised = [line for line in lines if _RAISED.match(line)]
+    return raised[-1] if raised else lines[-1] if lines else "Ray Serve gave no reason"
 
 
 def _wait_answering(target: str, names: Mapping[str, Any], deadline: float) -> None:
