@@ -62,14 +62,20 @@ test: $(STAMP) ## the whole test suite (ARGS="-k name" for a part)
 
 .PHONY: lint
 lint: $(STAMP) $(PROTO_STAMP) ## every static check: ruff, mypy, import contracts, buf, spelling, gencode up to date
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
+	@$(MAKE) -k ruff types contracts proto-lint breaking spelling gencode-check
+
+# Each part of lint by itself; lint goes on after a failure, so that one run shows everything.
+.PHONY: ruff types contracts proto-lint spelling
+ruff: $(STAMP)
+	@status=0; $(VENV)/bin/ruff check . || status=1; $(VENV)/bin/ruff format --check . || status=1; exit $$status
+types: $(STAMP)
 	$(PY) -m mypy
-	$(VENV)/bin/lint-imports --verbose --no-cache
+contracts: $(STAMP)
+	$(VENV)/bin/lint-imports --no-cache
+proto-lint: $(STAMP)
 	$(VENV)/bin/buf lint proto
-	@$(MAKE) breaking
+spelling: $(STAMP)
 	$(VENV)/bin/codespell
-	@$(MAKE) gencode-check
 
 .PHONY: format
 format: $(STAMP) ## let ruff rewrite what it can
