@@ -120,8 +120,9 @@ serve: $(STAMP) ## keep a service with the embedded model running (ARGS="--model
 	@$(VENV)/bin/patchbay serve $(ARGS)
 
 .PHONY: docs
-docs: $(STAMP) ## regenerate what is written from the code: docs/ops.md, the chart's schema
-	@$(PY) -m patchbay.ir.ops.document >docs/ops.md.new || { rm docs/ops.md.new; exit 1; }; mv docs/ops.md.new docs/ops.md
+docs: $(STAMP) ## regenerate what is written from the code: pages, the editors' stub of pb.ops, the chart's schema
+	@$(PY) -m patchbay_server.docs
+	@$(PY) -m patchbay.tracing.stubs >$(VENV)/ops.pyi && mv $(VENV)/ops.pyi client/patchbay/ops.pyi
 	@$(PY) deploy/generate_chart.py
 
 .PHONY: demo-model
