@@ -133,6 +133,9 @@ def _run(**fields: object) -> graph_pb2.Graph:
         (_run(tokens=[1], row_lengths=[2]), "runs[0].row_lengths"),
         (_run(tokens=[1], row_lengths=[2, -1]), "runs[0].row_lengths"),
         (_run(label="x" * (MAX_LABEL_CHARS + 1)), "runs[0].label"),
+        (_run(inputs=[{"name": ""}]), "runs[0].inputs[0].name"),
+        (_run(inputs=[{"name": "x", "value": {"element_type": 99}}]), "runs[0].inputs[0].value.element_type"),
+        (_run(inputs=[{"name": "x"}] * 65), "runs[0].inputs"),
     ],
     ids=[
         "no op",
@@ -147,6 +150,9 @@ def _run(**fields: object) -> graph_pb2.Graph:
         "tokens missing",
         "negative row",
         "long label",
+        "input without a name",
+        "input of an unknown dtype",
+        "many inputs",
     ],
 )
 def test_malformed_graphs(graph: graph_pb2.Graph, field: str) -> None:
@@ -182,8 +188,14 @@ def test_lists_of_the_greatest_depth_pass() -> None:
             8,
         ),
         (_tensor_in_a_graph(element_type=F32, shape=[2**40]), Limits(max_const_bytes=7), "max_const_bytes", 2**42),
+        (
+            _run(inputs=[{"name": "pixel_values", "value": {"element_type": F32, "shape": [2]}}]),
+            Limits(max_const_bytes=7),
+            "max_const_bytes",
+            8,
+        ),
     ],
-    ids=["nodes", "outputs", "runs", "rows", "tokens", "args", "constants", "claimed constants"],
+    ids=["nodes", "outputs", "runs", "rows", "tokens", "args", "constants", "claimed constants", "inputs"],
 )
 def test_counts(graph: graph_pb2.Graph, limits: Limits, limit: str, requested: int) -> None:
     """Counts above the limits are refused before Python objects are built, and the error names the limit."""
@@ -266,6 +278,11 @@ def _card(change: Callable[[card_pb2.ModelCard], object]) -> card_pb2.ModelCard:
         (lambda m: setattr(m.sites[0].dims[0], "size", -5), "card.sites[0].dims[0].size"),
         (lambda m: setattr(m.callables[0], "d_in", -5), "card.callables[0].d_in"),
         (lambda m: setattr(m.limits, "max_nodes", -5), "limits.max_nodes"),
+        (lambda m: m.inputs.add(name="x", dims=[{"symbol": "rows"}], element_type=77), "card.inputs[0].element_type"),
+        (
+            lambda m: m.inputs.add(name="x", dims=[{"symbol": "rows"}], element_type=F32, below=-1),
+            "card.inputs[0].below",
+        ),
     ],
 )
 def test_cards(change: Callable[[card_pb2.ModelCard], object], field: str) -> None:
