@@ -82,7 +82,7 @@ def graphs(
     def write() -> None:
         run = draw(st.integers(0, len(runs) - 1))
         site = draw(st.sampled_from(sites))
-        full = card.site(site).shape(runs[run].rows, runs[run].seq)
+        full = card.site(site).shape(card.extents(runs[run]))
         index = index_of(full)
         part = infer_node(Graph(), card, Node("getitem", (0,), {"index": index}), [TensorSpec(full, float32)])
         assert isinstance(part, TensorSpec)

@@ -10,7 +10,7 @@ import asyncio
 import importlib
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from patchbay.credentials import find_api_key, find_target
@@ -222,12 +222,14 @@ def _grpc(
     return address, make
 
 
-def local(hf_model: Any, tokenizer: Any = None) -> Model:
+def local(hf_model: Any, tokenizer: Any = None, *, example: Mapping[str, Any] | None = None) -> Model:
     """A Hugging Face model of this process as a `Model`: the same traces, no network.
 
     Args:
-        hf_model: a ``transformers`` causal language model.
+        hf_model: a ``transformers`` model, or any torch module together with `example`.
         tokenizer: its tokenizer; without one, runs are made from token ids.
+        example: one input by argument name, tensors with rows first, for modules that do not say what they take. Their
+            runs are made from a dict of arrays by the same names.
 
     Raises:
         MissingExtraError: the ``server`` extra is not installed.
@@ -239,7 +241,7 @@ def local(hf_model: Any, tokenizer: Any = None) -> Model:
             f"running a model in this process needs the server's packages ({error}): pip install 'patchbay[server]'"
         ) from error
     name = "local"
-    servicer = serving.local_servicer(hf_model, tokenizer, name=name)
+    servicer = serving.local_servicer(hf_model, tokenizer, name=name, example=example)
 
     def make() -> Transport:
         from patchbay.transport.local import LocalTransport

@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,13 +23,15 @@ from patchbay.tokens import Tokens
 
 if TYPE_CHECKING:
     from patchbay.client import Connection
-    from patchbay.ir.graph import Graph
+    from patchbay.ir.graph import Graph, TensorData
     from patchbay.portal import Portal
     from patchbay.tracing.namespaces import SiteTree
     from patchbay.tracing.trace import AsyncRunTrace, AsyncTrace, Input, ProgressCallback, RunTrace, Trace
 
 T = TypeVar("T")
 _CACHED_TEXTS = 4096
+#: Under this name a dict of inputs holds the text or token ids.
+TOKENS = "text"
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,15 @@ class Outcome:
     usage: Usage
     sent_bytes: int
     received_bytes: int
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """What one run is made from: rows of tokens (and whether they were one row not in a list), and named arrays."""
+
+    rows: list[Tokens]
+    single: bool
+    named: tuple[tuple[str, TensorData], ...]
 
 
 class ModelCore:
@@ -103,18 +114,47 @@ class ModelCore:
             self._strings.update(zip(row.ids, row.strings, strict=True))
         return [self._strings[i] for i in ids]
 
-    async def rows_of(self, inputs: Input) -> tuple[list[Tokens], bool]:
-        """`inputs` as rows of tokens, and whether they were one row that was not in a list."""
-        given, single = split_rows(inputs)
+    async def inputs_of(self, inputs: Input) -> RunInputs:
+        """`inputs` as rows of tokens and named arrays, checked against the card."""
+        given, single, named = self._split(inputs)
         texts = await self.tokenize([g for g in given if isinstance(g, str)])
-        return self._checked(given, texts), single
+        return RunInputs(self._checked(given, texts), single, named)
 
-    def known_rows_of(self, inputs: Input) -> tuple[list[Tokens], bool] | None:
-        """Like `rows_of`, when nothing needs to be asked for: the runs of a sweep read the same few texts."""
-        given, single = split_rows(inputs)
+    def known_inputs_of(self, inputs: Input) -> RunInputs | None:
+        """Like `inputs_of`, when nothing needs to be asked for: the runs of a sweep read the same few texts."""
+        given, single, named = self._split(inputs)
         texts = [self._texts.get((g, True)) for g in given if isinstance(g, str)]
         known = [t for t in texts if t is not None]
-        return (self._checked(given, known), single) if len(known) == len(texts) else None
+        return RunInputs(self._checked(given, known), single, named) if len(known) == len(texts) else None
+
+    def _split(self, inputs: Input) -> tuple[list[str | Tokens], bool, tuple[tuple[str, TensorData], ...]]:
+        if not isinstance(inputs, Mapping):
+            if not self.card.takes_tokens:
+                wanted = ", ".join(spec.name for spec in self.card.inputs)
+                raise TraceError(f"{self.card.name!r} takes no tokens; give a dict of its inputs: {wanted}")
+            return (*split_rows(inputs), ())
+        rest = dict(inputs)
+        tokens = rest.pop(TOKENS, None)
+        if (tokens is not None) != self.card.takes_tokens:
+            says = f"needs {TOKENS!r}" if self.card.takes_tokens else "takes no tokens"
+            raise TraceError(f"{self.card.name!r} {says}; it has the inputs {[s.name for s in self.card.inputs]}")
+        named = tuple((name, self._named_input(name, rest[name])) for name in sorted(rest))
+        return (*(([], False) if tokens is None else split_rows(tokens)), named)
+
+    def _named_input(self, name: str, value: object) -> TensorData:
+        import numpy as np
+
+        from patchbay.tracing.arrays import numpy_dtype, to_data
+
+        spec = next((s for s in self.card.inputs if s.name == name), None)
+        if spec is None:
+            known = ", ".join(s.name for s in self.card.inputs) or "none beside tokens"
+            raise TraceError(f"{self.card.name!r} has no input {name!r} (it has: {known})")
+        try:
+            array = np.asarray(value).astype(numpy_dtype(spec.dtype), casting="same_kind", copy=False)
+        except (TypeError, ValueError):
+            raise TraceError(f"the input {name!r} is an array of {spec.dtype}, not {type(value).__name__}") from None
+        return to_data(array)
 
     def _checked(self, given: Sequence[str | Tokens], texts: Sequence[Tokens]) -> list[Tokens]:
         """`given` with its texts replaced by their tokens, each row checked against the card."""

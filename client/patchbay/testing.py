@@ -277,7 +277,7 @@ def _pseudo_value(site: SiteSpec, run: Run) -> NDArray[Any]:
     import numpy as np
 
     seed = crc32(repr((site.name, run.tokens)).encode())
-    value = np.random.default_rng(seed).standard_normal(site.shape(run.rows, run.seq))
+    value = np.random.default_rng(seed).standard_normal(site.shape({"rows": run.rows, "seq": run.seq}))
     if site.name.endswith("attn.pattern"):
         weights = np.exp(value) * np.tri(run.seq)
         value = weights / weights.sum(-1, keepdims=True)

@@ -365,15 +365,15 @@ def test_cancelling_stops_between_layers(engine: Engine) -> None:
 def test_out_of_memory_is_retried_one_run_at_a_time(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """When a shared forward does not fit, each run goes alone; every result is sent once."""
     widest: list[int] = []
-    input_ids = Execution._input_ids
+    inputs_of = Execution._inputs
 
-    def small_device(self: Execution, each: Any) -> torch.Tensor:
+    def small_device(self: Execution, each: Any) -> dict[str, torch.Tensor]:
         widest.append(each.rows)
         if each.rows > 1:
             raise torch.OutOfMemoryError("no room")
-        return input_ids(self, each)
+        return inputs_of(self, each)
 
-    monkeypatch.setattr(Execution, "_input_ids", small_device)
+    monkeypatch.setattr(Execution, "_inputs", small_device)
     runs = (Run(IDS), Run(OTHER))
     found, usage, events = run(
         engine, Graph(runs, (read("logits", 0), read("logits", 1)), (Output("a", 0), Output("b", 1)))
@@ -386,11 +386,11 @@ def test_out_of_memory_is_retried_one_run_at_a_time(engine: Engine, monkeypatch:
 def test_out_of_memory_alone_is_refused_kindly(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """When one run alone does not fit either, the user hears what to do, and the next graph runs."""
 
-    def no_device(self: Execution, each: Any) -> torch.Tensor:
+    def no_device(self: Execution, each: Any) -> dict[str, torch.Tensor]:
         raise torch.OutOfMemoryError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Execution, "_input_ids", no_device)
+        patch.setattr(Execution, "_inputs", no_device)
         with pytest.raises(ResourceExhaustedError, match="fewer rows"):
             run(engine, graph(read("logits")))
     assert torch.equal(run(engine, graph(read("logits")))[0]["out"], plain())

@@ -244,7 +244,7 @@ def test_every_site_reads_in_its_declared_shape_and_takes_back_what_it_gave(fami
     values = run(engine, *(read(s.name) for s in offered), outputs=tuple(range(len(offered))))
     (logits,) = run(engine, read("logits"), outputs=(0,))
     for site, value in zip(offered, values, strict=True):
-        assert tuple(value.shape) == site.shape(2, 5), site.name
+        assert tuple(value.shape) == site.shape({"rows": 2, "seq": 5}), site.name
         assert str(value.dtype) == f"torch.{site.dtype.name}", site.name
         torch.testing.assert_close(edited(engine, site.name, value), logits, rtol=1e-4, atol=1e-5, msg=site.name)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import struct
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -19,7 +20,8 @@ from patchbay.errors import (
     UnknownOpError,
     UnknownSiteError,
 )
-from patchbay.ir.dtypes import bool_, float32, int64
+from patchbay.ir.card import InputSpec, SiteSpec
+from patchbay.ir.dtypes import DType, bool_, float32, int64
 from patchbay.ir.graph import Graph, Node, Output, Run, TensorData
 from patchbay.ir.limits import Limits
 from patchbay.ir.ops.spec import TensorSpec
@@ -207,12 +209,70 @@ def test_runs_hold_token_ids_of_the_vocabulary(run: Run, match: str) -> None:
     assert error.value.field is not None and error.value.field.startswith("runs[0]")
 
 
-def test_ragged_rows_need_a_causal_model() -> None:
-    """A bidirectional model would see the padding, so unequal rows are refused there."""
+def test_ragged_rows_need_a_model_that_takes_them() -> None:
+    """Where padding could be seen, unequal rows are refused."""
     graph = Graph((Run(((1, 2), (3,))),), (read("embed"),))
     verify(graph, CARD)
-    with pytest.raises(GraphError, match="causal"):
-        verify(graph, small_card(causal=False))
+    with pytest.raises(GraphError, match="one length"):
+        verify(graph, replace(CARD, ragged=False))
+
+
+PIXELS = InputSpec("pixel_values", ("rows", 2), float32)
+IDS = InputSpec("decoder_input_ids", ("rows", "dec_seq"), int64, required=False, below=10)
+SEEING = replace(
+    CARD,
+    inputs=(PIXELS, IDS),
+    sites=(*CARD.sites, SiteSpec("decoder.embed", ("rows", "dec_seq", 4), float32, 99)),
+)
+
+
+def given(**inputs: TensorData) -> Run:
+    return Run(((1, 2, 3),), inputs=tuple(inputs.items()))
+
+
+def pixels(*shape: int, dtype: DType = float32) -> TensorData:
+    return TensorData(dtype, shape, bytes(4 * math.prod(shape) * dtype.itemsize // 4))
+
+
+def ids(*values: int) -> TensorData:
+    return TensorData(int64, (1, len(values)), struct.pack(f"<{len(values)}q", *values))
+
+
+def test_named_inputs_give_sites_their_extents() -> None:
+    """A decoder's own tokens set the extent of its sites; without them such a site does not exist in the run."""
+    graph = Graph((given(pixel_values=pixels(1, 2), decoder_input_ids=ids(1, 2, 3, 4)),), (read("decoder.embed"),))
+    assert verify(graph, SEEING).specs[0] == TensorSpec((1, 4, 4), float32)
+    with pytest.raises(GraphError, match=r"decoder.embed exists only in runs that have the input behind 'dec_seq'"):
+        verify(Graph((given(pixel_values=pixels(1, 2)),), (read("decoder.embed"),)), SEEING)
+
+
+@pytest.mark.parametrize(
+    ("run", "match"),
+    [
+        (given(), "lacks the input 'pixel_values'"),
+        (given(pixel_values=pixels(1, 2), audio=pixels(1, 2)), "no input 'audio'"),
+        (given(pixel_values=pixels(1, 3)), r"is \[rows, 2\]"),
+        (given(pixel_values=pixels(2, 2)), r"is \[rows, 2\]"),
+        (given(pixel_values=TensorData(float32, (1, 2), b"123")), "do not hold"),
+        (given(pixel_values=TensorData(float32, (1, -2), b"")), "do not hold"),
+        (given(pixel_values=pixels(1, 2, dtype=int64)), "holds float32"),
+        (given(pixel_values=pixels(1, 2), decoder_input_ids=ids(1, 10)), "outside 0 to 9"),
+        (given(pixel_values=pixels(1, 2), decoder_input_ids=ids(-1)), "outside 0 to 9"),
+        (Run(inputs=(("pixel_values", pixels(1, 2)),)), "takes token ids"),
+        (Run(((1,),), inputs=(("pixel_values", pixels(1, 2)), ("pixel_values", pixels(1, 2)))), "input twice"),
+    ],
+)
+def test_inputs_are_those_of_the_card(run: Run, match: str) -> None:
+    """Missing, unknown, misshapen, mistyped and out-of-range inputs are refused before any work."""
+    with pytest.raises(GraphError, match=match):
+        verify(Graph((run,), (read("embed"),)), SEEING)
+
+
+def test_inputs_count_towards_the_bytes_of_constants() -> None:
+    """A large image is charged like a large constant."""
+    run = given(pixel_values=pixels(1, 2))
+    with pytest.raises(LimitExceededError, match="max_const_bytes"):
+        verify(Graph((run,), (read("embed"),)), SEEING, Limits(max_const_bytes=7))
 
 
 LIMIT_CASES: dict[str, tuple[int, tuple[Node, ...]]] = {

@@ -6,7 +6,7 @@ import math
 
 from hypothesis import strategies as st
 
-from patchbay.ir.card import CallableSpec, ModelCard, SiteSpec
+from patchbay.ir.card import SYMBOLS, CallableSpec, InputSpec, ModelCard, SiteSpec
 from patchbay.ir.dtypes import DTYPES, DType
 from patchbay.ir.events import (
     Cost,
@@ -65,6 +65,7 @@ def graphs(draw: st.DrawFn) -> Graph:
                 Run,
                 tokens=st.lists(st.lists(int64s, max_size=4).map(tuple), max_size=3).map(tuple),
                 label=texts,
+                inputs=st.dictionaries(names, tensors(256), max_size=2).map(lambda d: tuple(d.items())),
             ),
             max_size=3,
         )
@@ -85,7 +86,7 @@ def graphs(draw: st.DrawFn) -> Graph:
     return Graph(runs=tuple(runs), nodes=tuple(nodes), outputs=outputs)
 
 
-dims = st.lists(counts | st.sampled_from(["seq", "query", "key"]), max_size=3).map(lambda d: ("rows", *d))
+dims = st.lists(counts | st.sampled_from(sorted(set(SYMBOLS) - {"rows"})), max_size=3).map(lambda d: ("rows", *d))
 sites = st.builds(
     SiteSpec,
     name=names,
@@ -95,6 +96,15 @@ sites = st.builds(
     writable=st.booleans(),
     doc=texts,
     absent=st.none() | texts,
+)
+inputs = st.builds(
+    InputSpec,
+    name=names,
+    dims=dims,
+    dtype=dtypes,
+    required=st.booleans(),
+    below=st.none() | big_counts,
+    doc=texts,
 )
 callables = st.builds(CallableSpec, name=names, d_in=counts, d_out=counts, dtype=dtypes, doc=texts)
 limits = st.builds(Limits, **dict.fromkeys(Limits.__dataclass_fields__, big_counts))
@@ -117,6 +127,9 @@ cards = st.builds(
     causal=st.booleans(),
     sites=st.lists(sites, max_size=4).map(tuple),
     callables=st.lists(callables, max_size=2).map(tuple),
+    takes_tokens=st.booleans(),
+    ragged=st.booleans(),
+    inputs=st.lists(inputs, max_size=2).map(tuple),
     limits=limits,
     attributes=st.dictionaries(texts, texts, max_size=3),
 )

@@ -16,6 +16,7 @@ from typing import TypeAlias
 
 from patchbay.errors import UnknownSiteError
 from patchbay.ir.dtypes import DType
+from patchbay.ir.graph import Run
 from patchbay.ir.limits import Limits
 
 #: An extent: a number, or ``"rows"``, ``"seq"``, ``"query"``, ``"key"`` (the last three all mean the run's length).
@@ -24,6 +25,19 @@ Dim: TypeAlias = "int | str"
 ROWS = "rows"
 #: Symbolic extents that stand for a run's length, and so hold padding in ragged runs.
 SEQUENCE_DIMS = frozenset({"seq", "query", "key"})
+#: Every symbolic extent, and the one whose number it shares. ``dec_*`` are of the decoder's own tokens, in models that
+#: have an encoder and a decoder.
+SYMBOLS: Mapping[str, str] = MappingProxyType(
+    {
+        "rows": "rows",
+        "seq": "seq",
+        "query": "seq",
+        "key": "seq",
+        "dec_seq": "dec_seq",
+        "dec_query": "dec_seq",
+        "dec_key": "dec_seq",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +62,9 @@ class SiteSpec:
     doc: str = ""
     absent: str | None = None
 
-    def shape(self, rows: int, seq: int) -> tuple[int, ...]:
-        """The shape of the value for a run of `rows` rows whose longest has `seq` tokens."""
-        return tuple(rows if d == ROWS else seq if isinstance(d, str) else d for d in self.dims)
+    def shape(self, extents: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape of the value for a run of these extents (see `ModelCard.extents`)."""
+        return tuple(extents[SYMBOLS[d]] if isinstance(d, str) else d for d in self.dims)
 
     @property
     def sequence_axes(self) -> tuple[int, ...]:
@@ -77,6 +91,27 @@ class CallableSpec:
     doc: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class InputSpec:
+    """An input of the model beside its token ids.
+
+    Attributes:
+        name: the argument's name in transformers, such as ``pixel_values``.
+        dims: extents; the first is ``"rows"``.
+        dtype: element type.
+        required: whether every run must have it.
+        below: for integers, what every element must be below (and at least 0); None for no bound.
+        doc: what it is.
+    """
+
+    name: str
+    dims: tuple[Dim, ...]
+    dtype: DType
+    required: bool = True
+    below: int | None = None
+    doc: str = ""
+
+
 @dataclass(frozen=True)
 class ModelCard:
     """A model's widths, sites and callables, as its server proved them.
@@ -90,6 +125,9 @@ class ModelCard:
         n_layers, d_model, n_heads, n_kv_heads, d_head, d_mlp, d_vocab, n_ctx: widths.
         n_params: number of parameters.
         causal: whether a position sees only itself and earlier ones.
+        takes_tokens: whether runs have token ids.
+        ragged: whether the rows of a run may differ in length.
+        inputs: what runs have beside token ids.
         sites: every site, canonical ones first, in forward order.
         callables: modules that ``call`` may apply.
         limits: what the server holds every graph to; checked on the client too, before sending.
@@ -113,6 +151,9 @@ class ModelCard:
     causal: bool
     sites: tuple[SiteSpec, ...]
     callables: tuple[CallableSpec, ...] = ()
+    takes_tokens: bool = True
+    ragged: bool = True
+    inputs: tuple[InputSpec, ...] = ()
     limits: Limits = field(default_factory=Limits)
     attributes: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
@@ -123,6 +164,17 @@ class ModelCard:
     @cached_property
     def _callables_by_name(self) -> Mapping[str, CallableSpec]:
         return {c.name: c for c in self.callables}
+
+    def extents(self, run: Run) -> Mapping[str, int]:
+        """The numbers behind the symbolic extents for `run`; those of inputs that it lacks are left out."""
+        extents = {"rows": run.rows, "seq": run.seq}
+        given = dict(run.inputs)
+        for spec in self.inputs:
+            if spec.name in given:
+                for dim, size in zip(spec.dims, given[spec.name].shape, strict=False):
+                    if isinstance(dim, str) and dim not in extents:
+                        extents[SYMBOLS[dim]] = size
+        return extents
 
     def __contains__(self, name: object) -> bool:
         site = self._by_name.get(name) if isinstance(name, str) else None

@@ -67,16 +67,21 @@ class Run:
     """One forward of the model over some rows.
 
     Attributes:
-        tokens: one tuple of token ids per row; rows may differ in length.
+        tokens: one tuple of token ids per row; rows may differ in length. Empty for models that take no tokens.
         label: what the user called it or typed, for printing; never interpreted.
+        inputs: further inputs by name (``pixel_values``, ``decoder_input_ids``, ...), one row per row.
     """
 
-    tokens: tuple[tuple[int, ...], ...]
+    tokens: tuple[tuple[int, ...], ...] = ()
     label: str = ""
+    inputs: tuple[tuple[str, TensorData], ...] = ()
 
-    @property
+    @cached_property
     def rows(self) -> int:
-        return len(self.tokens)
+        if self.tokens or not self.inputs:
+            return len(self.tokens)
+        shape = self.inputs[0][1].shape
+        return shape[0] if shape else 0
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:

@@ -35,11 +35,12 @@ def price(graph: Graph, specs: Sequence[ValueSpec]) -> Cost:
     for i, node in enumerate(graph.nodes):
         args = [value for a in node.args if isinstance(value := specs[a], TensorSpec)]
         spec = op_spec(node.op)
-        flops += spec.flops(args, specs[i], spec.fill(node.attrs))
+        attrs = spec.fill(node.attrs)
+        flops += spec.flops(args, specs[i], attrs)
         live += value_bytes(specs[i])
-        peak = max(peak, live)
+        # What an operation needs while it runs may outgrow what it takes and gives.
+        peak = max(peak, live + (0 if spec.structural else spec.workspace(args, specs[i], attrs)))
         live -= sum(value_bytes(specs[d]) for d in dying[i])
     results = sum(value_bytes(specs[output.node]) for output in graph.outputs)
     tokens = sum(run.rows * run.seq for run in graph.runs)
     return Cost(flops=flops, peak_bytes=peak, result_bytes=results, tokens=tokens)
-

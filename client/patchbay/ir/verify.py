@@ -8,6 +8,8 @@ The rules are a table of small checks. Each looks at one node (or at the whole g
 from __future__ import annotations
 
 import math
+import sys
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -20,7 +22,7 @@ from patchbay.errors import (
     SiteNotWritableError,
     UnknownSiteError,
 )
-from patchbay.ir.card import ModelCard
+from patchbay.ir.card import InputSpec, ModelCard, SiteSpec
 from patchbay.ir.dtypes import bool_, float32, int64, scalar_kind
 from patchbay.ir.graph import Graph, Node, Run, TensorData
 from patchbay.ir.indexing import index_shape
@@ -126,7 +128,14 @@ def _infer_read(ctx: _Context, node: Node, spec: OpSpec, args: Sequence[TensorSp
     del args
     run = _run_of(ctx, node)
     site = ctx.card.site(spec.fill(node.attrs)["site"])
-    return TensorSpec(site.shape(run.rows, run.seq), site.dtype)
+    return TensorSpec(_site_shape(ctx, site, run), site.dtype)
+
+
+def _site_shape(ctx: _Context, site: SiteSpec, run: Run) -> tuple[int, ...]:
+    try:
+        return site.shape(ctx.card.extents(run))
+    except KeyError as missing:
+        raise GraphError(f"{site.name} exists only in runs that have the input behind {missing}") from None
 
 
 def _infer_write(ctx: _Context, node: Node, spec: OpSpec, args: Sequence[TensorSpec]) -> ValueSpec:
@@ -135,7 +144,7 @@ def _infer_write(ctx: _Context, node: Node, spec: OpSpec, args: Sequence[TensorS
     site = ctx.card.site(attrs["site"])
     if not site.writable:
         raise SiteNotWritableError(f"the site {site.name!r} can be read but not written: {site.doc}")
-    full = site.shape(run.rows, run.seq)
+    full = _site_shape(ctx, site, run)
     part = index_shape(f"write at {site.name}", full, attrs["index"], args[1:])
     value = args[0]
     if site.dtype.kind != value.dtype.kind and not (
@@ -213,22 +222,72 @@ def _runs_are_well_formed(graph: Graph, card: ModelCard) -> None:
         field = f"runs[{index}]"
         if not run.rows:
             raise GraphError(f"run {index} has no rows", field=field)
-        for row, tokens in enumerate(run.tokens):
-            if not tokens:
-                raise GraphError(f"run {index}, row {row} has no tokens", field=f"{field}.tokens[{row}]")
-            if len(tokens) > card.n_ctx:
-                raise GraphError(
-                    f"run {index}, row {row} has {len(tokens)} tokens; {card.name!r} takes at most {card.n_ctx}",
-                    field=f"{field}.tokens[{row}]",
-                )
-            if min(tokens) < 0 or max(tokens) >= card.d_vocab:
-                bad = next(t for t in tokens if not 0 <= t < card.d_vocab)
-                raise GraphError(
-                    f"run {index}, row {row}: token id {bad} is outside the vocabulary of {card.d_vocab}",
-                    field=f"{field}.tokens[{row}]",
-                )
-        if run.ragged and not card.causal:
-            raise GraphError(f"run {index}: rows of unequal length need a causal model", field=field)
+        if bool(run.tokens) != card.takes_tokens:
+            says = "takes token ids" if card.takes_tokens else f"takes {_names(card.inputs)}, not token ids"
+            raise GraphError(f"run {index}: {card.name!r} {says}", field=f"{field}.tokens")
+        _check_tokens(index, run, card)
+        _check_inputs(index, run, card)
+
+
+def _check_tokens(index: int, run: Run, card: ModelCard) -> None:
+    field = f"runs[{index}]"
+    for row, tokens in enumerate(run.tokens):
+        if not tokens:
+            raise GraphError(f"run {index}, row {row} has no tokens", field=f"{field}.tokens[{row}]")
+        if len(tokens) > card.n_ctx:
+            raise GraphError(
+                f"run {index}, row {row} has {len(tokens)} tokens; {card.name!r} takes at most {card.n_ctx}",
+                field=f"{field}.tokens[{row}]",
+            )
+        if min(tokens) < 0 or max(tokens) >= card.d_vocab:
+            bad = next(t for t in tokens if not 0 <= t < card.d_vocab)
+            raise GraphError(
+                f"run {index}, row {row}: token id {bad} is outside the vocabulary of {card.d_vocab}",
+                field=f"{field}.tokens[{row}]",
+            )
+    if run.ragged and not card.ragged:
+        raise GraphError(f"run {index}: {card.name!r} takes rows of one length only", field=field)
+
+
+def _check_inputs(index: int, run: Run, card: ModelCard) -> None:
+    known = {spec.name: spec for spec in card.inputs}
+    given = dict(run.inputs)
+    if len(given) != len(run.inputs):
+        raise GraphError(f"run {index} has an input twice", field=f"runs[{index}].inputs")
+    for spec in card.inputs:
+        if spec.required and spec.name not in given:
+            raise GraphError(f"run {index} lacks the input {spec.name!r}", field=f"runs[{index}].inputs")
+    for name, value in given.items():
+        field = f"runs[{index}].inputs[{name}]"
+        if name not in known:
+            raise GraphError(f"run {index}: {card.name!r} has no input {name!r} ({_names(card.inputs)})", field=field)
+        spec = known[name]
+        out = TensorSpec(value.shape, value.dtype)
+        if any(extent < 1 for extent in value.shape) or out.nbytes != value.nbytes:
+            raise ShapeError(f"run {index}: {value.nbytes} bytes do not hold the input {name!r} of {out}", field=field)
+        fits = len(value.shape) == len(spec.dims) and all(
+            (d == size) if isinstance(d, int) else (d != "rows" or size == run.rows)
+            for d, size in zip(spec.dims, value.shape, strict=True)
+        )
+        if not fits:
+            wanted = ", ".join(map(str, spec.dims))
+            raise ShapeError(f"run {index}: the input {name!r} is [{wanted}], got {out}", field=field)
+        if value.dtype != spec.dtype:
+            raise DTypeError(f"run {index}: the input {name!r} holds {spec.dtype}, got {out}", field=field)
+        if spec.below is not None and not _all_below(value, spec.below):
+            raise GraphError(f"run {index}: an element of {name!r} is outside 0 to {spec.below - 1}", field=field)
+
+
+def _all_below(value: TensorData, bound: int) -> bool:
+    numbers = array("q")
+    numbers.frombytes(value.data)
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return min(numbers) >= 0 and max(numbers) < bound
+
+
+def _names(inputs: Sequence[InputSpec]) -> str:
+    return "its inputs: " + (", ".join(spec.name for spec in inputs) or "none but token ids")
 
 
 def _arguments_refer_backwards(graph: Graph, card: ModelCard) -> None:
@@ -293,7 +352,7 @@ LATE_GRAPH_RULES: tuple[GraphRule, ...] = (_metrics_depend_on_what_they_are_diff
 
 def _check_counts(graph: Graph, limits: Limits) -> None:
     """The limits that cost nothing to check come first: nothing is inferred for a graph that is too large."""
-    consts = sum(
+    consts = sum(value.nbytes for run in graph.runs for _, value in run.inputs) + sum(
         v.nbytes for n in graph.nodes if n.op == "const" for v in n.attrs.values() if isinstance(v, TensorData)
     )
     for limit, requested, what in (

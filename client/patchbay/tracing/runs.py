@@ -77,12 +77,12 @@ class Run(SiteNamespace):
     @property
     def rows(self) -> int:
         """Number of rows: the extent of every site's first axis."""
-        return len(self._row_tokens)
+        return self._trace.builder.runs[self._run_index].rows
 
     @property
     def seq(self) -> int:
         """Length of the longest row: the extent of the sequence axes; shorter rows are padded on the left."""
-        return max(map(len, self._row_tokens))
+        return self._trace.builder.runs[self._run_index].seq
 
     @property
     def tokens(self) -> tuple[Tokens, ...]:

@@ -7,7 +7,7 @@ tokenizing an input and executing the graph.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from patchbay.errors import GraphError, ProtocolError, TraceError, ValueNotReadyError
@@ -18,7 +18,7 @@ from patchbay.ir.ops.spec import TensorSpec
 from patchbay.ir.price import price
 from patchbay.ir.verify import verify
 from patchbay.results import Price, Results, RunUsage, map_tree
-from patchbay.tokens import Tokens, label_of
+from patchbay.tokens import label_of
 from patchbay.tracing.arrays import as_array, to_array, to_data
 from patchbay.tracing.builder import GraphBuilder, TracedGraph
 from patchbay.tracing.namespaces import Callable as ModelCallable
@@ -28,7 +28,7 @@ from patchbay.tracing.runs import Run
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from patchbay.model import AsyncModel, Model, ModelCore, Outcome
+    from patchbay.model import AsyncModel, Model, ModelCore, Outcome, RunInputs
     from patchbay.tracing.namespaces import SiteTree
 
 #: What `Trace.run` takes: a text, token ids, `Tokens`, an integer array, or a list of any of the first three (rows).
@@ -83,8 +83,10 @@ class BaseTrace(abc.ABC):
         """Whether results are here."""
         return self._state == "done"
 
-    def _add_run(self, rows: Sequence[Tokens], single: bool, label: str | None) -> Run:
-        data = GraphRun(tuple(row.ids for row in rows), label_of(rows) if label is None else label)
+    def _add_run(self, given: RunInputs, label: str | None) -> Run:
+        rows, single = given.rows, given.single
+        shown = label_of(rows) if rows else ", ".join(name for name, _ in given.named)
+        data = GraphRun(tuple(row.ids for row in rows), shown if label is None else label, given.named)
         run = Run(self, self.builder.add_run(data), rows, single)
         self.runs.append(run)
         return run
@@ -315,15 +317,17 @@ class SyncTrace(BaseTrace):
         """Adds a forward over `inputs`.
 
         Args:
-            inputs: a text, a list of texts (rows), token ids, a list of lists of ids, an integer array, or `Tokens`.
+            inputs: a text, a list of texts (rows), token ids, a list of lists of ids, an integer array, or `Tokens`;
+                or, for models with other inputs (`model.card.inputs`), a dict of arrays by name, token ids or text
+                under ``"text"``: ``{"pixel_values": image}``.
             label: what to call it in errors and printed graphs; the text by default.
 
         Raises:
             TraceError: not an input; ids outside the vocabulary; too long.
         """
         self._check_open()
-        rows, single = self._core.known_rows_of(inputs) or self._model.wait(self._core.rows_of(inputs))
-        return self._add_run(rows, single, label)
+        given = self._core.known_inputs_of(inputs) or self._model.wait(self._core.inputs_of(inputs))
+        return self._add_run(given, label)
 
     def execute(self) -> None:
         """Verifies and runs the graph; leaving the ``with`` block does this.
@@ -398,8 +402,7 @@ class AsyncBase(BaseTrace):
     async def run(self, inputs: Input, *, label: str | None = None) -> Run:
         """Adds a forward over `inputs`; see `SyncTrace.run`."""
         self._check_open()
-        rows, single = await self._core.rows_of(inputs)
-        return self._add_run(rows, single, label)
+        return self._add_run(await self._core.inputs_of(inputs), label)
 
     async def execute(self) -> None:
         """Verifies and runs the graph; see `SyncTrace.execute`."""

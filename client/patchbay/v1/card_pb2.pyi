@@ -25,7 +25,7 @@ class ModelSummary(_message.Message):
     def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., source: _Optional[str] = ..., parameter_count: _Optional[int] = ..., layer_count: _Optional[int] = ..., d_model: _Optional[int] = ..., ready: bool = ...) -> None: ...
 
 class ModelCard(_message.Message):
-    __slots__ = ("name", "family", "source", "revision", "element_type", "layer_count", "d_model", "head_count", "kv_head_count", "d_head", "d_mlp", "d_vocab", "context_length", "parameter_count", "causal", "sites", "callables", "limits", "attributes")
+    __slots__ = ("name", "family", "source", "revision", "element_type", "layer_count", "d_model", "head_count", "kv_head_count", "d_head", "d_mlp", "d_vocab", "context_length", "parameter_count", "causal", "sites", "callables", "limits", "attributes", "without_tokens", "equal_lengths", "inputs")
     class AttributesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -52,6 +52,9 @@ class ModelCard(_message.Message):
     CALLABLES_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     ATTRIBUTES_FIELD_NUMBER: _ClassVar[int]
+    WITHOUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    EQUAL_LENGTHS_FIELD_NUMBER: _ClassVar[int]
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
     name: str
     family: str
     source: str
@@ -71,7 +74,26 @@ class ModelCard(_message.Message):
     callables: _containers.RepeatedCompositeFieldContainer[CallableSpec]
     limits: Limits
     attributes: _containers.ScalarMap[str, str]
-    def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., source: _Optional[str] = ..., revision: _Optional[str] = ..., element_type: _Optional[_Union[_tensor_pb2.ElementType, str]] = ..., layer_count: _Optional[int] = ..., d_model: _Optional[int] = ..., head_count: _Optional[int] = ..., kv_head_count: _Optional[int] = ..., d_head: _Optional[int] = ..., d_mlp: _Optional[int] = ..., d_vocab: _Optional[int] = ..., context_length: _Optional[int] = ..., parameter_count: _Optional[int] = ..., causal: bool = ..., sites: _Optional[_Iterable[_Union[SiteSpec, _Mapping]]] = ..., callables: _Optional[_Iterable[_Union[CallableSpec, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., attributes: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    without_tokens: bool
+    equal_lengths: bool
+    inputs: _containers.RepeatedCompositeFieldContainer[InputSpec]
+    def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., source: _Optional[str] = ..., revision: _Optional[str] = ..., element_type: _Optional[_Union[_tensor_pb2.ElementType, str]] = ..., layer_count: _Optional[int] = ..., d_model: _Optional[int] = ..., head_count: _Optional[int] = ..., kv_head_count: _Optional[int] = ..., d_head: _Optional[int] = ..., d_mlp: _Optional[int] = ..., d_vocab: _Optional[int] = ..., context_length: _Optional[int] = ..., parameter_count: _Optional[int] = ..., causal: bool = ..., sites: _Optional[_Iterable[_Union[SiteSpec, _Mapping]]] = ..., callables: _Optional[_Iterable[_Union[CallableSpec, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., attributes: _Optional[_Mapping[str, str]] = ..., without_tokens: bool = ..., equal_lengths: bool = ..., inputs: _Optional[_Iterable[_Union[InputSpec, _Mapping]]] = ...) -> None: ...
+
+class InputSpec(_message.Message):
+    __slots__ = ("name", "dims", "element_type", "required", "below", "doc")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DIMS_FIELD_NUMBER: _ClassVar[int]
+    ELEMENT_TYPE_FIELD_NUMBER: _ClassVar[int]
+    REQUIRED_FIELD_NUMBER: _ClassVar[int]
+    BELOW_FIELD_NUMBER: _ClassVar[int]
+    DOC_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    dims: _containers.RepeatedCompositeFieldContainer[Dim]
+    element_type: _tensor_pb2.ElementType
+    required: bool
+    below: int
+    doc: str
+    def __init__(self, name: _Optional[str] = ..., dims: _Optional[_Iterable[_Union[Dim, _Mapping]]] = ..., element_type: _Optional[_Union[_tensor_pb2.ElementType, str]] = ..., required: bool = ..., below: _Optional[int] = ..., doc: _Optional[str] = ...) -> None: ...
 
 class SiteSpec(_message.Message):
     __slots__ = ("name", "dims", "element_type", "order", "writable", "doc", "absent_reason")

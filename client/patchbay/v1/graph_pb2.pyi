@@ -18,14 +18,24 @@ class Graph(_message.Message):
     def __init__(self, runs: _Optional[_Iterable[_Union[Run, _Mapping]]] = ..., nodes: _Optional[_Iterable[_Union[Node, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ...) -> None: ...
 
 class Run(_message.Message):
-    __slots__ = ("tokens", "row_lengths", "label")
+    __slots__ = ("tokens", "row_lengths", "label", "inputs")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     ROW_LENGTHS_FIELD_NUMBER: _ClassVar[int]
     LABEL_FIELD_NUMBER: _ClassVar[int]
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
     tokens: _containers.RepeatedScalarFieldContainer[int]
     row_lengths: _containers.RepeatedScalarFieldContainer[int]
     label: str
-    def __init__(self, tokens: _Optional[_Iterable[int]] = ..., row_lengths: _Optional[_Iterable[int]] = ..., label: _Optional[str] = ...) -> None: ...
+    inputs: _containers.RepeatedCompositeFieldContainer[RunInput]
+    def __init__(self, tokens: _Optional[_Iterable[int]] = ..., row_lengths: _Optional[_Iterable[int]] = ..., label: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[RunInput, _Mapping]]] = ...) -> None: ...
+
+class RunInput(_message.Message):
+    __slots__ = ("name", "value")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    value: _tensor_pb2.Tensor
+    def __init__(self, name: _Optional[str] = ..., value: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class Node(_message.Message):
     __slots__ = ("op", "args", "attrs", "run")

@@ -15,7 +15,7 @@ from patchbay_server.engine.plan import Actions, Compute, Emit, Pass, Plan, Read
 from patchbay_server.engine.rows import left_padded, own_rows, seen_rows, write_back
 from patchbay_server.kernels import index_get, index_put, to_data, to_tensor
 from patchbay_server.models.hosted import HostedModel
-from patchbay_server.models.recording import forward
+from patchbay_server.models.inputs import forward
 from patchbay_server.models.taps import Handle
 
 #: Token that fills rows up to the longest of their forward; causal rows never see it.
@@ -79,16 +79,25 @@ class Execution:
             for site, moment in each.sites.items():
                 writes = any(map(_changes_the_model, moment.steps))
                 handles.append(self._hosted.taps[site].attach(model, self._handler(each, site, moment), writes=writes))
-            forward(model, self._input_ids(each))
+            forward(model, self._inputs(each))
         except _Stop:
             pass
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _input_ids(self, each: Pass) -> torch.Tensor:
-        rows = [[*row, *([_FILLER] * (each.seq - len(row)))] for row in each.tokens]
-        return torch.tensor(rows, dtype=torch.long, device=self._hosted.device)  # [rows, seq]
+    def _inputs(self, each: Pass) -> dict[str, torch.Tensor]:
+        device = self._hosted.device
+        inputs = {
+            name: torch.cat([to_tensor(value, device) for value in values]) for name, values in each.inputs.items()
+        }
+        if each.tokens:
+            rows = [[*row, *([_FILLER] * (each.seq - len(row)))] for row in each.tokens]
+            inputs["input_ids"] = torch.tensor(rows, dtype=torch.long, device=device)  # [rows, seq]
+            if not self._hosted.card.causal and any(len(row) < each.seq for row in each.tokens):
+                seen = [[1] * len(row) + [0] * (each.seq - len(row)) for row in each.tokens]
+                inputs["attention_mask"] = torch.tensor(seen, dtype=torch.long, device=device)
+        return inputs
 
     def _enter_layer(self, module: torch.nn.Module, args: Any) -> None:
         del module, args

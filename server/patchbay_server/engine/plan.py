@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from patchbay.ir.card import ModelCard
 from patchbay.ir.events import Cost, ExecuteOptions
-from patchbay.ir.graph import Graph
+from patchbay.ir.graph import Graph, Run, TensorData
 from patchbay.ir.limits import Limits
 from patchbay.ir.ops import spec as op_spec
 from patchbay.ir.schedule import BEFORE, Schedule, schedule
@@ -142,7 +142,8 @@ class Pass:
     Attributes:
         slots: whose rows it carries.
         rows, seq: extents of its batch; shorter rows are padded on the right.
-        tokens: one tuple of ids per row, unpadded.
+        tokens: one tuple of ids per row, unpadded; none where the model takes no tokens.
+        inputs: further inputs by name, one value per slot.
         before: what happens before it begins.
         sites: what happens at each site, in forward order.
         stop_at: the last site that anything needs; None runs the model to its end.
@@ -152,6 +153,7 @@ class Pass:
     rows: int
     seq: int
     tokens: tuple[tuple[int, ...], ...]
+    inputs: Mapping[str, tuple[TensorData, ...]]
     before: Actions
     sites: Mapping[str, Actions]
     stop_at: str | None
@@ -206,10 +208,10 @@ def make_plan(graph: Graph, card: ModelCard, limits: Limits, options: ExecuteOpt
     small = rewritten.graph
     together = not options.deterministic and BATCH_RUNS not in options.disabled
     positions = sum(r.rows for r in small.runs) * max((r.seq for r in small.runs), default=0)
-    alike = card.causal or len({r.seq for r in small.runs}) <= 1
+    alike = len({_signature(r, card) for r in small.runs}) <= 1
     joint = together and alike and positions <= max_pass_tokens
     timeline = schedule(small, card, joint=joint)
-    groups = _group_runs(small, card, timeline, max_pass_tokens if together and alike else 0)
+    groups = _group_runs(small, card, timeline, max_pass_tokens if together else 0)
     builder = _Builder(small, card, timeline, groups, options)
     passes, after = builder.build()
     specs = [verified.specs[o] for o in rewritten.origin]
@@ -239,7 +241,6 @@ def _price(graph: Graph, specs: Sequence[Any]) -> Cost:
 
 def _group_runs(graph: Graph, card: ModelCard, timeline: Schedule, budget: int) -> list[tuple[int, tuple[int, ...]]]:
     """Pairs of level and runs that share a forward; a budget of 0 gives every run its own."""
-    del card
     needed: dict[int, set[int]] = defaultdict(set)
     for i, node in enumerate(graph.nodes):
         if node.op == "site.read":
@@ -247,17 +248,34 @@ def _group_runs(graph: Graph, card: ModelCard, timeline: Schedule, budget: int) 
             needed[timeline.moments[i].level].add(node.run)
     groups: list[tuple[int, tuple[int, ...]]] = []
     for level in sorted(needed):
-        group: list[int] = []
-        rows = seq = 0
+        alike: dict[object, list[int]] = defaultdict(list)
         for run in sorted(needed[level]):
-            r = graph.runs[run]
-            if group and (rows + r.rows) * max(seq, r.seq) > budget:
-                groups.append((level, tuple(group)))
-                group, rows, seq = [], 0, 0
-            group.append(run)
-            rows, seq = rows + r.rows, max(seq, r.seq)
-        groups.append((level, tuple(group)))
+            alike[_signature(graph.runs[run], card)].append(run)
+        for runs in alike.values():
+            groups.extend((level, group) for group in _cut(graph, runs, budget))
     return groups
+
+
+def _signature(run: Run, card: ModelCard) -> object:
+    """Equal for runs whose rows may share a forward: padding is harmless only to causal models of tokens alone."""
+    if card.causal and not run.inputs:
+        return None
+    return (run.seq, run.ragged, tuple((name, value.shape[1:]) for name, value in run.inputs))
+
+
+def _cut(graph: Graph, runs: Sequence[int], budget: int) -> Iterator[tuple[int, ...]]:
+    """`runs` in groups of at most `budget` token positions each, but of one run at least."""
+    group: list[int] = []
+    rows = seq = 0
+    for run in runs:
+        r = graph.runs[run]
+        length = max(r.seq, 1)
+        if group and (rows + r.rows) * max(seq, length) > budget:
+            yield tuple(group)
+            group, rows, seq = [], 0, 0
+        group.append(run)
+        rows, seq = rows + r.rows, max(seq, length)
+    yield tuple(group)
 
 
 class _Builder:
@@ -308,15 +326,23 @@ class _Builder:
             passes.append(
                 Pass(
                     slots=self.slots[p],
-                    rows=len(tokens),
-                    seq=max(map(len, tokens)),
+                    rows=sum(self.graph.runs[run].rows for run in runs),
+                    seq=max(self.graph.runs[run].seq for run in runs),
                     tokens=tokens,
+                    inputs=self._inputs(runs),
                     before=moments.get((p, BEFORE), Actions()),
                     sites=MappingProxyType({site_at[order]: moments[p, order] for order in at}),
                     stop_at=site_at[at[-1]] if stops else None,
                 )
             )
         return tuple(passes), moments.get((len(self.groups), BEFORE), Actions())
+
+    def _inputs(self, runs: Sequence[int]) -> Mapping[str, tuple[TensorData, ...]]:
+        inputs: dict[str, list[TensorData]] = defaultdict(list)
+        for run in runs:
+            for name, value in self.graph.runs[run].inputs:
+                inputs[name].append(value)
+        return {name: tuple(values) for name, values in inputs.items()}
 
     def last_grad(self) -> int | None:
         """The gradient that is taken last; only after `build`."""

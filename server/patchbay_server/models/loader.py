@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -11,26 +11,23 @@ from typing import Any
 import torch
 
 from patchbay.errors import FailedPreconditionError
-from patchbay.ir.card import CallableSpec, ModelCard, SiteSpec
-from patchbay.ir.dtypes import DTYPES, DType
 from patchbay_server.models import attention
 from patchbay_server.models.binding import Binding, derive
-from patchbay_server.models.hosted import HostedModel, weights_digest
+from patchbay_server.models.cards import callable_path, module_taps, write_card
+from patchbay_server.models.hosted import HostedModel
+from patchbay_server.models.inputs import DECODER_TOKENS, PROBES, TOKENS, ModelInputs, forward
 from patchbay_server.models.proofs import Proof, prove, read_all
-from patchbay_server.models.recording import Recording, record
-from patchbay_server.models.taps import InputTap, OutputTap, Tap
+from patchbay_server.models.recording import record
+from patchbay_server.models.taps import Tap
 
 log = logging.getLogger(__name__)
 
 #: Source that stands for the model shipped with Patchbay.
 DEMO = "demo"
 
-#: Shapes of the two recordings that tell an extent from a width: rows and tokens differ between them.
-_PROBES = ((2, 7), (3, 5))
-
 
 def load(source: str, *, name: str | None = None, dtype: str = "auto", device: str = "auto") -> HostedModel:
-    """Load a causal language model and make it ready.
+    """Load a model and make it ready.
 
     Args:
         source: ``"demo"``, the id of a model on the Hugging Face hub, or a folder in its format (safetensors only).
@@ -41,7 +38,7 @@ def load(source: str, *, name: str | None = None, dtype: str = "auto", device: s
     Raises:
         FailedPreconditionError: the source cannot be loaded; the message says why and what to try.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     if source == DEMO:
         from patchbay_server.models.demo import demo_path
@@ -54,29 +51,48 @@ def load(source: str, *, name: str | None = None, dtype: str = "auto", device: s
     if not (kind == "auto" or isinstance(kind, torch.dtype)):
         raise FailedPreconditionError(f"dtype {dtype!r} is not a torch dtype; use auto, float32, bfloat16 or float16")
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=kind, use_safetensors=True, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        model = _architecture(AutoConfig.from_pretrained(path, trust_remote_code=False)).from_pretrained(
+            path, dtype=kind, use_safetensors=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise FailedPreconditionError(
             f"the model {source!r} could not be loaded: {error}\n"
             "Give 'demo', a hub id such as org/name (needs network, or a filled HF cache), or a folder with "
             "config.json and *.safetensors."
         ) from error
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        log.info("%s has no tokenizer (%s); its runs are made from token ids", source, error)
+        tokenizer = None
     placed: torch.nn.Module = model
     placed.to(where)
     return host(placed, tokenizer, name=name or Path(source).name, source=source)
 
 
 def host(
-    model: torch.nn.Module, tokenizer: Any = None, *, name: str = "local", source: str | None = None
+    model: torch.nn.Module,
+    tokenizer: Any = None,
+    *,
+    name: str = "local",
+    source: str | None = None,
+    example: Mapping[str, torch.Tensor] | None = None,
 ) -> HostedModel:
-    """Make a transformers model ready: derive its sites, prove them, write its card.
+    """Make a model ready: derive its sites, prove them, write its card.
 
-    The model is put in eval mode and given Patchbay's attention function, which computes what sdpa computes, to the
-    bit, while nothing is tapped. Its outputs do not change otherwise.
+    The model is put in eval mode. A transformers model is given Patchbay's attention function, which computes what sdpa
+    computes, to the bit, while nothing is tapped; its outputs do not change otherwise. A model in which no stack of
+    layers is found (a convolutional network, say) has its modules as sites, by path.
+
+    Args:
+        model: a transformers model, or any module together with `example`.
+        tokenizer: its tokenizer, if it takes text.
+        name: what it is served as.
+        source: what it was loaded from.
+        example: for modules that are not transformers models: one input by argument name, rows first.
 
     Raises:
-        FailedPreconditionError: the model has no stack of layers that can be found.
+        FailedPreconditionError: it is not known what the model takes.
     """
     attention.register()
     model.eval()
@@ -86,147 +102,65 @@ def host(
             hf.set_attn_implementation(attention.IMPLEMENTATION)
         except (ValueError, KeyError) as error:
             log.info("attention sites are not offered by %s: %s", name, error)
-    config = hf.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    probes = [_probe(model, rows, seq, int(text.vocab_size)) for rows, seq in _PROBES]
-    recordings = [record(model, ids) for ids in probes]
-    try:
-        binding = derive(model, recordings[0])
-    except ValueError as error:
-        raise FailedPreconditionError(f"{name!r}: {error}") from error
-    proof = prove(model, binding, probes[1])
+    inputs = ModelInputs(model, example)
+    probes = [inputs.probe(extents) for extents in PROBES]
+    recordings = [record(model, probe) for probe in probes]
+    binding = derive(model, recordings[0])
+    proof = prove(model, binding, probes[1]) if binding.sites else Proof()
     for failed, identity in proof.failed.items():
         binding.sites.pop(failed, None)
         binding.absent[failed] = f"not proved at load: {identity}"
     taps: dict[str, Tap] = {n: s.tap for n, s in binding.sites.items()}
-    module_dims = _module_sites(recordings)
-    for site, (tap, _) in module_dims.items():
-        taps[site] = tap
-    reached, _ = read_all(model, taps, probes[0])
-    order = {site: position for position, site in enumerate(reached)}
-    taps = {site: taps[site] for site in order}
-    card = _card(
-        model,
-        text,
-        name,
-        source or getattr(config, "name_or_path", "") or name,
-        binding,
-        proof,
-        order,
-        reached,
-        module_dims,
-    )
-    callables = {
-        c.name: model.get_submodule(p) for c in card.callables if (p := _callable_path(binding, c.name)) is not None
-    }
+    taps.update(module_taps(recordings))
+    (first, _), (second, _) = (read_all(model, taps, probe) for probe in probes)
+    order = {site: position for position, site in enumerate(first) if site in second}
+    where = source or getattr(inputs.config, "name_or_path", "") or name
+    causal = _is_causal(model, probes[0], binding)
+    card = write_card(model, name, where, inputs, binding, proof.proved, order, (first, second), causal=causal)
+    callables = {c.name: model.get_submodule(p) for c in card.callables if (p := callable_path(binding, c.name))}
     return HostedModel(
         model=model,
         tokenizer=tokenizer,
         card=card,
-        taps=MappingProxyType(taps),
+        taps=MappingProxyType({s.name: taps[s.name] for s in card.sites if s.absent is None}),
         layers=tuple(binding.layers),
         callables=MappingProxyType(callables),
         proofs=MappingProxyType({**proof.proved, **{n: f"absent: {r}" for n, r in binding.absent.items()}}),
     )
 
 
-def _probe(model: torch.nn.Module, rows: int, seq: int, vocab: int) -> torch.Tensor:
-    """Random token ids, the same every time, on the model's device."""
-    generator = torch.Generator().manual_seed(rows * 1000 + seq)
-    ids = torch.randint(0, vocab, (rows, seq), generator=generator)
-    return ids.to(next(model.parameters()).device)
+def _architecture(config: Any) -> Any:
+    """The transformers class that the checkpoint was saved from; else the one for causal language models."""
+    import transformers
+
+    for name in config.architectures or ():
+        found = getattr(transformers, name, None)
+        if found is not None:
+            return found
+    return transformers.AutoModelForCausalLM
 
 
-def _module_sites(recordings: list[Recording]) -> dict[str, tuple[Tap, tuple[int | str, ...]]]:
-    """Input and output of every module that is called once, as far as their extents are rows, positions and widths."""
-    first, second = recordings
-    sites: dict[str, tuple[Tap, tuple[int | str, ...]]] = {}
-    for call in first.calls:
-        a, b = first.of(call.path), second.of(call.path)
-        if a is None or b is None:
-            continue
-        for side, left, right in (("input", a.input, b.input), ("output", a.output, b.output)):
-            dims = _dims(left, right)
-            if dims is not None:
-                tap: Tap = InputTap(call.path) if side == "input" else OutputTap(call.path)
-                sites[f"module:{call.path}.{side}"] = (tap, dims)
-    return sites
+def _is_causal(model: torch.nn.Module, probe: Mapping[str, torch.Tensor], binding: Binding) -> bool:
+    """Whether changing the last token leaves every layer's output at earlier positions as it was.
 
+    Only models of one stack over token ids can be: with an encoder, or images, positions are not all in one order.
+    """
+    if set(probe) != {TOKENS} or DECODER_TOKENS in probe or not binding.layers:
+        return False
+    changed = probe[TOKENS].clone()
+    changed[:, -1] = torch.where(changed[:, -1] == changed[:, 0], changed[:, 1], changed[:, 0])
+    seen: list[torch.Tensor] = []
 
-def _dims(a: torch.Tensor | None, b: torch.Tensor | None) -> tuple[int | str, ...] | None:
-    if a is None or b is None or a.ndim != b.ndim or a.ndim < 2 or not a.is_floating_point():
-        return None
-    (rows_a, seq_a), (rows_b, seq_b) = _PROBES
-    dims: list[int | str] = []
-    for left, right in zip(a.shape, b.shape, strict=True):
-        if left == right:
-            dims.append(left)
-        elif (left, right) == (rows_a, rows_b):
-            dims.append("rows")
-        elif (left, right) == (seq_a, seq_b):
-            dims.append("seq")
-        else:
-            return None
-    return tuple(dims) if dims[0] == "rows" and dims.count("rows") == 1 else None
+    def keep(module: torch.nn.Module, args: Any, output: Any) -> None:
+        del module, args
+        seen.append(output[0] if isinstance(output, tuple) else output)
 
-
-def _callable_path(binding: Binding, name: str) -> str | None:
-    return {"ln_final": binding.ln_final, "unembed": binding.unembed}.get(name)
-
-
-def dtype_of(tensor: torch.Tensor) -> DType:
-    """The IR's dtype of a torch tensor."""
-    return DTYPES[str(tensor.dtype).removeprefix("torch.")]
-
-
-def _callables(model: torch.nn.Module, binding: Binding, dtype: DType) -> Iterator[CallableSpec]:
-    width = binding.widths.d_model
-    if binding.ln_final is not None:
-        yield CallableSpec("ln_final", width, width, dtype, "final norm, before the unembedding")
-    if binding.unembed is not None:
-        yield CallableSpec("unembed", width, binding.widths.d_vocab, dtype, "unembedding: residual stream to logits")
-
-
-def _card(
-    model: torch.nn.Module,
-    text: Any,
-    name: str,
-    source: str,
-    binding: Binding,
-    proof: Proof,
-    order: Mapping[str, int],
-    reached: Mapping[str, torch.Tensor],
-    modules: Mapping[str, tuple[Tap, tuple[int | str, ...]]],
-) -> ModelCard:
-    sites: list[SiteSpec] = []
-    for site in sorted(binding.sites, key=lambda n: order[n]):
-        found = binding.sites[site]
-        sites.append(SiteSpec(site, found.dims, dtype_of(reached[site]), order[site], doc=found.doc))
-    dtype = dtype_of(next(p for p in model.parameters() if p.is_floating_point()))
-    for site in sorted(binding.absent):
-        sites.append(SiteSpec(site, ("rows",), dtype, -1, writable=False, absent=binding.absent[site]))
-    for site in sorted((n for n in modules if n in order), key=lambda n: order[n]):
-        side = site.rpartition(".")[2]
-        sites.append(
-            SiteSpec(site, modules[site][1], dtype_of(reached[site]), order[site], doc=f"{side} of the module")
-        )
-    widths = binding.widths
-    return ModelCard(
-        name=name,
-        family=str(getattr(model.config, "model_type", type(model).__name__)),
-        source=source,
-        revision=weights_digest(model),
-        dtype=dtype,
-        n_layers=widths.n_layers,
-        d_model=widths.d_model,
-        n_heads=widths.n_heads,
-        n_kv_heads=widths.n_kv_heads,
-        d_head=widths.d_head,
-        d_mlp=widths.d_mlp,
-        d_vocab=int(text.vocab_size),
-        n_ctx=int(getattr(text, "max_position_embeddings", 0) or 2**20),
-        n_params=sum(p.numel() for p in model.parameters()),
-        causal=True,
-        sites=tuple(sites),
-        callables=tuple(_callables(model, binding, dtype)),
-    )
+    handle = model.get_submodule(binding.layers[-1]).register_forward_hook(keep)
+    try:
+        with torch.no_grad():
+            for ids in (probe[TOKENS], changed):
+                forward(model, {TOKENS: ids})
+    finally:
+        handle.remove()
+    before, after = seen
+    return bool(torch.allclose(before[:, :-1], after[:, :-1], rtol=1e-3, atol=1e-4))

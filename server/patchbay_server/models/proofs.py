@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from patchbay_server.models.binding import Binding, close
-from patchbay_server.models.recording import forward
+from patchbay_server.models.inputs import forward
 from patchbay_server.models.taps import Handle, NormTap, ResultTap, Tap
 
 
@@ -40,7 +40,7 @@ class Proof:
 
 
 def read_all(
-    model: torch.nn.Module, taps: Mapping[str, Tap], input_ids: torch.Tensor
+    model: torch.nn.Module, taps: Mapping[str, Tap], inputs: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Every tap's value in one forward, in the order reached, and the forward's output."""
     values: dict[str, torch.Tensor] = {}
@@ -56,32 +56,32 @@ def read_all(
         for name, tap in taps.items():
             handles.append(tap.attach(model, reader(name), writes=False))
         with torch.no_grad():
-            return values, forward(model, input_ids)
+            return values, forward(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
 
 
-def write_same(model: torch.nn.Module, taps: Mapping[str, Tap], input_ids: torch.Tensor) -> torch.Tensor:
+def write_same(model: torch.nn.Module, taps: Mapping[str, Tap], inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The forward's output when every tap writes back a copy of what it read."""
     handles: list[Handle] = []
     try:
         for tap in taps.values():
             handles.append(tap.attach(model, lambda value: value.clone(), writes=True))
         with torch.no_grad():
-            return forward(model, input_ids)
+            return forward(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
 
 
-def prove(model: torch.nn.Module, binding: Binding, input_ids: torch.Tensor) -> Proof:
-    """Check every identity of `binding` on `input_ids`."""
+def prove(model: torch.nn.Module, binding: Binding, inputs: Mapping[str, torch.Tensor]) -> Proof:
+    """Check every identity of `binding` on `inputs`."""
     proof = Proof()
     taps = {name: site.tap for name, site in binding.sites.items()}
     with torch.no_grad():
-        plain = forward(model, input_ids)
-    values, tapped = read_all(model, taps, input_ids)
+        plain = forward(model, inputs)
+    values, tapped = read_all(model, taps, inputs)
     proof.order = {name: i for i, name in enumerate(values)}
     proof.judge(torch.equal(plain, tapped), "reading every site leaves the output unchanged to the bit", *taps)
     for name in taps:
@@ -94,9 +94,9 @@ def prove(model: torch.nn.Module, binding: Binding, input_ids: torch.Tensor) -> 
     for name in set(taps) - set(proof.proved) - set(proof.failed):
         proof.failed[name] = "no identity reaches it"
     good = {name: tap for name, tap in taps.items() if name not in proof.failed}
-    if not close(write_same(model, good, input_ids), plain):
+    if not close(write_same(model, good, inputs), plain):
         for name, tap in good.items():
-            if not close(write_same(model, {name: tap}, input_ids), plain):
+            if not close(write_same(model, {name: tap}, inputs), plain):
                 proof.failed[name] = "writing back what was read changes the output"
     return proof
 

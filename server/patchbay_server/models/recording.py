@@ -5,12 +5,14 @@ The binding is derived from such a recording, not from the names that a family h
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from patchbay_server.models import attention
+from patchbay_server.models.inputs import forward
 from patchbay_server.models.taps import first_tensor
 
 
@@ -59,10 +61,10 @@ class Recording:
         calls: calls of modules in the order of their beginning.
         attention: calls of the attention function, in order.
         output: the model's first output tensor (logits, or the last hidden state of a bare stack).
-        input_ids: what it was run on, ``[rows, seq]``.
+        inputs: what it was run on, by name.
     """
 
-    input_ids: torch.Tensor
+    inputs: Mapping[str, torch.Tensor]
     calls: list[Call] = field(default_factory=list)
     attention: list[AttentionCall] = field(default_factory=list)
     output: torch.Tensor | None = None
@@ -82,16 +84,9 @@ class Recording:
         return [c for c in inside if not any(o is not c and o.start < c.start and c.end < o.end for o in inside)]
 
 
-def forward(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """The plain forward that every pass of the engine is: token ids in, the first output tensor out, no cache."""
-    output = first_tensor(model(input_ids=input_ids, use_cache=False))
-    assert output is not None
-    return output
-
-
-def record(model: torch.nn.Module, input_ids: torch.Tensor) -> Recording:
-    """Run `model` once on `input_ids` and write down what happened; leaves no hook behind."""
-    recording = Recording(input_ids)
+def record(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> Recording:
+    """Run `model` once on `inputs` and write down what happened; leaves no hook behind."""
+    recording = Recording(inputs)
     tick = 0
     open_calls: list[Call] = []
     handles: list[Any] = []
@@ -137,7 +132,7 @@ def record(model: torch.nn.Module, input_ids: torch.Tensor) -> Recording:
                 watch(path, module)
                 watch_attention(path, module)
         with torch.no_grad():
-            recording.output = forward(model, input_ids)
+            recording.output = forward(model, inputs)
     finally:
         for handle in handles:
             handle.remove()

@@ -423,7 +423,9 @@ class LocalCatalog:
         return backend
 
 
-def local_servicer(hf_model: Any, tokenizer: Any = None, name: str = "local") -> Servicer:
+def local_servicer(
+    hf_model: Any, tokenizer: Any = None, name: str = "local", *, example: Mapping[str, Any] | None = None
+) -> Servicer:
     """A servicer for a transformers model that the caller already holds; `patchbay.local` calls it in-process.
 
     The process's torch settings are left alone, and no key is asked for.
@@ -432,7 +434,7 @@ def local_servicer(hf_model: Any, tokenizer: Any = None, name: str = "local") ->
     from patchbay_server.transport.auth import AllowAll
     from patchbay_server.transport.servicer import Servicer
 
-    hosted = host(hf_model, tokenizer, name=name)
+    hosted = host(hf_model, tokenizer, name=name, example=example)
     limits = LimitsConfig()
     return Servicer(LocalCatalog({name: LocalBackend(hosted, limits)}), AllowAll(), limits)
 
