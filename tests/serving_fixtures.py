@@ -202,12 +202,13 @@ def wait_for_line(served: Served, text: str, timeout_s: float = START_TIMEOUT_S)
 
 
 def wait_ready(served: Served) -> Served:
-    """Wait until the service has announced itself; returns it with the local client's key."""
+    """Wait until the service has announced itself, snippet included; returns it with the local client's key."""
     wait_for_line(served, " serves ")
+    wait_for_line(served, "print(top.value)")
     assert served.config_home is not None
     key = served.config_home / "patchbay" / "keys" / str(served.config.port)
     api_key = key.read_text(encoding="utf-8").strip() if key.exists() else None
-    # The rest of the announcement and later lines must not fill the pipe.
+    # Later lines must not fill the pipe.
     assert served.process is not None
     threading.Thread(target=_drain, args=(served.process, served.log), daemon=True).start()
     return Served(**{**served.__dict__, "api_key": api_key})

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -147,7 +149,7 @@ def test_doctor_says_how_to_mend(home: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_serve_plain_from_start_to_stop(tmp_path: Path) -> None:
-    """--plain shows progress, announces itself with a snippet, makes a key, and Ctrl-C ends it with 0."""
+    """--plain shows progress, announces itself with a snippet that works, makes a key, and Ctrl-C ends it with 0."""
     served = start_cli(tiny_config(torch_threads=1), tmp_path, "--plain")
     try:
         served = wait_ready(served)
@@ -159,6 +161,15 @@ def test_serve_plain_from_start_to_stop(tmp_path: Path) -> None:
             check=False,
         )
         assert TINY in done.stdout, done.stderr
+        snippet = textwrap.dedent("".join(served.log).partition("\n\n")[2])
+        pasted = subprocess.run(
+            [sys.executable, "-c", snippet],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "XDG_CONFIG_HOME": str(tmp_path)},
+        )
+        assert re.fullmatch(r"\[\[( *\d+){5}\]\]\n", pasted.stdout), pasted.stderr
     finally:
         status = stop_cli(served)
     assert status == 0

@@ -16,8 +16,8 @@ _SNIPPET = """
   client = pb.connect("localhost:{port}")
   model = client.model("{model}")
   with model.trace("{prompt}") as run:
-      top = run.logits[:, -1].topk(5).save()
-  print(top.value)
+      top = run.logits[:, -1].topk(5).indices.save()
+  print(top.value)  # the five likeliest next tokens
 """
 
 
