@@ -36,6 +36,7 @@ class Execution:
         self._values: dict[int, Any] = {}
         self._sequence_axes = {s.name: s.sequence_axes for s in hosted.card.sites}
         self._layers_run = 0
+        self._reached: set[str] = set()
         #: Memory of the model's own tensors while one of its sites is visited; nothing that outlives the visit may
         #: share it.
         self._borrowed: set[int] = set()
@@ -73,6 +74,7 @@ class Execution:
         self._happen(each.before)
         model = self._hosted.model
         handles: list[Handle] = []
+        self._reached = set()
         try:
             for path in self._hosted.layers:
                 handles.append(model.get_submodule(path).register_forward_pre_hook(self._enter_layer))
@@ -80,11 +82,23 @@ class Execution:
                 writes = any(map(_changes_the_model, moment.steps))
                 handles.append(self._hosted.taps[site].attach(model, self._handler(each, site, moment), writes=writes))
             forward(model, self._inputs(each))
+            self._check_reached(each)
         except _Stop:
             pass
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _check_reached(self, each: Pass) -> None:
+        """What a forward never came to has no value: an image tower, say, in a run without images."""
+        for site, moment in each.sites.items():
+            if site not in self._reached and moment.steps:
+                reason = f"the forward never reached the site {site!r}"
+                optional = [s.name for s in self._hosted.card.inputs if not s.required and s.name not in each.inputs]
+                if optional:
+                    reason += f"; the run was given no {' and no '.join(map(repr, optional))}"
+                first = next((step for step in moment.steps if isinstance(step, (Read, Write))), moment.steps[0])
+                raise self._named(GraphError(reason), first.node)
 
     def _inputs(self, each: Pass) -> dict[str, torch.Tensor]:
         device = self._hosted.device
@@ -113,6 +127,7 @@ class Execution:
         stops = site == each.stop_at
 
         def handle(value: torch.Tensor) -> torch.Tensor | None:
+            self._reached.add(site)
             new = self._happen_at(value, axes, moment)
             if stops:
                 raise _Stop
