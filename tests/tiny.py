@@ -54,12 +54,14 @@ class Place:
         side: ``"in"`` or ``"out"``.
         start: first feature of the slice that is the site; heads of D_HEAD when `heads` is not 0.
         heads: number of heads.
+        block: for the stream between attention and MLP: the layer, to whose output the edited stream is carried.
     """
 
     path: str
     side: str
     start: int = 0
     heads: int = 0
+    block: str = ""
 
     def view(self, whole: torch.Tensor) -> torch.Tensor:
         """The site's part of the module's tensor; shares memory with it."""
@@ -81,7 +83,7 @@ def places(family: str) -> dict[str, Place]:
                 found[p + f"attn.{name}"] = Place(f"{b}.attn.c_attn", "out", n * D_MODEL, N_HEADS)
             found[p + "attn.z"] = Place(f"{b}.attn.c_proj", "in", 0, N_HEADS)
             found[p + "attn_out"] = Place(f"{b}.attn", "out")
-            found[p + "resid_mid"] = Place(f"{b}.ln_2", "in")
+            found[p + "resid_mid"] = Place(f"{b}.ln_2", "in", block=b)
             found[p + "mlp.pre"] = Place(f"{b}.mlp.c_fc", "out")
             found[p + "mlp.post"] = Place(f"{b}.mlp.c_proj", "in")
             found[p + "mlp_out"] = Place(f"{b}.mlp", "out")
@@ -95,7 +97,7 @@ def places(family: str) -> dict[str, Place]:
                 found[p + f"attn.{name}"] = Place(f"{b}.self_attn.{name}_proj", "out", 0, heads)
             found[p + "attn.z"] = Place(f"{b}.self_attn.o_proj", "in", 0, N_HEADS)
             found[p + "attn_out"] = Place(f"{b}.self_attn", "out")
-            found[p + "resid_mid"] = Place(f"{b}.post_attention_layernorm", "in")
+            found[p + "resid_mid"] = Place(f"{b}.post_attention_layernorm", "in", block=b)
             found[p + "mlp.pre"] = Place(f"{b}.mlp.gate_proj", "out")
             found[p + "mlp.pre_linear"] = Place(f"{b}.mlp.up_proj", "out")
             found[p + "mlp.post"] = Place(f"{b}.mlp.down_proj", "in")
@@ -129,9 +131,28 @@ def run_hooked(
     """
     seen: list[torch.Tensor] = []
     handles = []
+    streams: dict[str, torch.Tensor] = {}
+
+    def carry(block: str, stream: torch.Tensor) -> None:
+        """The stream between attention and MLP is read by a norm, but also added to the MLP's output."""
+        streams[block], first = stream, block not in streams
+        if not first:
+            return
+        added: list[torch.Tensor] = []  # registered only now, so after every edit of the MLP's output
+        mlp = model.get_submodule(f"{block}.mlp")
+        handles.append(mlp.register_forward_hook(lambda module, args, output: added.append(output)))
+
+        def total(module, args, output):
+            new = streams[block] + added[0]
+            return (new, *output[1:]) if isinstance(output, tuple) else new
+
+        handles.append(model.get_submodule(block).register_forward_hook(total, prepend=True))
 
     def attach(place: Place, edit: Edit | None) -> None:
         module = model.get_submodule(place.path)
+        if place.block:  # torch looks for hooks when a module is entered, which is before `carry` adds its own
+            for path in (place.block, f"{place.block}.mlp"):
+                handles.append(model.get_submodule(path).register_forward_hook(lambda *_: None))
 
         def act(whole: torch.Tensor) -> torch.Tensor | None:
             if edit is None:
@@ -151,6 +172,8 @@ def run_hooked(
         def before(module, args, kwargs):
             if args:
                 new = act(args[0])
+                if new is not None and place.block:
+                    carry(place.block, new)
                 return None if new is None else ((new, *args[1:]), kwargs)
             new = act(kwargs["hidden_states"])
             return None if new is None else (args, {**kwargs, "hidden_states": new})

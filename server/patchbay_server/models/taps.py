@@ -13,6 +13,8 @@ from typing import Any, Protocol, TypeAlias
 import torch
 
 from patchbay_server.models import attention
+from patchbay_server.models.layouts import Heads, Layout
+from patchbay_server.models.operations import OpPlace, intercept, replace_call
 
 Handler: TypeAlias = "Callable[[torch.Tensor], torch.Tensor | None]"
 
@@ -56,89 +58,126 @@ def replace_first_tensor(value: Any, new: torch.Tensor) -> Any:
 
 
 @dataclass(frozen=True)
-class Heads:
-    """A slice of a feature axis seen as heads.
-
-    Attributes:
-        start: first feature of the slice.
-        heads: number of heads.
-        width: features of one head.
-    """
-
-    start: int
-    heads: int
-    width: int
-
-    def split(self, value: torch.Tensor) -> torch.Tensor:
-        """``[rows, seq, features]`` -> ``[rows, seq, heads, width]``."""
-        part = value[..., self.start : self.start + self.heads * self.width]
-        return part.unflatten(-1, (self.heads, self.width))
-
-    def merge(self, value: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        """`value` with the slice replaced by `new` (in the split layout)."""
-        flat = new.flatten(-2)
-        if flat.shape[-1] == value.shape[-1]:
-            return flat
-        return torch.cat([value[..., : self.start], flat, value[..., self.start + flat.shape[-1] :]], dim=-1)
-
-
-@dataclass(frozen=True)
 class OutputTap:
     """A module's output.
 
     Attributes:
         path: the module's name in the model; "" for the model itself.
-        heads: the slice of the last axis that is the site, seen as heads; None for the whole output.
+        layout: how the site lies in it; None where it is the whole output.
+        part: which tensor of a tuple output is meant.
     """
 
     path: str
-    heads: Heads | None = None
+    layout: Layout | None = None
+    part: int = 0
 
     def attach(self, model: torch.nn.Module, handler: Handler, *, writes: bool) -> Handle:
         del writes
 
         def hook(module: torch.nn.Module, args: Any, output: Any) -> Any:
             del module, args
+            if self.part:
+                new = through(self.layout, output[self.part], handler)
+                return None if new is None else (*output[: self.part], new, *output[self.part + 1 :])
             whole = first_tensor(output)
             assert whole is not None
-            new = handler(whole if self.heads is None else self.heads.split(whole))
-            if new is None:
-                return None
-            return replace_first_tensor(output, new if self.heads is None else self.heads.merge(whole, new))
+            new = through(self.layout, whole, handler)
+            return None if new is None else replace_first_tensor(output, new)
 
         return model.get_submodule(self.path).register_forward_hook(hook)
 
 
 @dataclass(frozen=True)
 class InputTap:
-    """A module's first tensor input.
+    """One of a module's tensor inputs.
 
     Attributes:
         path: the module's name in the model.
-        heads: the slice of the last axis that is the site, seen as heads; None for the whole input.
+        layout: how the site lies in it; None where it is the whole input.
+        part: which of the tensors among the arguments (keywords after positions) is meant.
     """
 
     path: str
-    heads: Heads | None = None
+    layout: Layout | None = None
+    part: int = 0
 
     def attach(self, model: torch.nn.Module, handler: Handler, *, writes: bool) -> Handle:
         del writes
 
         def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             del module
-            place = next((i for i, a in enumerate(args) if isinstance(a, torch.Tensor)), None)
-            name = "" if place is not None else next(k for k, v in kwargs.items() if isinstance(v, torch.Tensor))
-            whole: torch.Tensor = args[place] if place is not None else kwargs[name]
-            new = handler(whole if self.heads is None else self.heads.split(whole))
+            where: list[int | str] = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
+            where += [k for k, v in kwargs.items() if isinstance(v, torch.Tensor)]
+            place = where[self.part]
+            new = through(self.layout, args[place] if isinstance(place, int) else kwargs[place], handler)
             if new is None:
                 return None
-            if self.heads is not None:
-                new = self.heads.merge(whole, new)
-            if place is not None:
+            if isinstance(place, int):
                 return (*args[:place], new, *args[place + 1 :]), kwargs
-            return args, {**kwargs, name: new}
+            return args, {**kwargs, place: new}
 
         return model.get_submodule(self.path).register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def through(layout: Layout | None, whole: torch.Tensor, handler: Handler) -> torch.Tensor | None:
+    """What `handler` makes of the site that lies in `whole`, put back; None when it replaces nothing."""
+    if layout is None:
+        return handler(whole)
+    new = handler(layout.split(whole))
+    return None if new is None else layout.merge(whole, new)
+
+
+@dataclass(frozen=True)
+class OpTap:
+    """The value that an operation inside a module returns, or is given.
+
+    Attributes:
+        path: the module whose own forward runs the operation.
+        place: which operation.
+        argument: position or keyword of the argument that is meant; None for what it returns.
+        layout: how the site lies in it; None where it is the whole tensor.
+    """
+
+    path: str
+    place: OpPlace
+    argument: int | str | None = None
+    layout: Layout | None = None
+
+    def attach(self, model: torch.nn.Module, handler: Handler, *, writes: bool) -> Handle:
+        del writes
+
+        def handle(whole: torch.Tensor) -> torch.Tensor | None:
+            return through(self.layout, whole, handler)
+
+        return intercept(model.get_submodule(self.path), self.place, self.argument, handle)
+
+
+@dataclass(frozen=True)
+class FlatTap:
+    """A value that the model keeps as ``[rows * seq, ...]``, shown as ``[rows, seq, ...]``.
+
+    Attributes:
+        inner: the way to the flat value.
+        shape_from: a module whose first tensor input is ``[rows, seq, ...]`` and which is entered before.
+    """
+
+    inner: Tap
+    shape_from: str
+
+    def attach(self, model: torch.nn.Module, handler: Handler, *, writes: bool) -> Handle:
+        leading: list[tuple[int, ...]] = [(1, 1)]
+
+        def remember(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            del module
+            first = next(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor))
+            leading[0] = tuple(first.shape[:2])
+
+        def handle(flat: torch.Tensor) -> torch.Tensor | None:
+            new = handler(flat.unflatten(0, leading[0]))
+            return None if new is None else new.flatten(0, 1)
+
+        shape = model.get_submodule(self.shape_from).register_forward_pre_hook(remember, with_kwargs=True)
+        return _Both(shape, self.inner.attach(model, handle, writes=writes))
 
 
 @dataclass(frozen=True)
@@ -334,3 +373,84 @@ class ResultTap:
         weight: torch.Tensor = module.weight  # type: ignore[assignment]
         rows = weight.T if isinstance(module, torch.nn.Linear) else weight  # Conv1D keeps [in, out]
         return rows.unflatten(0, (self.heads.heads, self.heads.width))
+
+
+@dataclass(frozen=True)
+class ReadOrWrite:
+    """A site that is cheapest to see at one place but must be replaced at another.
+
+    Attributes:
+        read: where it is attached when nothing is written.
+        write: where it is attached when something is.
+    """
+
+    read: Tap
+    write: Tap
+
+    def attach(self, model: torch.nn.Module, handler: Handler, *, writes: bool) -> Handle:
+        return (self.write if writes else self.read).attach(model, handler, writes=writes)
+
+
+@dataclass(frozen=True)
+class ExpertTap:
+    """What each of a token's chosen experts contributes, weighted: ``[tokens, slot, d_model]``.
+
+    Computed only while attached, by applying the experts' module once for each slot. Writing replaces the module's
+    output by the sum of the edited contributions.
+
+    Attributes:
+        path: name of the module that applies the experts.
+        indices, weights: which of its tensor inputs are the experts' numbers and weights, ``[tokens, slots]``.
+        slots: number of experts per token.
+    """
+
+    path: str
+    indices: int
+    weights: int
+    slots: int
+
+    def attach(self, model: torch.nn.Module, handler: Handler, *, writes: bool) -> Handle:
+        del writes
+
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            where: list[int | str] = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
+            where += [k for k, v in kwargs.items() if isinstance(v, torch.Tensor)]
+            shares = []
+            for slot in range(self.slots):
+                chosen: list[Any] = list(args)
+                named = dict(kwargs)
+                for part in (self.indices, self.weights):
+                    place = where[part]
+                    if isinstance(place, int):
+                        chosen[place] = args[place][:, slot : slot + 1]
+                    else:
+                        named[place] = kwargs[place][:, slot : slot + 1]
+                shares.append(first_tensor(module.forward(*chosen, **named)))
+            new = handler(torch.stack([s for s in shares if s is not None], dim=1))
+            return None if new is None else replace_first_tensor(output, new.sum(1).to(new.dtype))
+
+        return model.get_submodule(self.path).register_forward_hook(hook, with_kwargs=True)
+
+
+@dataclass(frozen=True)
+class FusedTap:
+    """A part of an attention that a model computes by torch's fused function itself.
+
+    Attributes:
+        path: the module whose own forward calls the function.
+        place: the call.
+        part: one of `attention.PARTS`.
+    """
+
+    path: str
+    place: OpPlace
+    part: str
+
+    def attach(self, model: torch.nn.Module, handler: Handler, *, writes: bool) -> Handle:
+        module = model.get_submodule(self.path)
+
+        def instead(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+            return attention.open_fused(module, function, args, kwargs)
+
+        opened = replace_call(module, self.place, instead)
+        return _Both(opened, attention.tap(module, self.part, handler, writes=writes))

@@ -6,7 +6,7 @@ norms by what they compute. A site that cannot be found is declared absent with 
 """
 
 from patchbay_server.models.binding.compare import close
-from patchbay_server.models.binding.found import RESIDUAL, Binding, FoundSite, Widths
+from patchbay_server.models.binding.found import RESIDUAL, Binding, BlockShape, FoundSite, Widths
 from patchbay_server.models.binding.stack import derive
 
-__all__ = ["RESIDUAL", "Binding", "FoundSite", "Widths", "close", "derive"]
+__all__ = ["RESIDUAL", "Binding", "BlockShape", "FoundSite", "Widths", "close", "derive"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from patchbay_server.models.binding.flow import Map
 from patchbay_server.models.binding.found import Binding
-from patchbay_server.models.recording import Recording
+from patchbay_server.models.recording import Recording, Value
 from patchbay_server.models.taps import Tap
 
 
@@ -14,22 +15,27 @@ class Block:
         index: the layer's number.
         path: the layer's name in the model.
         prefix: what the names of its sites begin with.
-        x, y: its input and output, ``[rows, seq, d_model]``.
-        children: the calls that it makes itself, in order.
+        given, made: its input and output, ``[rows, seq, d_model]``.
+        d_model: width of both.
+        map: which of its modules gave or took which values.
     """
 
     def __init__(self, recording: Recording, binding: Binding, index: int, path: str, prefix: str = "") -> None:
         self.recording, self.binding, self.path, self.index = recording, binding, path, index
         self.prefix = f"{prefix}blocks.{index}"
         call = recording.of(path)
-        assert call is not None and call.input is not None and call.output is not None
-        self.x, self.y = call.input, call.output  # [rows, seq, d_model], before and after the block
-        self.children = recording.children(path)
-        self.d_model = self.x.shape[-1]
+        assert call is not None and call.given is not None and call.made is not None
+        self.call = call
+        self.given: Value = call.given
+        self.made: Value = call.made
+        self.map = Map(recording, path)
+        self.d_model = self.given.shape[-1]
 
-    def add(self, name: str, tap: Tap, dims: tuple[int | str, ...], doc: str) -> None:
-        self.binding.add(f"{self.prefix}.{name}", tap, dims, doc)
+    def add(self, name: str, tap: Tap, dims: tuple[int | str, ...], doc: str, read_only: str = "") -> None:
+        self.binding.absent.pop(f"{self.prefix}.{name}", None)
+        self.binding.add(f"{self.prefix}.{name}", tap, dims, doc, read_only)
 
     def absent(self, reason: str, *names: str) -> None:
         for name in names:
-            self.binding.absent[f"{self.prefix}.{name}"] = reason
+            if f"{self.prefix}.{name}" not in self.binding.sites:
+                self.binding.absent[f"{self.prefix}.{name}"] = reason

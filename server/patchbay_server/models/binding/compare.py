@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from patchbay_server.models.recording import Call
@@ -68,25 +66,48 @@ def as_heads(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor | None:
     return None
 
 
-def holds(output: torch.Tensor, target: torch.Tensor) -> bool:
-    """Whether `output` (heads in any layout) agrees with `target` on the positions that `target` has."""
-    rows, seq, heads, width = target.shape
-    for view in (output, output.transpose(1, 2) if output.ndim == 4 else None):
-        if view is None or view.shape[0] != rows or view.numel() != rows * view.shape[1] * heads * width:
-            continue
-        if close(view.reshape(rows, view.shape[1], heads, width)[:, :seq], target):
-            return True
-    return False
+def head_starts(features: torch.Tensor, heads: torch.Tensor) -> tuple[int, ...] | None:
+    """The feature at which each head's slice begins, or None when some head is not there.
+
+    A slice may agree bit by bit, up to one factor for all (queries that are scaled early), or up to the order of the
+    features in it (interleaved rotary embeddings).
+
+    Args:
+        features: ``[samples, features]``.
+        heads: ``[samples, head, width]``.
+    """
+    count, width = heads.shape[1:]
+    if features.shape[1] < width:
+        return None
+    starts: list[int] = []
+    for head in range(count):
+        wanted = heads[:, head]
+        exact = (features[0, : features.shape[1] - width + 1] == wanted[0, 0]).nonzero().flatten().tolist()
+        start = next((s for s in exact if torch.equal(features[:, s : s + width], wanted)), None)
+        if start is None:
+            break
+        starts.append(start)
+    if len(starts) == count:
+        return tuple(starts)
+    windows = range(0, features.shape[1] - width + 1, width)
+    for agree in (_up_to_a_factor, _up_to_order):
+        starts = []
+        for head in range(count):
+            wanted = heads[:, head]
+            start = next((s for s in windows if agree(features[:, s : s + width], wanted)), None)
+            if start is None:
+                break
+            starts.append(start)
+        if len(starts) == count:
+            return tuple(starts)
+    return None
 
 
-def slices_equal(calls: list[Call], value: torch.Tensor) -> Iterator[tuple[Call, int]]:
-    """Calls, and the feature at which a contiguous slice of their output equals `value` on the positions it has."""
-    seq, size = value.shape[1], value.shape[2] * value.shape[3]
-    flat = value.reshape(*value.shape[:2], size)
-    for call in calls:
-        output = call.output
-        if output is None or output.ndim != 3 or output.shape[0] != value.shape[0]:
-            continue
-        for start in range(0, output.shape[-1] - size + 1, value.shape[3]):
-            if torch.equal(output[:, :seq, start : start + size], flat):
-                yield call, start
+def _up_to_a_factor(a: torch.Tensor, b: torch.Tensor) -> bool:
+    size = float((a.float() * a.float()).sum())
+    factor = float((a.float() * b.float()).sum()) / size if size else 0.0
+    return factor > 0 and close(a * factor, b)
+
+
+def _up_to_order(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.sort(-1).values, b.sort(-1).values)

@@ -19,12 +19,14 @@ class FoundSite:
         tap: how it is reached.
         dims: symbolic extents, as in a SiteSpec.
         doc: one sentence.
+        read_only: why it cannot be written; "" when it can.
     """
 
     name: str
     tap: Tap
     dims: tuple[int | str, ...]
     doc: str
+    read_only: str = ""
 
 
 @dataclass
@@ -40,6 +42,27 @@ class Widths:
     d_vocab: int = 0
 
 
+@dataclass(frozen=True)
+class BlockShape:
+    """How one layer is put together, for those who check its identities.
+
+    Attributes:
+        prefix: what its sites' names begin with, such as ``"blocks.3"``.
+        path: the layer's name in the model.
+        additions: names of what is added to the stream, in order (``("attn_out", "mlp_out")``).
+        together: whether they are all added to the block's input at once, so that there is no stream in between.
+        norms_stream: whether the stream itself is normalized after each addition (post-norm).
+        start: path of a norm that the block's input goes through before anything is added to it, or "".
+    """
+
+    prefix: str
+    path: str
+    additions: tuple[str, ...] = ()
+    together: bool = False
+    norms_stream: bool = False
+    start: str = ""
+
+
 @dataclass
 class Binding:
     """What was derived.
@@ -49,6 +72,7 @@ class Binding:
         absent: reason by canonical name.
         widths: extents.
         layers: paths of the decoder layers, in order.
+        blocks: how each layer is put together, in order.
         ln_final: path of the final norm, or None.
         unembed: path of the unembedding, or None.
         attention: attention module path by layer.
@@ -58,9 +82,10 @@ class Binding:
     absent: dict[str, str] = field(default_factory=dict)
     widths: Widths = field(default_factory=Widths)
     layers: list[str] = field(default_factory=list)
+    blocks: list[BlockShape] = field(default_factory=list)
     ln_final: str | None = None
     unembed: str | None = None
     attention: dict[int, str] = field(default_factory=dict)
 
-    def add(self, name: str, tap: Tap, dims: tuple[int | str, ...], doc: str) -> None:
-        self.sites[name] = FoundSite(name, tap, dims, doc)
+    def add(self, name: str, tap: Tap, dims: tuple[int | str, ...], doc: str, read_only: str = "") -> None:
+        self.sites[name] = FoundSite(name, tap, dims, doc, read_only)

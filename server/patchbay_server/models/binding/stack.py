@@ -9,12 +9,11 @@ from typing import Any
 import torch
 
 from patchbay_server.models.binding.block import Block
-from patchbay_server.models.binding.compare import close, norm_form, same
-from patchbay_server.models.binding.found import RESIDUAL, Binding
-from patchbay_server.models.binding.norms import bind_norm
+from patchbay_server.models.binding.compare import same
+from patchbay_server.models.binding.ends import bind_beginning, bind_final_norm, bind_unembedding, embedded_input
+from patchbay_server.models.binding.found import Binding, Widths
 from patchbay_server.models.binding.stream import bind_block
-from patchbay_server.models.recording import Call, Recording
-from patchbay_server.models.taps import OutputTap, SharedRowsTap
+from patchbay_server.models.recording import Recording
 
 
 @dataclass(frozen=True)
@@ -33,23 +32,33 @@ class Stack:
     prefix: str
     tokens: str | None
 
+    @property
+    def main(self) -> bool:
+        """Whether it is the stack that leads to the model's output: the only one, the language model, the decoder."""
+        return self.prefix in ("", "decoder.")
+
 
 def derive(model: torch.nn.Module, recording: Recording) -> Binding:
     """Find every canonical site of `model` in a recording of one of its forwards."""
     binding = Binding()
+    main = Widths()
     for stack in find_stacks(model, recording):
+        binding.widths = Widths()  # each stack's own; those of the main one are the model's
         calls = [c for path in stack.layers if (c := recording.of(path)) is not None]
         first, last = calls[0], calls[-1]
         assert first.input is not None
-        if stack.prefix in ("", "decoder.") or not binding.widths.n_layers:
-            binding.widths.n_layers, binding.widths.d_model = len(calls), first.input.shape[-1]
+        binding.widths.n_layers, binding.widths.d_model = len(calls), first.input.shape[-1]
         binding.layers.extend(stack.layers)
-        _bind_embeddings(recording, stack, first, binding)
+        bind_beginning(recording, stack.prefix, stack.tokens, first, binding)
         for index, path in enumerate(stack.layers):
             bind_block(Block(recording, binding, index, path, stack.prefix))
-        _bind_final_norm(recording, stack, last, binding)
-        if stack.prefix in ("", "decoder."):
-            _bind_unembedding(model, recording, last, binding)
+        norm = bind_final_norm(recording, stack.prefix, last, binding)
+        if stack.main:
+            binding.ln_final = None if norm is None else norm.path
+            bind_unembedding(model, recording, last, norm, binding)
+        if stack.main or not main.n_layers:
+            main = binding.widths
+    binding.widths = main
     return binding
 
 
@@ -80,8 +89,7 @@ def find_stacks(model: torch.nn.Module, recording: Recording) -> list[Stack]:
             prefix = ""
         else:
             prefix = f"{_own_part(path, [p for p in paths if p != path])}."
-        tokens = "decoder_input_ids" if prefix == "decoder." else "input_ids"
-        stacks.append(Stack(path, found[path], prefix, tokens if tokens in recording.inputs else None))
+        stacks.append(Stack(path, found[path], prefix, embedded_input(recording, recording.of(found[path][0]))))
     return stacks
 
 
@@ -110,64 +118,3 @@ def _own_part(path: str, others: list[str]) -> str:
     for ending in ("_tower", "_model"):
         own = own.removesuffix(ending)
     return own
-
-
-# --- around a stack -----------------------------------------------------------------------------------------------
-
-
-def _bind_embeddings(recording: Recording, stack: Stack, first: Call, binding: Binding) -> None:
-    embed, pos_embed = f"{stack.prefix}embed", f"{stack.prefix}pos_embed"
-    tables = [c for c in recording.calls if isinstance(c.module, torch.nn.Embedding) and c.end < first.start]
-    ids = recording.inputs.get(stack.tokens) if stack.tokens is not None else None
-    token = next((c for c in tables if ids is not None and same(c.input, ids)), None)
-    if token is None or token.output is None:
-        why = "the stack takes no token ids" if ids is None else "no embedding module of its own takes the token ids"
-        binding.absent[embed] = why
-        binding.absent[pos_embed] = "no token embedding to add to"
-        return
-    if not binding.widths.d_vocab:
-        binding.widths.d_vocab = token.module.num_embeddings  # type: ignore[assignment]
-    width = token.output.shape[-1]
-    binding.add(embed, OutputTap(token.path), (*RESIDUAL, width), "token embedding")
-    for c in tables:
-        if c is token or c.output is None or c.output.shape[-1] != width or c.output.shape[0] != 1:
-            continue
-        if close(token.output + c.output, first.input):
-            tap = SharedRowsTap(c.path, rows_from=token.path)
-            binding.add(pos_embed, tap, (*RESIDUAL, width), "learned positional embedding, the same for every row")
-            return
-    rotary = bool(recording.attention)
-    binding.absent[pos_embed] = "no learned positional embedding is added" + (
-        " (positions enter in attention)" if rotary else ""
-    )
-
-
-def _bind_final_norm(recording: Recording, stack: Stack, last: Call, binding: Binding) -> None:
-    assert last.output is not None
-    after = [c for c in recording.calls if c.start > last.end]
-    norm = next((c for c in after if same(c.input, last.output) and norm_form(c) is not None), None)
-    prefix = f"{stack.prefix}ln_final"
-    if norm is None:
-        for part in ("scale", "normalized"):
-            binding.absent[f"{prefix}.{part}"] = "no norm follows the last layer"
-        return
-    if stack.prefix in ("", "decoder."):
-        binding.ln_final = norm.path
-    bind_norm(binding, prefix, norm, last.output.shape[-1])
-
-
-def _bind_unembedding(model: torch.nn.Module, recording: Recording, last: Call, binding: Binding) -> None:
-    embeddings = getattr(model, "get_output_embeddings", lambda: None)()
-    head = next((c for c in recording.calls if c.start > last.end and c.module is embeddings), None)
-    if embeddings is None or head is None or head.output is None or recording.output is None:
-        binding.absent["logits"] = "the model has no unembedding"
-        return
-    binding.widths.d_vocab = head.output.shape[-1]
-    dims = (*RESIDUAL, head.output.shape[-1])
-    if same(head.output, recording.output):
-        binding.unembed = head.path
-        binding.add("logits", OutputTap(head.path), dims, "next-token logits")
-    elif recording.output.shape == head.output.shape:
-        binding.add("logits", OutputTap(""), dims, "next-token logits, after the model's own scaling or cap")
-    else:
-        binding.absent["logits"] = "the model's output is not what its unembedding gives"

@@ -1,104 +1,322 @@
-"""The residual stream of one layer: what is added to it, where, and what normalizes it."""
+"""The residual stream of one layer: what is added to it, where, and what normalizes it.
+
+The layer's output is followed back, sum by sum, to the layer's input. What is added on the way is attention's share
+when it was computed from a softmax over positions, a mixer's when it was computed from other positions in another
+way, and the MLP's when it depends on its own position only.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from itertools import pairwise
+
 import torch
 
-from patchbay_server.models.binding.attention import bind_attention
+from patchbay_server.models.binding.attention import ATTENTION_SITES, Attended, bind_attention, find_attention
 from patchbay_server.models.binding.block import Block
-from patchbay_server.models.binding.compare import close, norm_form, plus, same
-from patchbay_server.models.binding.found import RESIDUAL
-from patchbay_server.models.binding.mlp import bind_mlp
+from patchbay_server.models.binding.compare import close, is_linear
+from patchbay_server.models.binding.flow import behind_scaling, reaches, strip
+from patchbay_server.models.binding.found import RESIDUAL, BlockShape
+from patchbay_server.models.binding.mlp import MLP_SITES, bind_mlp
 from patchbay_server.models.binding.norms import bind_norm
-from patchbay_server.models.recording import Call
-from patchbay_server.models.taps import InputTap, OutputTap
+from patchbay_server.models.binding.state import bind_mixer
+from patchbay_server.models.recording import Call, Value
+from patchbay_server.models.taps import InputTap, OutputTap, ReadOrWrite
+
+
+@dataclass
+class Addition:
+    """Something that is added to the stream.
+
+    Attributes:
+        value: what is added.
+        before: the stream that it is added to.
+        after: the sum.
+        kind: ``"attn"``, ``"mixer"`` or ``"mlp"``.
+        attended: the attention behind it, for ``"attn"``.
+        norm: the norm that the sum then goes through (post-norm), or None.
+    """
+
+    value: Value
+    before: Value
+    after: Value
+    kind: str = ""
+    attended: Attended | None = None
+    norm: Call | None = None
+
+
+@dataclass
+class Raw:
+    """What an addition was before norms and factors.
+
+    Attributes:
+        value: the raw output.
+        norms: norms between it and the stream, outermost first.
+        scaled: whether a factor stands between.
+    """
+
+    value: Value
+    norms: list[Call] = field(default_factory=list)
+    scaled: bool = False
+
+
+#: Most sums and norms followed back through one layer.
+_TOO_DEEP = 32
 
 
 def bind_block(block: Block) -> None:
+    """Derive every site of one layer."""
     residual = (*RESIDUAL, block.d_model)
     block.add("resid_pre", InputTap(block.path), residual, "residual stream before the block")
     block.add("resid_post", OutputTap(block.path), residual, "residual stream after the block")
-    inner = [c for c in block.recording.attention if c.path.startswith(block.path + ".")]
-    attended = inner[0] if len(inner) == 1 else None
-    module = block.recording.of(attended.path) if attended is not None else None
-    _bind_stream(block, module)
-    if attended is None or module is None:
-        reason = "the layer does not call transformers' attention interface exactly once"
-        names = ("q", "k", "v", "rot_q", "rot_k", "attn_scores", "pattern", "z", "result", "out")
-        block.absent(reason, *(f"attn.{n}" for n in names))
-    else:
-        block.binding.attention[block.index] = attended.path
-        bind_attention(block, attended, module)
+    attended = find_attention(block)
+    found = _follow(block, block.made, _TOO_DEEP)
+    additions = [] if found is None else _split(block, found, attended)
+    if not additions:
+        block.absent("the block's output is not its input plus something", "resid_mid", "attn_out", "mlp_out")
+    for addition in additions:
+        _classify(block, addition, attended)
+    _bind_additions(block, additions)
+    _bind_norms(block, additions)
+    _bind_insides(block, additions, attended)
 
 
-def _bind_stream(block: Block, attention: Call | None) -> None:
-    """resid_mid, attn_out, mlp_out, ln1, ln2 and the MLP, from the sums that the block makes."""
-    residual = (*RESIDUAL, block.d_model)
-    like = [c for c in block.children if c.output is not None and c.output.shape == block.x.shape]
-    first_add = _first_addition(block, like)
-    before_mlp = block.x
-    if first_add is not None:
-        added, reader = first_add
-        assert reader.input is not None
-        before_mlp = reader.input
-        block.add("attn_out", OutputTap(added.path), residual, "what attention adds to the residual stream")
-        block.add("resid_mid", InputTap(reader.path), residual, "residual stream between attention and MLP")
-        second = next(
-            (c for c in reversed(like) if c.start >= reader.start and close(plus(before_mlp, c.output), block.y)),
-            None,
-        )
-    else:
-        second = None
-        _bind_parallel(block, like, attention)
-    if second is not None:
-        block.add("mlp_out", OutputTap(second.path), residual, "what the MLP adds to the residual stream")
-        bind_mlp(block, _maker_of(second, like))
-    elif f"{block.prefix}.mlp_out" not in block.binding.sites:
-        block.absent("no module's output is what is added after resid_mid", "mlp_out")
-        bind_mlp(block, None)
-    _bind_norms(block, before_mlp, attention)
-
-
-def _first_addition(block: Block, like: list[Call]) -> tuple[Call, Call] | None:
-    """The call whose output is added to the block's input, and the first call that reads the sum."""
-    for reader in block.children:
-        for added in like:
-            if added.end < reader.start and added.output is not None and close(block.x + added.output, reader.input):
-                return added, reader
+def _follow(block: Block, value: Value, depth: int) -> list[Addition] | None:
+    """The additions between the block's input and `value`, or None when the input is no summand of it."""
+    if strip(value) is strip(block.given):
+        return []
+    if depth == 0:
+        return None
+    norm = block.map.norm_behind(value)
+    if norm is not None and norm.given is not None:
+        found = _follow(block, norm.given, depth - 1)
+        if found:
+            found[-1].norm = norm
+        return found or None
+    core = strip(value)
+    maker = core.maker
+    if maker is None or maker.name != "add" or len(maker.operands) != 2 or maker.tick < block.call.start:
+        return None
+    sides = maker.operands
+    for stream, added in (sides, sides[::-1]):
+        if stream.tensor is None or added.tensor is None or stream.tensor.numel() != added.tensor.numel():
+            continue
+        found = _follow(block, stream, depth - 1)
+        if found is not None:
+            return [*found, Addition(added, stream, core)]
     return None
 
 
-def _bind_parallel(block: Block, like: list[Call], attention: Call | None) -> None:
-    """Blocks that add attention and MLP at once."""
-    residual = (*RESIDUAL, block.d_model)
-    for a in like:
-        for m in like:
-            if a is m or attention is None or not (a is attention or same(a.input, attention.output)):
+def _split(block: Block, additions: list[Addition], attended: list[Attended]) -> list[Addition]:
+    """Sums of attention and MLP that are added to the stream as one, taken apart."""
+    result: list[Addition] = []
+    for addition in additions:
+        maker = strip(addition.value).maker
+        parts = maker.operands if maker is not None and maker.name == "add" else ()
+        whole = strip(addition.value)
+        if maker is not None and len(parts) == 2 and all(p.shape == whole.shape for p in parts):
+            touched = [any(_uses(p, a, addition.before) for a in attended) for p in parts]
+            if sum(touched) == 1:
+                result += [Addition(p, addition.before, addition.after) for p in parts]
                 continue
-            assert a.output is not None and m.output is not None
-            if close(block.x + a.output + m.output, block.y):
-                block.add("attn_out", OutputTap(a.path), residual, "what attention adds to the residual stream")
-                block.add("mlp_out", OutputTap(m.path), residual, "what the MLP adds to the residual stream")
-                block.absent("attention and MLP are added at once: there is no stream between them", "resid_mid")
-                bind_mlp(block, _maker_of(m, like))
-                return
-    block.absent("no sum of the block's parts gives its output", "resid_mid", "attn_out")
+        result.append(addition)
+    return result
 
 
-def _maker_of(call: Call, like: list[Call]) -> Call:
-    """The MLP itself, when `call` is a norm that follows it."""
-    if norm_form(call) is None:
-        return call
-    return next((c for c in like if c is not call and same(c.output, call.input)), call)
+def _uses(value: Value, attended: Attended, *stop: Value) -> bool:
+    return reaches(value, attended.z, stop)
 
 
-def _bind_norms(block: Block, before_mlp: torch.Tensor, attention: Call | None) -> None:
-    norms = [c for c in block.children if norm_form(c) is not None]
-    first = next((c for c in norms if same(c.input, block.x)), None)
-    second = next((c for c in norms if c is not first and same(c.input, before_mlp)), None)
-    for name, call in (("ln1", first), ("ln2", second)):
-        if call is None:
-            where = "the block's input" if name == "ln1" else "the stream before the MLP"
-            block.absent(f"no norm of its own reads {where}", f"{name}.scale", f"{name}.normalized")
+def _classify(block: Block, addition: Addition, attended: list[Attended]) -> None:
+    own = [a for a in attended if _uses(addition.value, a, addition.before, block.given)]
+    if own:
+        addition.kind, addition.attended = "attn", own[0] if len(own) == 1 else None
+        return
+    addition.kind = "mlp"
+    raw = _raw(block, addition.value)
+    makers = [c for c in block.map.makers(raw.value) if block.map.once(c)]
+    if makers and _mixes_positions(makers[-1]):
+        addition.kind = "mixer"
+
+
+def _mixes_positions(call: Call) -> bool:
+    """Whether a module's output at a position changes when the first position is taken away."""
+    if call.input is None or call.output is None or call.input.ndim != 3 or call.input.shape[1] < 3:
+        return False
+    try:
+        with torch.no_grad():
+            output = call.module(call.input[:, 1:].contiguous())
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+        return True  # it needs to know more than its input: an MLP does not
+    if isinstance(output, (tuple, list)):
+        output = output[0]
+    return not (isinstance(output, torch.Tensor) and close(output, call.output[:, 1:]))
+
+
+def _raw(block: Block, value: Value) -> Raw:
+    """`value` before the norms and factors that follow its module."""
+    raw = Raw(value)
+    while True:
+        norm = block.map.norm_behind(raw.value)
+        if norm is not None and norm.given is not None:
+            raw.norms.append(norm)
+            raw.value = norm.given
+            continue
+        scaled = behind_scaling(raw.value)
+        if scaled is None or scaled[1].owner != block.path:
+            return raw
+        raw.scaled = True
+        raw.value = scaled[0]
+
+
+_WHAT = {
+    "attn": ("attn_out", "what attention adds to the residual stream"),
+    "mixer": ("mixer_out", "what the sequence mixer (a recurrence or convolution) adds to the residual stream"),
+    "mlp": ("mlp_out", "what the MLP adds to the residual stream"),
+}
+
+
+def _bind_additions(block: Block, additions: list[Addition]) -> None:
+    residual, shape = (*RESIDUAL, block.d_model), block.given.shape
+    names: list[str] = []
+    for addition in additions:
+        name, doc = _WHAT[addition.kind]
+        if name in names:
+            block.absent(f"more than one share of this kind is added: {doc}", name)
+            continue
+        tap = block.map.tap(addition.value, shape)
+        if tap is None:
+            block.absent("no module and no operation gives it in one piece", name)
+            continue
+        names.append(name)
+        block.add(name, tap, residual, doc)
+    together = len(additions) > 1 and not any(
+        reaches(later.value, earlier.after, (earlier.before, block.given)) for earlier, later in pairwise(additions)
+    )
+    if together:
+        block.absent("attention and MLP are added at once: there is no stream between them", "resid_mid")
+    elif len(additions) == 2:
+        first = additions[0]
+        tap = block.map.tap(first.after, shape)
+        if tap is None:
+            block.absent("no operation gives it in one piece", "resid_mid")
         else:
-            bind_norm(block.binding, f"{block.prefix}.{name}", call, block.d_model)
+            # A norm that reads the stream shows it for nothing; to change it, the sum itself must be replaced.
+            readers = [c for c in block.map.readers(first.after) if c.made is not None and block.map.once(c)]
+            shown = next((t for c in readers if (t := block.map.input_tap(c, first.after, shape)) is not None), None)
+            between = "attention" if first.kind == "attn" else "the mixer"
+            where = f"residual stream between {between} and MLP" + (", before its norm" if first.norm else "")
+            block.add("resid_mid", tap if shown is None else ReadOrWrite(shown, tap), residual, where)
+    elif additions:
+        block.absent(f"{len(additions)} addition{'s' * (len(additions) > 1)} to the stream, not two", "resid_mid")
+    kinds = {a.kind for a in additions}
+    if additions:
+        for kind in ("attn", "mlp"):
+            if kind not in kinds:
+                what = "attention" if kind == "attn" else "MLP"
+                block.absent(f"this layer adds no {what} output to the stream", _WHAT[kind][0])
+    norms = any(a.norm is not None for a in additions)
+    block.binding.blocks.append(BlockShape(block.prefix, block.path, tuple(names), together, norms))
+
+
+def _bind_norms(block: Block, additions: list[Addition]) -> None:
+    """ln1 reads (or, post-norm, follows) what attention or the mixer starts from, ln2 the MLP; *_post follow them."""
+    chosen: dict[str, Call] = {}
+    for addition in sorted(additions, key=lambda a: a.kind == "mlp"):
+        name = "ln2" if addition.kind == "mlp" and len(additions) > 1 else "ln1"
+        if addition.norm is not None:
+            chosen.setdefault(name, addition.norm)
+        for norm in _raw(block, addition.value).norms[:1]:
+            chosen.setdefault(f"{name}_post", norm)
+        stream = block.given if name == "ln1" else addition.before
+        for call in block.map.readers(stream):
+            if call.made is None or call in chosen.values() or not block.map.is_norm(call):
+                continue
+            if reaches(addition.value, call.made, (stream,)):
+                chosen.setdefault(name, call)
+                break
+    for name in ("ln1", "ln2", "ln1_post", "ln2_post"):
+        if name in chosen:
+            bind_norm(block.binding, f"{block.prefix}.{name}", chosen[name], block.d_model)
+        elif not name.endswith("_post"):
+            where = "the block's input" if name == "ln1" else "the stream before the MLP"
+            shared = name == "ln2" and "ln1" in chosen and len({id(strip(a.before)) for a in additions}) <= 1
+            reason = "the MLP reads the same norm as attention" if shared else f"no norm of its own reads {where}"
+            after = " (it follows the module: see " + f"{name}_post)" if f"{name}_post" in chosen else ""
+            block.absent(reason + after, f"{name}.scale", f"{name}.normalized")
+
+
+def _bind_insides(block: Block, additions: list[Addition], attended: list[Attended]) -> None:
+    attention = next((a for a in additions if a.kind == "attn"), None)
+    mlp = next((a for a in additions if a.kind == "mlp"), None)
+    mixer = next((a for a in additions if a.kind == "mixer"), None)
+    if attention is not None and attention.attended is not None:
+        raw = _raw(block, attention.value)
+        _bind_raw(block, "attn", raw.value, attention.before, "raw output of the attention module")
+        block.binding.attention[block.index] = attention.attended.path
+        bind_attention(block, attention.attended, raw.value)
+    else:
+        if attention is not None:
+            reason = "the layer attends more than once"
+        elif attended:
+            reason = "what attention gives was not found in the residual stream"
+        else:
+            reason = "this layer has no attention (no softmax over positions was seen)"
+        block.absent(reason, *(f"attn.{n}" for n in ATTENTION_SITES))
+    if mixer is not None:
+        raw = _raw(block, mixer.value)
+        _bind_raw(block, "mixer", raw.value, mixer.before, "raw output of the sequence mixer's module")
+        bind_mixer(block, raw.value)
+    if mlp is None:
+        reason = "this layer has no MLP" if additions else "the MLP was not found in the residual stream"
+        block.absent(reason, "mlp.out", "mlp_in", *(f"mlp.{n}" for n in MLP_SITES))
+        return
+    raw = _raw(block, mlp.value)
+    _bind_raw(block, "mlp", raw.value, mlp.before, "raw output of the MLP")
+    bind_mlp(block, raw.value, mlp.before)
+
+
+def _bind_raw(block: Block, kind: str, value: Value, before: Value, doc: str) -> None:
+    """``KIND.out`` and ``KIND_in`` of the module that gives `value`."""
+    shape, residual = block.given.shape, (*RESIDUAL, block.d_model)
+    tap = block.map.tap(value, shape)
+    if tap is None:
+        block.absent("no module and no operation gives it in one piece", f"{kind}.out")
+    else:
+        block.add(f"{kind}.out", tap, residual, doc)
+    what = {"attn": "attention module", "mlp": "MLP", "mixer": "mixer"}[kind]
+    taken = _taken_by(block, value, before)
+    if taken is None:
+        block.absent(f"what the {what} takes is not one tensor of the stream's shape", f"{kind}_in")
+        return
+    call, given = taken
+    tap = block.map.input_tap(call, given, shape)
+    if tap is None:
+        block.absent(f"what the {what} takes is not one tensor of the stream's shape", f"{kind}_in")
+    else:
+        block.add(f"{kind}_in", tap, residual, f"what the {what} takes, after the norm where there is one")
+
+
+def _taken_by(block: Block, value: Value, before: Value) -> tuple[Call, Value] | None:
+    """The module that gives `value` and which of its inputs is as wide as the stream.
+
+    Where no module does it all, the one value that all the linear modules which start it read.
+    """
+    size = 0 if block.given.tensor is None else block.given.tensor.numel()
+
+    def wide(call: Call) -> Value | None:
+        return next((v for v in call.takes if v.tensor is not None and v.tensor.numel() == size), None)
+
+    for call in reversed(block.map.makers(value)):
+        given = wide(call)
+        if given is not None and block.map.once(call) and next(call.module.children(), None) is not None:
+            return call, given
+    linear = [c for c in block.map.calls if is_linear(c.module) and c.made is not None and c.given is not None]
+    used = [c for c in linear if c.made is not None and reaches(value, c.made, (before,))]
+    first = [c for c in used if not any(o is not c and reaches(c.given, o.made, (before,)) for o in used)]
+    if first and len({id(strip(c.given)) for c in first if c.given is not None}) == 1 and (g := wide(first[0])):
+        return first[0], g
+    return None
+
+
+__all__ = ["bind_block"]

@@ -1,0 +1,578 @@
+"""The identities that the sites of a model must satisfy, as a table.
+
+Each names the sites that it is about, those from which the others follow, and what is checked. A check sees the values
+of one forward as they were after any write, and those of the plain forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeAlias
+
+import torch
+
+from patchbay_server.models.binding import Binding, BlockShape, close
+from patchbay_server.models.binding.compare import is_linear
+from patchbay_server.models.taps import FlatTap, InputTap, NormTap, OutputTap, ResultTap
+
+Values: TypeAlias = "Mapping[str, torch.Tensor]"
+
+
+@dataclass(frozen=True)
+class Check:
+    """What an identity is checked on.
+
+    Attributes:
+        now: values of this forward, written ones as written.
+        plain: values of the forward in which nothing was written.
+        written: the sites whose rows changed places; empty for the plain forward.
+    """
+
+    now: Values
+    plain: Values
+    written: frozenset[str]
+
+    def follows(self, source: str, target: str) -> bool:
+        """Whether writing `source` with its rows in other places put the rows of `target` in the same places."""
+        return source not in self.written or close(self.now[target], self.plain[target].roll(1, 0))
+
+
+@dataclass(frozen=True)
+class Identity:
+    """One identity.
+
+    Attributes:
+        sentence: it, in words.
+        names: the sites that it proves when it holds.
+        sources: those of them from which the rest follows: it must hold too when one of these was written.
+        holds: the check.
+        plain: whether it says anything when nothing was written.
+    """
+
+    sentence: str
+    names: tuple[str, ...]
+    sources: tuple[str, ...]
+    holds: Callable[[Check], bool]
+    plain: bool = True
+
+
+def identities(model: torch.nn.Module, binding: Binding, values: Values) -> Iterator[Identity]:
+    """Every identity that the sites of `binding` are held to.
+
+    Args:
+        model: the model.
+        binding: its derived sites.
+        values: of one plain forward, which some identities are chosen by (a norm's output is either what attention
+            takes or it is not).
+    """
+    table = _Table(model, binding, values)
+    for shape in binding.blocks:
+        yield from table.block(shape)
+    for prefix in dict.fromkeys(shape.prefix.rpartition("blocks.")[0] for shape in binding.blocks):
+        yield from table.ends(prefix, [s for s in binding.blocks if s.prefix.rpartition("blocks.")[0] == prefix])
+
+
+class _Table:
+    def __init__(self, model: torch.nn.Module, binding: Binding, values: Values) -> None:
+        self.model, self.binding, self.values = model, binding, values
+
+    def has(self, *names: str) -> bool:
+        return all(name in self.values for name in names)
+
+    def equal(self, sentence: str, left: tuple[str, ...], right: str, also: tuple[str, ...] = ()) -> Identity:
+        """The sum of the sites `left` is the site `right`."""
+
+        def holds(c: Check) -> bool:
+            total = c.now[left[0]]
+            for name in left[1:]:
+                total = total + c.now[name]
+            return close(total, c.now[right])
+
+        return Identity(sentence, (*left, right), (*left, *also), holds)
+
+    # --- around a stack
+
+    def ends(self, prefix: str, blocks: list[BlockShape]) -> Iterator[Identity]:
+        for shape, following in pairwise(blocks):
+            post, pre = f"{shape.prefix}.resid_post", f"{following.prefix}.resid_pre"
+            if self.has(post, pre):
+                same = lambda c, a=post, b=pre: torch.equal(c.now[a], c.now[b])  # noqa: E731
+                yield Identity("resid_post of a block = resid_pre of the next, to the bit", (post, pre), (post,), same)
+        first, last = f"{blocks[0].prefix}.resid_pre", f"{blocks[-1].prefix}.resid_post"
+        embed, positions = f"{prefix}embed", f"{prefix}pos_embed"
+        if self.has(embed, positions, first):
+            yield self.equal("embed + pos_embed = first resid_pre", (embed, positions), first)
+        elif self.has(embed, first) and self.values[embed].shape == self.values[first].shape:
+            yield from self._embedded(embed, first)
+        norm = f"{prefix}ln_final"
+        yield from self._norm(norm, last, ())
+        if self.has("logits") and prefix in ("", "decoder."):
+            yield from self._logits(norm, last)
+
+    def _embedded(self, embed: str, first: str) -> Iterator[Identity]:
+        factor = _factor(self.values[embed], self.values[first])
+        if factor is not None:
+            scaled = "" if abs(factor - 1) < 1e-6 else f" times {factor:.6g}"
+            holds = lambda c: close(c.now[embed] * factor, c.now[first])  # noqa: E731
+            yield Identity(f"embed{scaled} = first resid_pre", (embed, first), (embed,), holds)
+            return
+        tap = self.binding.sites[embed].tap
+        path = tap.path if isinstance(tap, OutputTap) else ""
+        table = getattr(self.model.get_submodule(path), "weight", None) if path else None
+        rows = self.values[embed].flatten(0, 1)
+        if isinstance(table, torch.Tensor) and table.shape[-1] == rows.shape[-1]:
+            found = all(bool((table == row).all(-1).any()) for row in rows)
+            yield Identity("each vector is a row of the embedding table", (embed,), (), lambda c: found)
+        moved = lambda c: c.follows(embed, first)  # noqa: E731
+        yield Identity("what enters the first block follows it row by row", (embed,), (embed,), moved, plain=False)
+
+    def _logits(self, norm: str, last: str) -> Iterator[Identity]:
+        unembed, final = self.binding.unembed, self.binding.ln_final
+        if unembed is not None and final is not None:
+            head, module = self.model.get_submodule(unembed), self.model.get_submodule(final)
+
+            def again(c: Check) -> bool:
+                with torch.no_grad():
+                    return close(head(module(c.now[last])), c.now["logits"])
+
+            yield Identity("unembed(ln_final(last resid_post)) = logits", (last, "logits"), (last,), again)
+            normalized = f"{norm}.normalized"
+            if self.has(normalized):
+                tap = self.binding.sites[normalized].tap
+                assert isinstance(tap, NormTap)
+
+                def finished(c: Check) -> bool:
+                    with torch.no_grad():
+                        return close(head(tap.form.finish(module, c.now[normalized])), c.now["logits"])
+
+                yield Identity(
+                    "unembed of normalized times gain = logits", (normalized, "logits"), (normalized,), finished
+                )
+        else:
+            follows = lambda c: c.follows(last, "logits")  # noqa: E731
+            yield Identity("the model's output, which follows the last resid_post", ("logits",), (), follows)
+
+    # --- norms
+
+    def _norm(self, prefix: str, source: str, readers: tuple[str, ...]) -> Iterator[Identity]:
+        """The norm called `prefix`, which reads `source` and is read by one of `readers` or by the unembedding."""
+        scale, normalized = f"{prefix}.scale", f"{prefix}.normalized"
+        if not self.has(scale, normalized, source):
+            return
+        tap = self.binding.sites[normalized].tap
+        assert isinstance(tap, NormTap)
+        form, module = tap.form, self.model.get_submodule(tap.path)
+
+        def divided(c: Check) -> bool:
+            return close(form.normalize(c.now[source], c.now[scale].float()), c.now[normalized])
+
+        yield Identity("input / scale = normalized", (scale, normalized), (scale,), divided)
+
+        def whole(c: Check) -> bool:
+            with torch.no_grad():
+                return close(form.finish(module, c.plain[normalized]), module(c.plain[source]))
+
+        yield Identity("normalized times gain = the norm's output", (scale, normalized), (), whole)
+        for reader in readers:
+            if self.has(reader) and close(form.finish(module, self.values[normalized]).detach(), self.values[reader]):
+
+                def taken(c: Check, reader: str = reader) -> bool:
+                    return close(form.finish(module, c.now[normalized]).detach(), c.now[reader])
+
+                yield Identity(f"normalized times gain = {_short(reader)}", (normalized, reader), (normalized,), taken)
+
+    # --- one block
+
+    def block(self, shape: BlockShape) -> Iterator[Identity]:
+        p = shape.prefix
+        pre, post = f"{p}.resid_pre", f"{p}.resid_post"
+        names = [f"{p}.{n}" for n in shape.additions if self.has(f"{p}.{n}")]
+        if len(names) == len(shape.additions) > 0:
+            yield from self._sums(shape, names)
+        else:
+            yield Identity("what the layer's module is given, by definition", (pre,), (), lambda c: True)
+            yield Identity("what the layer's module returns, by definition", (post,), (), lambda c: True)
+        for add, raw, norm in (
+            ("attn_out", "attn.out", "ln1"),
+            ("mlp_out", "mlp.out", "ln2"),
+            ("mixer_out", "mixer.out", "ln1"),
+        ):
+            if self.has(f"{p}.{add}", f"{p}.{raw}"):
+                yield from self._raw(f"{p}.{raw}", f"{p}.{add}", f"{p}.{norm}_post")
+        yield from self._norm(
+            f"{p}.ln1", self._ln_source(shape, "ln1"), (f"{p}.attn_in", f"{p}.mixer_in", f"{p}.mlp_in")
+        )
+        yield from self._norm(f"{p}.ln2", self._ln_source(shape, "ln2"), (f"{p}.mlp_in",))
+        yield from self._norm(f"{p}.ln1_post", f"{p}.attn.out", (f"{p}.attn_out",))
+        yield from self._norm(f"{p}.ln1_post", f"{p}.mixer.out", (f"{p}.mixer_out",))
+        yield from self._norm(f"{p}.ln2_post", f"{p}.mlp.out", (f"{p}.mlp_out",))
+        yield from self._taken(shape)
+        yield from self._attention(p)
+        yield from self._mlp(p)
+        yield from self._experts(p)
+
+    def _ln_source(self, shape: BlockShape, name: str) -> str:
+        p = shape.prefix
+        tap = self.binding.sites[f"{p}.{name}.normalized"].tap if self.has(f"{p}.{name}.normalized") else None
+        if tap is None:
+            return f"{p}.resid_pre"
+        for site in ("resid_mid", "resid_pre", "resid_pre_normed"):
+            if self.has(f"{p}.{site}") and isinstance(tap, NormTap):
+                value = self.values[f"{p}.{site}"]
+                normalized = tap.form.normalize(value, tap.form.scale_of(value))
+                if close(normalized, self.values[f"{p}.{name}.normalized"]):
+                    return f"{p}.{site}"
+        return f"{p}.resid_pre"
+
+    def _sums(self, shape: BlockShape, names: list[str]) -> Iterator[Identity]:
+        p = shape.prefix
+        pre, mid, post = (f"{p}.{n}" for n in ("resid_pre", "resid_mid", "resid_post"))
+        start, begin = shape.start, "resid_pre"
+        norm = self.model.get_submodule(start) if start else None
+        if norm is not None:
+            begin = "norm(resid_pre)"
+
+        def given(c: Check) -> torch.Tensor:
+            if norm is None:
+                return c.now[pre]
+            with torch.no_grad():
+                out: torch.Tensor = norm(c.now[pre])
+                return out
+
+        short = [n.removeprefix(f"{p}.") for n in names]
+        if self.has(mid) and len(names) == 2 and not shape.norms_stream:
+            first, second = names
+            yield Identity(
+                f"{begin} + {short[0]} = resid_mid",
+                (pre, first, mid),
+                (pre, first),
+                lambda c: close(given(c) + c.now[first], c.now[mid]),
+            )
+            yield self.equal(f"resid_mid + {short[1]} = resid_post", (mid, second), post)
+        elif self.has(mid) and len(names) == 2:
+            first, second = names
+            yield Identity(
+                f"{begin} + {short[0]} = resid_mid, which is then normalized",
+                (pre, first, mid),
+                (pre, first),
+                lambda c: close(given(c) + c.now[first], c.now[mid]),
+            )
+            yield from self._post_normed(shape, mid, second, post)
+        elif not shape.norms_stream:
+
+            def summed(c: Check) -> bool:
+                total = given(c)
+                for name in names:
+                    total = total + c.now[name]
+                return close(total, c.now[post])
+
+            yield Identity(f"{begin} + {' + '.join(short)} = resid_post", (pre, *names, post), (pre, *names), summed)
+
+    def _post_normed(self, shape: BlockShape, mid: str, second: str, post: str) -> Iterator[Identity]:
+        """Blocks that normalize the stream itself: ln2 of (ln1 of resid_mid, plus the MLP's share) is the output."""
+        p = shape.prefix
+        first, last = f"{p}.ln1.normalized", f"{p}.ln2.normalized"
+        if not self.has(first, last):
+            return
+        taps = [self.binding.sites[n].tap for n in (first, last)]
+        modules = [self.model.get_submodule(t.path) for t in taps if isinstance(t, NormTap)]
+
+        def holds(c: Check) -> bool:
+            with torch.no_grad():
+                stream = taps[0].form.finish(modules[0], c.now[first])  # type: ignore[attr-defined]
+                return close(modules[1](stream + c.now[second]), c.now[post])
+
+        yield Identity("ln2(ln1(resid_mid) + mlp_out) = resid_post", (mid, second, first, post), (second, first), holds)
+
+        def inside(c: Check) -> bool:
+            with torch.no_grad():
+                return close(modules[0](c.now[mid]), taps[0].form.finish(modules[0], c.now[first]))  # type: ignore[attr-defined]
+
+        yield Identity("ln1 normalizes resid_mid", (mid, first), (mid,), inside)
+
+        def ended(c: Check) -> bool:
+            return close(taps[1].form.finish(modules[1], c.now[last]).detach(), c.now[post])  # type: ignore[attr-defined]
+
+        scale = f"{p}.ln2.scale"
+        yield Identity("normalized of ln2 times gain = resid_post", (last, scale, post), (last, scale), ended)
+
+    def _raw(self, raw: str, added: str, norm: str) -> Iterator[Identity]:
+        before, after = self.values[raw], self.values[added]
+        names = (raw, added)
+        if close(before, after):
+            yield Identity(
+                "the module's output is what is added", names, (raw,), lambda c: close(c.now[raw], c.now[added])
+            )
+            return
+        factor = _factor(before, after)
+        if factor is not None:
+            yield Identity(
+                f"the module's output times {factor:.6g} is what is added",
+                names,
+                (raw,),
+                lambda c: close(c.now[raw] * factor, c.now[added]),
+            )
+        elif not self.has(f"{norm}.normalized"):
+            yield Identity(
+                "what is added follows it row by row", (raw,), (raw,), lambda c: c.follows(raw, added), plain=False
+            )
+
+    def _taken(self, shape: BlockShape) -> Iterator[Identity]:
+        """What the modules take: the stream, a norm of it, or what a projection makes the queries of."""
+        p = shape.prefix
+        streams = [f"{p}.{n}" for n in ("resid_pre", "resid_mid")]
+        for name, follower in (
+            ("attn_in", "attn.out"),
+            ("mlp_in", "mlp.out"),
+            ("mixer_in", "mixer.out"),
+        ):
+            site, out = f"{p}.{name}", f"{p}.{follower}"
+            if not self.has(site):
+                continue
+            for stream in streams:
+                if self.has(stream) and close(self.values[stream], self.values[site]):
+                    yield self.equal(f"{_short(stream)} is what it takes", (stream,), site)
+            if self.has(out):
+                yield Identity(
+                    "the module's output follows it row by row",
+                    (site,),
+                    (site,),
+                    lambda c, site=site, out=out: c.follows(site, out),  # type: ignore[misc]
+                    plain=False,
+                )
+            for part in ("attn.q", "attn.k", "attn.v", "mlp.pre", "mlp.pre_linear"):
+                target = f"{p}.{part}"
+                if part.split(".")[0] == name.split("_")[0] and self.has(target):
+                    yield from self._projected(site, target)
+
+    def _projected(self, site: str, target: str) -> Iterator[Identity]:
+        tap = self.binding.sites[target].tap
+        inner = tap.inner if isinstance(tap, FlatTap) else tap
+        if not isinstance(inner, OutputTap) or not inner.path:
+            return
+        module = self.model.get_submodule(inner.path)
+        if not is_linear(module):
+            return
+
+        def holds(c: Check) -> bool:
+            with torch.no_grad():
+                made = module(c.now[site])
+            shown = made if inner.layout is None else inner.layout.split(made)
+            return close(shown, c.now[target])
+
+        try:
+            if not holds(Check(self.values, self.values, frozenset())):
+                return
+        except RuntimeError:  # the projection takes something of another width
+            return
+        yield Identity(f"{_short(target)} is its projection of {_short(site)}", (site, target), (site,), holds)
+
+    # --- attention
+
+    def _attention(self, p: str) -> Iterator[Identity]:
+        q, k, value, z, z_out, result, out = (f"{p}.attn.{n}" for n in ("q", "k", "v", "z", "z_out", "result", "out"))
+        scores, pattern, rot_q, rot_k = (f"{p}.attn.{n}" for n in ("attn_scores", "pattern", "rot_q", "rot_k"))
+        sinks = f"{p}.attn.sinks"
+        if self.has(pattern, scores, sinks):
+
+            def with_sink(c: Check) -> bool:
+                whole = torch.cat([c.now[scores], c.now[sinks].unsqueeze(-1)], -1)
+                return close(torch.softmax(whole, -1)[..., :-1], c.now[pattern])
+
+            sentence = "softmax of the scores and the sink, less the sink's share = pattern"
+            yield Identity(sentence, (scores, sinks, pattern), (scores, sinks), with_sink)
+        elif self.has(pattern, scores):
+
+            def soft(c: Check) -> bool:
+                return close(torch.softmax(c.now[scores].float(), -1).to(c.now[pattern].dtype), c.now[pattern])
+
+            yield Identity("softmax of the scores = pattern, whose rows sum to 1", (scores, pattern), (scores,), soft)
+        if self.has(pattern, value, z):
+
+            def weighted(c: Check) -> bool:
+                groups = c.now[z].shape[2] // c.now[value].shape[2]
+                heads = c.now[value].repeat_interleave(groups, dim=2)
+                return close(torch.einsum("bhqk,bkhe->bqhe", c.now[pattern].to(heads.dtype), heads), c.now[z])
+
+            yield Identity("pattern times v = z", (pattern, value, z), (pattern, value), weighted)
+        taken = z_out if self.has(z_out) else z
+        if self.has(z, z_out):
+            moved = lambda c: z not in c.written or not torch.equal(c.now[z_out], c.plain[z_out])  # noqa: E731
+            yield Identity(
+                "the output projection takes it after a gate, norm or factor", (z,), (z,), moved, plain=False
+            )
+        if self.has(result, taken, out):
+            yield from self._results(result, taken, out)
+        for flat, normed, rotated in ((q, f"{q}_normed", rot_q), (k, f"{k}_normed", rot_k)):
+            yield from self._rotation(flat, normed, rotated)
+        used_q, used_k = (rot_q if self.has(rot_q) else q), (rot_k if self.has(rot_k) else k)
+        if self.has(used_q, used_k, scores):
+            yield from self._products(used_q, used_k, scores)
+
+    def _results(self, result: str, taken: str, out: str) -> Iterator[Identity]:
+        tap = self.binding.sites[result].tap
+        assert isinstance(tap, ResultTap)
+        bias = getattr(self.model.get_submodule(tap.path), "bias", None)
+
+        def total(c: Check) -> bool:
+            summed = c.now[result].sum(2)
+            return close(summed if bias is None else (summed + bias).detach(), c.now[out])
+
+        yield Identity("sum of result over heads (plus the bias) = attn.out", (result, out), (result,), total)
+
+        def per_head(c: Check) -> bool:
+            weight = tap.weight(self.model.get_submodule(tap.path)).detach()
+            return close(torch.einsum("...he,hed->...hd", c.now[taken], weight), c.now[result])
+
+        yield Identity(f"{_short(taken)} times W_O = result", (taken, result), (taken,), per_head)
+
+    def _rotation(self, flat: str, normed: str, rotated: str) -> Iterator[Identity]:
+        if self.has(flat, normed):
+            yield Identity(
+                "its norm follows it row by row", (flat,), (flat,), lambda c: c.follows(flat, normed), plain=False
+            )
+        for source in (flat, normed):
+            if not self.has(source, rotated):
+                continue
+            a, b = self.values[source], self.values[rotated]
+            repeats = b.shape[2] // a.shape[2]
+            a = a.repeat_interleave(repeats, 2)
+            if a.shape == b.shape and close(a[:, 0].sort(-1).values, b[:, 0].sort(-1).values):
+                lengths = close(a.float().norm(dim=-1), b.float().norm(dim=-1))
+                sentence = "position 0 is not rotated, and every other position keeps its length"
+                yield Identity(sentence, (source, rotated), (), lambda c, lengths=lengths: lengths)  # type: ignore[misc]
+            yield Identity(
+                f"{_short(rotated)} follows it row by row",
+                (source,),
+                (source,),
+                lambda c, source=source: c.follows(source, rotated),  # type: ignore[misc]
+                plain=False,
+            )
+
+    def _products(self, q: str, k: str, scores: str) -> Iterator[Identity]:
+        def holds(c: Check) -> bool:
+            groups = c.now[q].shape[2] // c.now[k].shape[2]
+            keys = c.now[k].repeat_interleave(groups, dim=2)
+            return scores_from(torch.einsum("bqhe,bkhe->bhqk", c.now[q], keys).float(), c.now[scores].float())
+
+        sentence = (
+            "scores = one increasing function of the products of queries and keys, plus the same bias in every row"
+        )
+        yield Identity(sentence, (q, k, scores), (q, k), holds)
+
+    # --- MLP and experts
+
+    def _mlp(self, p: str) -> Iterator[Identity]:
+        out, post, pre, linear = (f"{p}.mlp.{n}" for n in ("out", "post", "pre", "pre_linear"))
+        if not self.has(out, post):
+            return
+        tap = self.binding.sites[post].tap
+        inner = tap.inner if isinstance(tap, FlatTap) else tap
+        assert isinstance(inner, InputTap)
+        down = self.model.get_submodule(inner.path)
+
+        def projected(c: Check) -> bool:
+            with torch.no_grad():
+                return close(down(c.now[post]), c.now[out])
+
+        yield Identity("down-projection of post = mlp.out", (post, out), (post,), projected)
+        if self.has(pre):
+            sources = (pre, linear) if self.has(linear) else (pre,)
+            yield from self._nonlinearity(p, sources, post)
+
+    def _nonlinearity(self, p: str, sources: tuple[str, ...], post: str) -> Iterator[Identity]:
+        values = [self.values[s] for s in sources]
+        name = "pre and pre_linear" if len(sources) == 2 else "pre"
+
+        def holds(c: Check) -> bool:
+            changed = [s for s in sources if s in c.written]
+            if not changed or any(not torch.equal(c.now[s], c.plain[s].roll(1, 0)) for s in changed):
+                return True
+            before, now = c.plain[post], c.now[post]
+            if len(changed) == len(sources):
+                return close(now, before.roll(1, 0))
+            return not torch.equal(now, before)
+
+        del values, p
+        yield Identity(f"post follows {name} row by row", sources, sources, holds, plain=False)
+
+    def _experts(self, p: str) -> Iterator[Identity]:
+        logits, weights, numbers, each, out = (
+            f"{p}.mlp.{n}" for n in ("router_logits", "expert_weights", "expert_indices", "expert_out", "out")
+        )
+        if self.has(logits, numbers):
+            chosen = self.values[numbers].long()
+            top = self.values[logits].float().topk(chosen.shape[-1], -1).indices
+            if torch.equal(top.sort(-1).values, chosen.sort(-1).values):
+
+                def highest(c: Check) -> bool:
+                    best = c.now[logits].float().topk(chosen.shape[-1], -1).indices
+                    return torch.equal(best.sort(-1).values, c.now[numbers].long().sort(-1).values)
+
+                yield Identity("the experts of the highest logits are chosen", (logits, numbers), (logits,), highest)
+
+            def routed(c: Check) -> bool:
+                return logits not in c.written or torch.equal(c.now[numbers], c.plain[numbers].roll(1, 0))
+
+            yield Identity("the chosen experts follow the logits row by row", (logits,), (logits,), routed, plain=False)
+        if self.has(each, weights, out):
+
+            def proportional(c: Check) -> bool:
+                if weights not in c.written:
+                    return True
+                left = c.now[each] * c.plain[weights].unsqueeze(-1)
+                return close(left, c.plain[each] * c.now[weights].unsqueeze(-1))
+
+            yield Identity("each expert's share is proportional to its weight", (weights,), (weights,), proportional)
+
+            def summed(c: Check) -> bool:
+                change = c.now[each].sum(2) - c.plain[each].sum(2)
+                if not c.written & {each, weights}:
+                    return True
+                return close(c.plain[out] + change, c.now[out])
+
+            yield Identity("mlp.out changes by as much as the shares' sum", (each, out), (each, weights), summed)
+            if close(self.values[each].sum(2), self.values[out]):
+                whole = lambda c: close(c.now[each].sum(2), c.now[out])  # noqa: E731
+                yield Identity("sum of the experts' shares = mlp.out", (each, weights, out), (each, weights), whole)
+
+
+# --- comparisons --------------------------------------------------------------------------------------------------
+
+
+def _short(name: str) -> str:
+    return name.split(".", 2)[2] if "blocks." in name else name
+
+
+def _factor(a: torch.Tensor, b: torch.Tensor) -> float | None:
+    """The one factor that turns `a` into `b`, or None."""
+    if a.shape != b.shape:
+        return None
+    size = float((a.double() * a.double()).sum())
+    factor = float((a.double() * b.double()).sum()) / size if size else 0.0
+    return factor if factor > 0 and close(a * factor, b) else None
+
+
+def scores_from(products: torch.Tensor, scores: torch.Tensor) -> bool:
+    """Whether scores are products times one factor, or rise with them (a soft cap), or differ by a constant bias.
+
+    Args:
+        products: of queries and keys, ``[rows, head, query, key]``.
+        scores: the same, masked entries at -inf or at the dtype's lowest number.
+    """
+    seen = torch.isfinite(scores) & (scores > -1e30)
+    x, y = products[seen], scores[seen]
+    factor = (x * y).sum() / (x * x).sum().clamp_min(1e-30)
+    if factor > 0 and close(x * factor, y):
+        return True
+    rise = y[x.argsort()].diff()
+    if bool((rise >= -1e-5 * y.abs().max()).all()):
+        return True
+    rows = products.shape[0]
+    if rows < 2 or not bool((seen == seen[:1]).all()):
+        return False
+    dx, dy = (products[1:] - products[:1])[seen[1:]], (scores[1:] - scores[:1])[seen[1:]]
+    factor = (dx * dy).sum() / (dx * dx).sum().clamp_min(1e-30)
+    return bool(factor > 0 and (dx * factor - dy).abs().max() <= 1e-4 * y.abs().max())
