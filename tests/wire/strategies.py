@@ -96,6 +96,7 @@ sites = st.builds(
     writable=st.booleans(),
     doc=texts,
     absent=st.none() | texts,
+    proof=texts,
 )
 inputs = st.builds(
     InputSpec,

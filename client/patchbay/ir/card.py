@@ -52,6 +52,8 @@ class SiteSpec:
         writable: whether ``site.write`` is allowed.
         doc: what the value is, or why it cannot be written.
         absent: why a canonical site is not offered by this model; None when it is offered.
+        proof: the identities that held when the site was proved at load, in words; "" for modules' own sites, which
+            are what they say by definition.
     """
 
     name: str
@@ -61,6 +63,7 @@ class SiteSpec:
     writable: bool = True
     doc: str = ""
     absent: str | None = None
+    proof: str = ""
 
     def shape(self, extents: Mapping[str, int]) -> tuple[int, ...]:
         """The shape of the value for a run of these extents (see `ModelCard.extents`)."""

@@ -96,7 +96,7 @@ class InputSpec(_message.Message):
     def __init__(self, name: _Optional[str] = ..., dims: _Optional[_Iterable[_Union[Dim, _Mapping]]] = ..., element_type: _Optional[_Union[_tensor_pb2.ElementType, str]] = ..., required: bool = ..., below: _Optional[int] = ..., doc: _Optional[str] = ...) -> None: ...
 
 class SiteSpec(_message.Message):
-    __slots__ = ("name", "dims", "element_type", "order", "writable", "doc", "absent_reason")
+    __slots__ = ("name", "dims", "element_type", "order", "writable", "doc", "absent_reason", "proof")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIMS_FIELD_NUMBER: _ClassVar[int]
     ELEMENT_TYPE_FIELD_NUMBER: _ClassVar[int]
@@ -104,6 +104,7 @@ class SiteSpec(_message.Message):
     WRITABLE_FIELD_NUMBER: _ClassVar[int]
     DOC_FIELD_NUMBER: _ClassVar[int]
     ABSENT_REASON_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
     name: str
     dims: _containers.RepeatedCompositeFieldContainer[Dim]
     element_type: _tensor_pb2.ElementType
@@ -111,7 +112,8 @@ class SiteSpec(_message.Message):
     writable: bool
     doc: str
     absent_reason: str
-    def __init__(self, name: _Optional[str] = ..., dims: _Optional[_Iterable[_Union[Dim, _Mapping]]] = ..., element_type: _Optional[_Union[_tensor_pb2.ElementType, str]] = ..., order: _Optional[int] = ..., writable: bool = ..., doc: _Optional[str] = ..., absent_reason: _Optional[str] = ...) -> None: ...
+    proof: str
+    def __init__(self, name: _Optional[str] = ..., dims: _Optional[_Iterable[_Union[Dim, _Mapping]]] = ..., element_type: _Optional[_Union[_tensor_pb2.ElementType, str]] = ..., order: _Optional[int] = ..., writable: bool = ..., doc: _Optional[str] = ..., absent_reason: _Optional[str] = ..., proof: _Optional[str] = ...) -> None: ...
 
 class Dim(_message.Message):
     __slots__ = ("size", "symbol")

@@ -62,6 +62,7 @@ def _encode_site(site: SiteSpec) -> card_pb2.SiteSpec:
         writable=site.writable,
         doc=site.doc,
         absent_reason=site.absent,
+        proof=site.proof,
     )
 
 
@@ -135,6 +136,7 @@ def _decode_site(message: card_pb2.SiteSpec, field: str) -> SiteSpec:
         writable=message.writable,
         doc=message.doc,
         absent=message.absent_reason if message.HasField("absent_reason") else None,
+        proof=message.proof,
     )
 
 

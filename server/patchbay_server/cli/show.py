@@ -87,7 +87,8 @@ def render(model: ModelCard, *, every_site: bool = False) -> str:
     absent = [s for s in model.sites if s.absent is not None]
     parts = [head, table(facts, indent="  "), ""]
     if every_site:
-        parts.append(table([_site(s) for s in present], head=("SITE", "SHAPE", "DTYPE", "ACCESS", "WHAT IT IS")))
+        head_of = ("SITE", "SHAPE", "DTYPE", "ACCESS", "WHAT IT IS", "PROVED AT LOAD")
+        parts.append(table([(*_site(s), s.proof) for s in present], head=head_of))
     else:
         named = [s for s in present if not s.name.startswith("module:")]
         parts.append(table(_per_layer_kind(named), head=("SITE", "SHAPE", "DTYPE", "ACCESS", "WHAT IT IS")))
