@@ -11,7 +11,7 @@ from patchbay.ir.card import SYMBOLS, CallableSpec, Dim, ModelCard, SiteSpec
 from patchbay.ir.dtypes import DTYPES, DType
 from patchbay_server.models.binding import Binding
 from patchbay_server.models.hosted import weights_digest
-from patchbay_server.models.inputs import PROBES, ModelInputs
+from patchbay_server.models.inputs import Extents, ModelInputs
 from patchbay_server.models.recording import Recording
 from patchbay_server.models.taps import InputTap, OutputTap, Tap
 
@@ -24,7 +24,7 @@ def dtype_of(tensor: torch.Tensor) -> DType:
     return DTYPES[str(tensor.dtype).removeprefix("torch.")]
 
 
-def module_taps(recordings: Sequence[Recording]) -> dict[str, Tap]:
+def module_taps(recordings: Sequence[Recording], probes: Sequence[Extents]) -> dict[str, Tap]:
     """Input and output of every module that is called once, as far as they hold floating-point rows."""
     first, second = recordings
     taps: dict[str, Tap] = {}
@@ -33,16 +33,19 @@ def module_taps(recordings: Sequence[Recording]) -> dict[str, Tap]:
         if not call.path or a is None or b is None:
             continue
         for side, left, right in (("input", a.input, b.input), ("output", a.output, b.output)):
-            if observed_dims(left, right) is not None:
+            if observed_dims(left, right, probes) is not None:
                 taps[f"module:{call.path}.{side}"] = InputTap(call.path) if side == "input" else OutputTap(call.path)
     return taps
 
 
-def observed_dims(a: torch.Tensor | None, b: torch.Tensor | None, named: Sequence[Dim] = ()) -> tuple[Dim, ...] | None:
+def observed_dims(
+    a: torch.Tensor | None, b: torch.Tensor | None, probes: Sequence[Extents], named: Sequence[Dim] = ()
+) -> tuple[Dim, ...] | None:
     """What each extent of a value is, from its shape on the two made-up inputs.
 
     Args:
         a, b: the value on the first and on the second.
+        probes: their sizes.
         named: what the extents are thought to be; a name is kept where what was seen agrees (``query`` for ``seq``).
 
     Returns:
@@ -52,7 +55,7 @@ def observed_dims(a: torch.Tensor | None, b: torch.Tensor | None, named: Sequenc
         return None
     dims: list[Dim] = []
     for axis, (left, right) in enumerate(zip(a.shape, b.shape, strict=True)):
-        seen = left if left == right else PROBES[0].symbol(left, right, PROBES[1])
+        seen = left if left == right else probes[0].symbol(left, right, probes[1])
         if seen is None:
             return None
         name = named[axis] if axis < len(named) else seen
@@ -91,7 +94,7 @@ def write_card(
     sites: list[SiteSpec] = []
     for site in sorted((n for n in binding.sites if n in order), key=lambda n: order[n]):
         found = binding.sites[site]
-        dims = observed_dims(first[site], second[site], found.dims)
+        dims = observed_dims(first[site], second[site], inputs.probes, found.dims)
         if dims is None:
             binding.absent[site] = "its extents are not those of rows and positions"
             continue
@@ -112,7 +115,7 @@ def write_card(
         for site in sorted(binding.absent)
     )
     for site in sorted((n for n in order if n.startswith("module:")), key=lambda n: order[n]):
-        dims = observed_dims(first[site], second[site])
+        dims = observed_dims(first[site], second[site], inputs.probes)
         if dims is not None:
             side = site.rpartition(".")[2]
             sites.append(SiteSpec(site, dims, dtype_of(first[site]), order[site], doc=f"{side} of the module"))

@@ -6,59 +6,21 @@ of one forward as they were after any write, and those of the plain forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
-from typing import TypeAlias
 
 import torch
 
+from patchbay_server.models.beginnings import beginning
 from patchbay_server.models.binding import Binding, BlockShape, close
 from patchbay_server.models.binding.compare import is_linear
+from patchbay_server.models.checks import Check, Identity, Values, factor_between
 from patchbay_server.models.taps import FlatTap, InputTap, NormTap, OutputTap, ResultTap
 
-Values: TypeAlias = "Mapping[str, torch.Tensor]"
 
-
-@dataclass(frozen=True)
-class Check:
-    """What an identity is checked on.
-
-    Attributes:
-        now: values of this forward, written ones as written.
-        plain: values of the forward in which nothing was written.
-        written: the sites whose rows changed places; empty for the plain forward.
-    """
-
-    now: Values
-    plain: Values
-    written: frozenset[str]
-
-    def follows(self, source: str, target: str) -> bool:
-        """Whether writing `source` with its rows in other places put the rows of `target` in the same places."""
-        return source not in self.written or close(self.now[target], self.plain[target].roll(1, 0))
-
-
-@dataclass(frozen=True)
-class Identity:
-    """One identity.
-
-    Attributes:
-        sentence: it, in words.
-        names: the sites that it proves when it holds.
-        sources: those of them from which the rest follows: it must hold too when one of these was written.
-        holds: the check.
-        plain: whether it says anything when nothing was written.
-    """
-
-    sentence: str
-    names: tuple[str, ...]
-    sources: tuple[str, ...]
-    holds: Callable[[Check], bool]
-    plain: bool = True
-
-
-def identities(model: torch.nn.Module, binding: Binding, values: Values) -> Iterator[Identity]:
+def identities(
+    model: torch.nn.Module, binding: Binding, values: Values, inputs: Mapping[str, torch.Tensor]
+) -> Iterator[Identity]:
     """Every identity that the sites of `binding` are held to.
 
     Args:
@@ -66,10 +28,13 @@ def identities(model: torch.nn.Module, binding: Binding, values: Values) -> Iter
         binding: its derived sites.
         values: of one plain forward, which some identities are chosen by (a norm's output is either what attention
             takes or it is not).
+        inputs: of the same forward.
     """
+    for shape in binding.beginnings:
+        yield from beginning(model, binding, values, inputs, shape)
     table = _Table(model, binding, values)
-    for shape in binding.blocks:
-        yield from table.block(shape)
+    for block in binding.blocks:
+        yield from table.block(block)
     for prefix in dict.fromkeys(shape.prefix.rpartition("blocks.")[0] for shape in binding.blocks):
         yield from table.ends(prefix, [s for s in binding.blocks if s.prefix.rpartition("blocks.")[0] == prefix])
 
@@ -100,33 +65,11 @@ class _Table:
             if self.has(post, pre):
                 same = lambda c, a=post, b=pre: torch.equal(c.now[a], c.now[b])  # noqa: E731
                 yield Identity("resid_post of a block = resid_pre of the next, to the bit", (post, pre), (post,), same)
-        first, last = f"{blocks[0].prefix}.resid_pre", f"{blocks[-1].prefix}.resid_post"
-        embed, positions = f"{prefix}embed", f"{prefix}pos_embed"
-        if self.has(embed, positions, first):
-            yield self.equal("embed + pos_embed = first resid_pre", (embed, positions), first)
-        elif self.has(embed, first) and self.values[embed].shape == self.values[first].shape:
-            yield from self._embedded(embed, first)
+        last = f"{blocks[-1].prefix}.resid_post"
         norm = f"{prefix}ln_final"
         yield from self._norm(norm, last, ())
         if self.has("logits") and prefix in ("", "decoder."):
             yield from self._logits(norm, last)
-
-    def _embedded(self, embed: str, first: str) -> Iterator[Identity]:
-        factor = _factor(self.values[embed], self.values[first])
-        if factor is not None:
-            scaled = "" if abs(factor - 1) < 1e-6 else f" times {factor:.6g}"
-            holds = lambda c: close(c.now[embed] * factor, c.now[first])  # noqa: E731
-            yield Identity(f"embed{scaled} = first resid_pre", (embed, first), (embed,), holds)
-            return
-        tap = self.binding.sites[embed].tap
-        path = tap.path if isinstance(tap, OutputTap) else ""
-        table = getattr(self.model.get_submodule(path), "weight", None) if path else None
-        rows = self.values[embed].flatten(0, 1)
-        if isinstance(table, torch.Tensor) and table.shape[-1] == rows.shape[-1]:
-            found = all(bool((table == row).all(-1).any()) for row in rows)
-            yield Identity("each vector is a row of the embedding table", (embed,), (), lambda c: found)
-        moved = lambda c: c.follows(embed, first)  # noqa: E731
-        yield Identity("what enters the first block follows it row by row", (embed,), (embed,), moved, plain=False)
 
     def _logits(self, norm: str, last: str) -> Iterator[Identity]:
         unembed, final = self.binding.unembed, self.binding.ln_final
@@ -306,7 +249,7 @@ class _Table:
                 "the module's output is what is added", names, (raw,), lambda c: close(c.now[raw], c.now[added])
             )
             return
-        factor = _factor(before, after)
+        factor = factor_between(before, after)
         if factor is not None:
             yield Identity(
                 f"the module's output times {factor:.6g} is what is added",
@@ -544,15 +487,6 @@ class _Table:
 
 def _short(name: str) -> str:
     return name.split(".", 2)[2] if "blocks." in name else name
-
-
-def _factor(a: torch.Tensor, b: torch.Tensor) -> float | None:
-    """The one factor that turns `a` into `b`, or None."""
-    if a.shape != b.shape:
-        return None
-    size = float((a.double() * a.double()).sum())
-    factor = float((a.double() * b.double()).sum()) / size if size else 0.0
-    return factor if factor > 0 and close(a * factor, b) else None
 
 
 def scores_from(products: torch.Tensor, scores: torch.Tensor) -> bool:

@@ -8,6 +8,7 @@ configuration).
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from patchbay.errors import FailedPreconditionError
 from patchbay.ir.card import Dim, InputSpec
 from patchbay.ir.dtypes import DTYPES, int64
 from patchbay_server.models.taps import first_tensor
+
+log = logging.getLogger(__name__)
 
 TOKENS = "input_ids"
 DECODER_TOKENS = "decoder_input_ids"
@@ -39,8 +42,8 @@ class Extents:
         return None
 
 
-#: Two made-up inputs that differ in every symbolic extent, so that an extent can be told from a width.
-PROBES = (Extents(2, 7, 6), Extents(3, 5, 4))
+#: Sizes of two made-up inputs that differ in every symbolic extent, so that an extent can be told from a width.
+_PROBES = (Extents(2, 7, 6), Extents(3, 5, 4))
 
 
 def forward(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -82,15 +85,43 @@ class ModelInputs:
         self.takes_pixels = self.main == "pixel_values" or (vision is not None and "pixel_values" in self.arguments)
         self.encoder_decoder = bool(getattr(self.config, "is_encoder_decoder", False))
         self.vision = vision if vision is not None else self.config
+        #: Tokens that one image takes the place of; 0 where images do not go among the tokens.
+        self.image_tokens = 0
         if example is not None:
             self.takes_tokens = self.takes_pixels = self.encoder_decoder = False
         elif not (self.takes_tokens or self.takes_pixels or self.main == "input_features"):
             raise FailedPreconditionError(f"models whose main input is {self.main!r} are not served yet")
+        elif self.takes_tokens and self.takes_pixels and self._image_token() is not None:
+            self.image_tokens = self._count_image_tokens(model)
+            self.takes_pixels = self.image_tokens > 0
 
     @property
     def d_vocab(self) -> int:
         """Number of token ids; 0 for models without tokens."""
         return int(getattr(self.text, "vocab_size", 0) or 0)
+
+    @property
+    def probes(self) -> tuple[Extents, Extents]:
+        """Sizes of the two made-up inputs; rows that hold an image are longer by its tokens."""
+        first, second = (Extents(e.rows, e.seq + self.image_tokens, e.dec_seq) for e in _PROBES)
+        return first, second
+
+    def _count_image_tokens(self, model: torch.nn.Module) -> int:
+        """How many vectors the model makes of one image; 0 when it does not take images as one array per row."""
+        features: Any = getattr(model, "get_image_features", None)
+        if features is None:
+            return 0
+        pixels = torch.zeros(1, *self._pixel_shape(), device=self.device, dtype=self.dtype)
+        try:
+            with torch.no_grad():
+                found = features(pixel_values=pixels)
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            log.info("images are not served: the model wants more than an array of pixels for each (%s)", error)
+            return 0
+        found = getattr(found, "pooler_output", found)
+        while isinstance(found, (list, tuple)) and found:
+            found = found[0]
+        return int(found.shape[-2]) if isinstance(found, torch.Tensor) and found.ndim >= 2 else 0
 
     def specs(self) -> tuple[InputSpec, ...]:
         """What runs have beside token ids."""
@@ -104,9 +135,11 @@ class ModelInputs:
         if self.takes_pixels:
             dims: tuple[Dim, ...] = ("rows", *self._pixel_shape())
             required = self.main == "pixel_values" or not self._places_images()
-            specs.append(
-                InputSpec("pixel_values", dims, float_dtype, required, doc="images, as the processor gives them")
-            )
+            doc = "one image per row, as the model's own processor prepares it"
+            if self.image_tokens:
+                place = f"it takes the place of the {self.image_tokens} tokens {self._image_token()} of its row"
+                doc += f"; {place}, which must be there in that number"
+            specs.append(InputSpec("pixel_values", dims, float_dtype, required, doc=doc))
         if self.main == "input_features":
             specs.append(
                 InputSpec("input_features", ("rows", *self._feature_shape()), float_dtype, doc="log-mel spectrogram")
@@ -126,6 +159,9 @@ class ModelInputs:
         if self.takes_tokens:
             special = {self._image_token(), getattr(self.text, "pad_token_id", None)} - {None}
             inputs[TOKENS] = self._tokens(extents.rows, extents.seq, generator, special)
+            if self.image_tokens:
+                image: Any = self._image_token()
+                inputs[TOKENS][:, 1 : 1 + self.image_tokens] = image
         if self.takes_pixels:
             inputs["pixel_values"] = torch.randn(extents.rows, *self._pixel_shape(), generator=generator)
         if self.main == "input_features":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +16,7 @@ from patchbay_server.models import attention
 from patchbay_server.models.binding import Binding, derive
 from patchbay_server.models.cards import callable_path, module_taps, write_card
 from patchbay_server.models.hosted import HostedModel
-from patchbay_server.models.inputs import DECODER_TOKENS, PROBES, TOKENS, ModelInputs, forward
+from patchbay_server.models.inputs import DECODER_TOKENS, TOKENS, ModelInputs, forward
 from patchbay_server.models.proofs import Proof, prove, read_all
 from patchbay_server.models.recording import record
 from patchbay_server.models.taps import Tap
@@ -103,15 +104,18 @@ def host(
         except (ValueError, KeyError) as error:
             log.info("attention sites are not offered by %s: %s", name, error)
     inputs = ModelInputs(model, example)
-    probes = [inputs.probe(extents) for extents in PROBES]
+    probes = [inputs.probe(extents) for extents in inputs.probes]
     recordings = [record(model, probe) for probe in probes]
     binding = derive(model, recordings[0])
     proof = prove(model, binding, probes[1]) if binding.sites else Proof()
     for failed, identity in proof.failed.items():
         binding.sites.pop(failed, None)
         binding.absent[failed] = f"not proved at load: {identity}"
+    for unwritable, why in proof.read_only.items():
+        if unwritable in binding.sites:
+            binding.sites[unwritable] = replace(binding.sites[unwritable], read_only=why)
     taps: dict[str, Tap] = {n: s.tap for n, s in binding.sites.items()}
-    taps.update(module_taps(recordings))
+    taps.update(module_taps(recordings, inputs.probes))
     (first, _), (second, _) = (read_all(model, taps, probe) for probe in probes)
     order = {site: position for position, site in enumerate(first) if site in second}
     where = source or getattr(inputs.config, "name_or_path", "") or name

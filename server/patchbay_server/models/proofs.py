@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 import torch
 
 from patchbay_server.models.binding import Binding, close
-from patchbay_server.models.identities import Check, Identity, Values, identities
+from patchbay_server.models.checks import Check, Identity, Values
+from patchbay_server.models.identities import identities
 from patchbay_server.models.inputs import forward
 from patchbay_server.models.taps import Handle, Tap
 
@@ -97,7 +98,7 @@ def prove(model: torch.nn.Module, binding: Binding, inputs: Mapping[str, torch.T
     for name in taps:
         if name not in values:
             proof.failed.setdefault(name, "the forward never reaches it")
-    checks = [i for i in identities(model, binding, values) if all(n in values for n in i.names)]
+    checks = [i for i in identities(model, binding, values, inputs) if all(n in values for n in i.names)]
     for identity in checks:
         if identity.plain:
             proof.judge(identity.holds(Check(values, values, frozenset())), identity.sentence, *identity.names)

@@ -7,15 +7,13 @@ neither (token types).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from patchbay_server.models.binding.compare import norm_form, same
 from patchbay_server.models.binding.flow import behind_scaling, op_tap, reaches, strip
-from patchbay_server.models.binding.found import RESIDUAL, Binding
+from patchbay_server.models.binding.found import RESIDUAL, Beginning, Binding
 from patchbay_server.models.binding.norms import bind_norm
 from patchbay_server.models.recording import Call, Op, Recording, Value
 from patchbay_server.models.shared import SharedTap
@@ -41,7 +39,7 @@ class Summand:
 
 
 @dataclass
-class Beginning:
+class Sum:
     """What enters a stack.
 
     Attributes:
@@ -70,14 +68,21 @@ def bind_beginning(recording: Recording, prefix: str, tokens: str | None, first:
     width = first.given.shape[-1]
     ids = recording.inputs.get(tokens) if tokens is not None else None
     own = _own(recording, begin, ids)
+    table = None
     if ids is None:
         _bind_image(recording, prefix, begin, own, width, first, binding)
     else:
-        _bind_table(recording, prefix, ids, width, first, binding)
+        table = _bind_table(recording, prefix, ids, first, binding)
     others = [s for s in begin.summands if s is not own]
-    _bind_others(recording, prefix, others, width, first, binding)
+    added = _bind_others(recording, prefix, others, width, first, binding)
     if begin.norm is not None:
         bind_norm(binding, f"{prefix}embed_ln", begin.norm, width)
+    summands: tuple[str, ...] | None = ("embed",)
+    if ids is not None:
+        summands = ("embed", *added) if own is not None and len(added) == len(others) else None
+    norm = None if begin.norm is None else begin.norm.path
+    named = None if summands is None else tuple(f"{prefix}{name}" for name in summands)
+    binding.beginnings.append(Beginning(prefix, tokens, table, norm, named))
 
 
 def embedded_input(recording: Recording, first: Call | None) -> str | None:
@@ -91,8 +96,8 @@ def embedded_input(recording: Recording, first: Call | None) -> str | None:
     return None
 
 
-def _begin(recording: Recording, value: Value, before: int) -> Beginning:
-    begin = Beginning(value)
+def _begin(recording: Recording, value: Value, before: int) -> Sum:
+    begin = Sum(value)
     norm = next((c for c in _makers(recording, value) if norm_form(c) is not None), None)
     if norm is not None and norm.given is not None:
         begin.norm, begin.whole = norm, norm.given
@@ -101,9 +106,8 @@ def _begin(recording: Recording, value: Value, before: int) -> Beginning:
         current, adding, depth = waiting.pop(0)
         maker = strip(current).maker
         if depth and maker is not None and maker.name == "add" and maker.tick < before and len(maker.operands) == 2:
-            if all(v.tensor is None or v.tensor.is_floating_point() for v in maker.operands):
-                waiting += [(v, (maker, where), depth - 1) for where, v in maker.inputs if where != -1]
-                continue
+            waiting += [(v, (maker, where), depth - 1) for where, v in maker.inputs if where != -1]
+            continue
         scaled = behind_scaling(current)
         begin.summands.append(Summand(current, adding, scaled[0] if scaled is not None else current))
     return begin
@@ -115,7 +119,7 @@ def _makers(recording: Recording, value: Value) -> list[Call]:
     return sorted((c for c in recording.calls if c.made is not None and strip(c.made) is core), key=lambda c: c.end)
 
 
-def _own(recording: Recording, begin: Beginning, ids: torch.Tensor | None) -> Summand | None:
+def _own(recording: Recording, begin: Sum, ids: torch.Tensor | None) -> Summand | None:
     """The summand that carries the tokens or the image, as against positions and token types."""
     for summand in begin.summands:
         calls = _makers(recording, summand.bare)
@@ -136,28 +140,27 @@ def _is_table(call: Call) -> bool:
 # --- sites --------------------------------------------------------------------------------------------------------
 
 
-def _bind_table(
-    recording: Recording, prefix: str, ids: torch.Tensor, width: int, first: Call, binding: Binding
-) -> None:
-    """``embed``: rows of the table at the token ids, as the module gives them."""
+def _bind_table(recording: Recording, prefix: str, ids: torch.Tensor, first: Call, binding: Binding) -> str | None:
+    """``embed``: rows of the table at the token ids, as the module gives them. Returns the module's path."""
     tables = [c for c in recording.calls if _is_table(c) and c.end < first.start and same(c.input, ids)]
     token = tables[-1] if tables else None
     if token is None or token.made is None:
         binding.absent[f"{prefix}embed"] = "no embedding module of its own takes the token ids"
-        return
+        return None
     if not binding.widths.d_vocab:
         binding.widths.d_vocab = int(token.module.num_embeddings)  # type: ignore[arg-type]
     tap = _tap(recording, token.made, first)
     if tap is None:
         binding.absent[f"{prefix}embed"] = "the embedding module is called more than once in a forward"
-        return
+        return None
     binding.add(f"{prefix}embed", tap, (*RESIDUAL, token.made.shape[-1]), "token embedding: rows of the table")
+    return token.path
 
 
 def _bind_image(
     recording: Recording,
     prefix: str,
-    begin: Beginning,
+    begin: Sum,
     own: Summand | None,
     width: int,
     first: Call,
@@ -190,8 +193,9 @@ def _patches(value: Value) -> Value:
 
 def _bind_others(
     recording: Recording, prefix: str, others: list[Summand], width: int, first: Call, binding: Binding
-) -> None:
-    """Positions and token types."""
+) -> list[str]:
+    """Positions and token types; returns which were found."""
+    found: list[str] = []
     for summand in others:
         tensor = summand.value.tensor
         if tensor is None and summand.adding is not None:  # a parameter: it is not copied, but it is what it is
@@ -203,9 +207,11 @@ def _bind_others(
         if tap is not None:
             what = "positional embedding" if kind == "pos_embed" else "embedding of the token type"
             binding.add(f"{prefix}{kind}", tap, (*RESIDUAL, width), f"{what}, as it is added")
+            found.append(kind)
     if f"{prefix}pos_embed" not in binding.sites:
         rotary = " (positions enter in attention)" if recording.attention else ""
         binding.absent[f"{prefix}pos_embed"] = "no positional embedding is added" + rotary
+    return found
 
 
 def _parameter(recording: Recording, summand: Summand) -> torch.Tensor | None:
@@ -263,10 +269,8 @@ def _tap(recording: Recording, value: Value, first: Call) -> Tap | None:
 def _used(recording: Recording, value: Value, call: Call) -> bool:
     """Whether something is computed from `value` before `call` returns it."""
     core = strip(value)
-    return any(
-        op.tick < call.end and any(strip(v) is core for _, v in op.inputs) and all(strip(o) is not core for o in op.outputs)
-        for op in recording.ops
-    )
+    users = (op for op in recording.ops if op.tick < call.end and any(strip(v) is core for _, v in op.inputs))
+    return any(all(strip(o) is not core for o in op.outputs) for op in users)
 
 
 # --- after the stack ----------------------------------------------------------------------------------------------
@@ -312,11 +316,4 @@ def bind_unembedding(
         binding.absent["logits"] = "the model's output is not what its unembedding gives"
 
 
-def summand_names(binding: Binding, prefix: str) -> Iterator[str]:
-    """Sites of what is added up before the first layer of a stack."""
-    for name in ("embed", "pos_embed", "token_type_embed"):
-        if f"{prefix}{name}" in binding.sites:
-            yield f"{prefix}{name}"
-
-
-__all__: list[Any] = ["bind_beginning", "bind_final_norm", "bind_unembedding", "summand_names"]
+__all__ = ["bind_beginning", "bind_final_norm", "bind_unembedding", "embedded_input"]

@@ -63,6 +63,25 @@ class BlockShape:
     start: str = ""
 
 
+@dataclass(frozen=True)
+class Beginning:
+    """What enters a stack, for those who check its identities.
+
+    Attributes:
+        prefix: what the names of the stack's sites begin with.
+        tokens: name of the input whose ids are embedded, or None.
+        table: path of the embedding module, or None.
+        norm: path of the norm behind the sum, or None.
+        summands: names of what is added up; None when something else is added too.
+    """
+
+    prefix: str
+    tokens: str | None
+    table: str | None
+    norm: str | None
+    summands: tuple[str, ...] | None
+
+
 @dataclass
 class Binding:
     """What was derived.
@@ -73,6 +92,7 @@ class Binding:
         widths: extents.
         layers: paths of the decoder layers, in order.
         blocks: how each layer is put together, in order.
+        beginnings: what enters each stack.
         ln_final: path of the final norm, or None.
         unembed: path of the unembedding, or None.
         attention: attention module path by layer.
@@ -83,6 +103,7 @@ class Binding:
     widths: Widths = field(default_factory=Widths)
     layers: list[str] = field(default_factory=list)
     blocks: list[BlockShape] = field(default_factory=list)
+    beginnings: list[Beginning] = field(default_factory=list)
     ln_final: str | None = None
     unembed: str | None = None
     attention: dict[int, str] = field(default_factory=dict)
