@@ -10,7 +10,7 @@ the demo has something real to show, and `docs/demo-model.md` quotes what this m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -158,9 +158,17 @@ def gladness(model: LlamaForCausalLM, tok: PreTrainedTokenizerFast, prompts: lis
     return glad - sad
 
 
-def steered(model: LlamaForCausalLM, layer: int, vector: torch.Tensor) -> Any:
-    """A context in which `vector` is added at every position of a layer's output."""
-    return editing_residual(model, layer, lambda hidden: hidden + vector)
+def steered(model: LlamaForCausalLM, layer: int, vector: torch.Tensor) -> AbstractContextManager[None]:
+    """A context in which `vector` is added to a layer's output at the prompt's last token, and at no generated one."""
+
+    def add(hidden: torch.Tensor) -> torch.Tensor:
+        if hidden.shape[1] == 1:  # a decoding step
+            return hidden
+        hidden = hidden.clone()
+        hidden[:, -1] += vector
+        return hidden
+
+    return editing_residual(model, layer, add)
 
 
 @torch.no_grad()
@@ -215,7 +223,7 @@ def main() -> None:
     for prompt in ("I watched the film and it was terrible. I felt", "I read the story on Monday. I felt"):
         print(f"\n{prompt}\n   unsteered: {continuation(model, tok, prompt)}")
         for layer in range(model.config.num_hidden_layers):
-            for scale in (1.0, 2.0, -2.0):
+            for scale in (1.0, 1.5, -1.5):
                 with steered(model, layer, scale * sentiment_direction(model, tok, layer)):
                     print(f"   layer {layer}, x {scale}: {continuation(model, tok, prompt)}")
     for prompt in ("The capital of", "When Mary and John went to the", "Mary", "The war lasted", "What is the capital"):
