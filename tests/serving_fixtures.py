@@ -52,6 +52,7 @@ class Served:
         process: the launcher, when the server is another process.
         config_home: the ``XDG_CONFIG_HOME`` that it was given.
         log: what the launcher printed so far.
+        lines: what it printed and nobody has waited for yet; "" at its end.
     """
 
     target: str
@@ -61,6 +62,7 @@ class Served:
     process: subprocess.Popen[str] | None = None
     config_home: Path | None = None
     log: list[str] = field(default_factory=list)
+    lines: queue.SimpleQueue[str] = field(default_factory=queue.SimpleQueue)
 
     def pids(self, name: str = "") -> list[int]:
         """Ids of the processes of this service, the launcher first, whose command line contains `name`."""
@@ -179,7 +181,9 @@ def start_cli(config: Config, home: Path, *flags: str, env: Mapping[str, str] | 
         start_new_session=True,
         env={**os.environ, "XDG_CONFIG_HOME": str(home), **(env or {})},
     )
-    return Served(f"localhost:{config.port}", None, config.models[0].name, config, process, home)
+    served = Served(f"localhost:{config.port}", None, config.models[0].name, config, process, home)
+    threading.Thread(target=_read, args=(served,), daemon=True).start()
+    return served
 
 
 def wait_for_line(served: Served, text: str, timeout_s: float = START_TIMEOUT_S) -> None:
@@ -188,14 +192,12 @@ def wait_for_line(served: Served, text: str, timeout_s: float = START_TIMEOUT_S)
     Raises:
         AssertionError: it ended, or was silent for too long, before; the message has what it printed.
     """
-    process = served.process
-    assert process is not None
-    assert process.stdout is not None
     deadline = time.monotonic() + timeout_s
     while True:
-        ready, _, _ = select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))
-        line = process.stdout.readline() if ready else ""
-        served.log.append(line)
+        try:
+            line = served.lines.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            line = ""
         if text in line and line:
             return
         assert line, f"no line with {text!r}; the launcher printed:\n{''.join(served.log)}"
@@ -208,16 +210,18 @@ def wait_ready(served: Served) -> Served:
     assert served.config_home is not None
     key = served.config_home / "patchbay" / "keys" / str(served.config.port)
     api_key = key.read_text(encoding="utf-8").strip() if key.exists() else None
-    # Later lines must not fill the pipe.
-    assert served.process is not None
-    threading.Thread(target=_drain, args=(served.process, served.log), daemon=True).start()
     return Served(**{**served.__dict__, "api_key": api_key})
 
 
-def _drain(process: subprocess.Popen[str], log: list[str]) -> None:
-    assert process.stdout is not None
+def _read(served: Served) -> None:
+    """Take every line as it comes: select cannot see those that a text stream has buffered, and a full pipe blocks."""
+    assert served.process is not None
+    assert served.process.stdout is not None
     with contextlib.suppress(ValueError):
-        log.extend(process.stdout)
+        for line in served.process.stdout:
+            served.log.append(line)
+            served.lines.put(line)
+    served.lines.put("")
 
 
 def stop_cli(served: Served, sig: int = signal.SIGINT, timeout_s: float = 60.0) -> int:
