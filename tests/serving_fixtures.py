@@ -271,11 +271,20 @@ def serve_ray() -> Iterator[Served]:
 
 
 @functools.cache
-def shared_ray() -> Served:
-    """One Ray service for the whole session, started on first use and stopped at exit."""
+def _started() -> Served | Exception:
     stack = contextlib.ExitStack()
-    served = stack.enter_context(serve_ray())
     atexit.register(stack.close)
+    try:
+        return stack.enter_context(serve_ray())
+    except Exception as error:
+        return error
+
+
+def shared_ray() -> Served:
+    """One Ray service for the whole session, started on first use (once, also when that fails), stopped at exit."""
+    served = _started()
+    if isinstance(served, Exception):
+        raise served
     return served
 
 

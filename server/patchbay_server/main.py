@@ -25,7 +25,7 @@ def prepare_keys(config: Config) -> Path | None:
     return ensure_local_key(store, config.port)
 
 
-def serve_on_ray(config: Config, *, progress: Callable[[str], None], ready: Callable[[], None]) -> launcher.Launch:
+def serve_on_ray(config: Config, *, progress: Callable[[str], None], ready: Callable[[Path], None]) -> launcher.Launch:
     """Serve on a Ray node of our own until a signal comes; see `patchbay_server.serving.launcher.run`."""
     prepare_keys(config)
     return launcher.run(config, progress=progress, ready=ready)

@@ -110,7 +110,7 @@ def test_long_temp_dirs_are_refused(tmp_path: Path) -> None:
     """A folder in which Unix sockets would not fit is refused by its key."""
     config = Config.load(env={}, overrides={"ray": {"temp_dir": str(tmp_path / ("x" * 40))}})
     with pytest.raises(ConfigError, match=r"ray\.temp_dir: .* too long"):
-        launcher.run(config, progress=print, ready=lambda: None)
+        launcher.run(config, progress=print, ready=print)
 
 
 ORPHAN = """

@@ -81,6 +81,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_target(card)
     card.set_defaults(run=_card)
 
+    run = commands.add_parser("run", help="run a saved graph and print, or keep, what it gives")
+    run.add_argument("graph", metavar="FILE", help="a graph that pb.save_graph wrote")
+    run.add_argument("--model", metavar="NAME", help="model to run it on (default: the one it was made for)")
+    run.add_argument("--out", metavar="FILE", help="where to put the values: .npz or .safetensors")
+    run.add_argument("--show", action="store_true", help="print the graph, and run nothing")
+    run.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds it may take (default 600)")
+    _add_target(run)
+    run.set_defaults(run=_run)
+
     keys = commands.add_parser("keys", help="make, list and revoke API keys on the server's machine")
     keys.add_argument("--file", metavar="FILE", help="key file (default: as configured)")
     keys.add_argument("--config", metavar="FILE", help="configuration that names the key file")
@@ -102,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_target(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--url", metavar="TARGET", help=_TARGET)
+    parser.add_argument("--url", "--server", metavar="TARGET", help=_TARGET)
     parser.add_argument(
         "--api-key", metavar="KEY", help="key (default: PATCHBAY_API_KEY, else this machine's key file)"
     )
@@ -124,6 +133,12 @@ def _card(args: argparse.Namespace) -> int:
     from patchbay_server.cli.show import card
 
     return card(args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from patchbay_server.cli.run import run
+
+    return run(args)
 
 
 def _keys(args: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from pathlib import Path
 from typing import Any
 
 from patchbay._version import __version__
@@ -54,7 +55,9 @@ def _on_ray(config: Any, progress: ProgressLine) -> int:
     from patchbay_server import main
 
     launch = main.serve_on_ray(
-        config, progress=progress.say, ready=lambda: _announce(config, config.port, progress, "Ray Serve")
+        config,
+        progress=progress.say,
+        ready=lambda logs: _announce(config, config.port, progress, "Ray Serve", logs),
     )
     progress.end()
     if launch.failure is None:
@@ -76,7 +79,7 @@ def _plain(config: Any, progress: ProgressLine) -> int:
     return 0
 
 
-def _announce(config: Any, port: int, progress: ProgressLine, how: str) -> None:
+def _announce(config: Any, port: int, progress: ProgressLine, how: str, logs: Path | None = None) -> None:
     """The address, who may come in, and a snippet to paste; on stdout, so that a script can wait for it."""
     from patchbay_server.store.keys import local_key_path
 
@@ -91,6 +94,8 @@ def _announce(config: Any, port: int, progress: ProgressLine, how: str) -> None:
         lines.append("  for others: patchbay keys create NAME")
     else:
         lines.append("  a key is required: patchbay keys create NAME")
+    if logs is not None:
+        lines.append(f"  logs while it runs: {logs / 'session_latest' / 'logs'}")
     model = config.models[0]
     prompt = "The capital of France is" if model.source == "demo" else "Hello"
     print("\n".join(lines) + "\n" + _SNIPPET.format(port=port, model=model.name, prompt=prompt), flush=True)

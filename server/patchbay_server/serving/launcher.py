@@ -43,13 +43,13 @@ class Launch:
     killed: int = 0
 
 
-def run(config: Config, *, progress: Callable[[str], None], ready: Callable[[], None]) -> Launch:
+def run(config: Config, *, progress: Callable[[str], None], ready: Callable[[Path], None]) -> Launch:
     """Start the service, serve until SIGINT, SIGTERM or SIGHUP, and stop it. Blocks; belongs in the main thread.
 
     Args:
         config: the configuration.
         progress: called with what is being done while the service starts.
-        ready: called once, when the service answers.
+        ready: called once, when the service answers, with the folder that holds its logs.
     """
     launch = Launch()
     processes.adopt_orphans()
@@ -85,7 +85,7 @@ def _follow(
     folder: Path,
     launch: Launch,
     progress: Callable[[str], None],
-    ready: Callable[[], None],
+    ready: Callable[[Path], None],
 ) -> None:
     assert node.stdin is not None
     assert node.stdout is not None
@@ -101,7 +101,7 @@ def _follow(
             progress(message["progress"])
         elif "ready" in message:
             launch.ready = True
-            ready()
+            ready(folder)
         elif "failed" in message:
             launch.failure = message["failed"]
     # The pipe is closed: the node has stopped, or its last steps are under way.

@@ -62,13 +62,19 @@ class StartError(Exception):
 
 
 class ModelReplica(GrpcMethods):
-    """One model in one process: Ray Serve starts as many as the configuration asks for."""
+    """One model in one process: Ray Serve starts as many as the configuration asks for.
 
-    async def __init__(self, config: Mapping[str, Any], model: str) -> None:  # type: ignore[misc]
+    Args:
+        config: the configuration, as `Config.dump` gives it.
+        model: name of the model.
+        sharing: replicas that share this machine's cores.
+    """
+
+    async def __init__(self, config: Mapping[str, Any], model: str, sharing: int = 1) -> None:  # type: ignore[misc]
         self._config = Config.parse(config)
         set_up_logging(self._config)
         chosen = model_config(self._config, model)
-        self._backend = await asyncio.to_thread(_load, self._config, chosen)
+        self._backend = await asyncio.to_thread(_load, self._config, chosen, sharing)
         self._check = self._backend.check
         self._servicer = servicer_of(self._config, LocalCatalog({model: self._backend}))
 
@@ -82,14 +88,13 @@ class ModelReplica(GrpcMethods):
             backend.close()
 
 
-def _load(config: Config, model: ModelConfig) -> LocalBackend:
+def _load(config: Config, model: ModelConfig, sharing: int) -> LocalBackend:
     from patchbay_server.models.loader import load
 
-    replicas = sum(m.replicas for m in config.models)
     return LocalBackend(
         load(model.source, name=model.name, dtype=model.dtype, device=model.device),
         config.limits,
-        torch_threads=choose_torch_threads(config.torch_threads, sharing=replicas),
+        torch_threads=choose_torch_threads(config.torch_threads, sharing=sharing),
         on_device_failure=exit_replica,
     )
 
@@ -121,14 +126,14 @@ def replica_options(config: Config) -> dict[str, Any]:
     }
 
 
-def model_application(config: Config, model: ModelConfig) -> Any:
-    """The Serve application of one hosted model."""
+def model_application(config: Config, model: ModelConfig, sharing: int = 1) -> Any:
+    """The Serve application of one hosted model; `sharing`: replicas that share one machine's cores."""
     deployment = serve.deployment(name=model.name)(ModelReplica).options(
         num_replicas=model.replicas,
         ray_actor_options={"num_cpus": model.num_cpus, "num_gpus": model.num_gpus},
         **replica_options(config),
     )
-    return deployment.bind(config.dump(), model.name)
+    return deployment.bind(config.dump(), model.name, sharing)
 
 
 def build_app(args: Mapping[str, str]) -> Any:
@@ -174,7 +179,8 @@ def start(config: Config, ports: NodePorts, folder: Path, progress: Callable[[st
     names = ", ".join(model.name for model in config.models)
     progress(f"loading {names}")
     applications = {CONTROL: control_application(config)}
-    applications |= {model.name: model_application(config, model) for model in config.models}
+    sharing = sum(model.replicas for model in config.models)
+    applications |= {model.name: model_application(config, model, sharing) for model in config.models}
     serve.run_many(
         [serve.RunTarget(target=app, name=name, route_prefix=f"/{name}") for name, app in applications.items()],
         wait_for_applications_running=False,
