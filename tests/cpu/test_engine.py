@@ -362,6 +362,33 @@ def test_cancelling_stops_between_layers(engine: Engine) -> None:
     assert torch.equal(run(engine, graph(read("logits")))[0]["out"], plain())
 
 
+def test_cancelling_stops_between_operations(engine: Engine) -> None:
+    """A graph's own operations, which may take far longer than the layers, end when the request does."""
+    asked: list[int] = []
+
+    def cancelled() -> bool:
+        asked.append(1)
+        return len(asked) > 20
+
+    chain = [Node("exp", (i,), {}) for i in range(1_000)]
+    with pytest.raises(RequestCancelledError):
+        run(engine, graph(read("embed"), *chain), cancelled=cancelled)
+    assert len(asked) == 21
+
+
+def test_an_error_of_the_device_is_not_taken_for_one_of_the_graph(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device that failed inside an operation is reported as that, so that the replica is replaced."""
+
+    def failing(self: Execution, step: Any) -> torch.Tensor:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(Execution, "_structural", failing)
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        run(engine, graph(read("embed"), scalar(2.0), Node("multiply", (0, 1), {})))
+
+
 def test_out_of_memory_is_retried_one_run_at_a_time(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """When a shared forward does not fit, each run goes alone; every result is sent once."""
     widest: list[int] = []

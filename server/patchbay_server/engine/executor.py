@@ -234,6 +234,7 @@ class Execution:
         return parts
 
     def _compute(self, step: Compute) -> None:
+        self._check_cancelled()  # a graph may hold far more work than the model's own layers
         values = self._values
         try:
             if step.function is not None and not step.args:
@@ -245,7 +246,7 @@ class Execution:
                 values[step.node] = self._structural(step)
         except GraphError as error:
             raise self._named(error, step.node) from None
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, torch.AcceleratorError):  # of the device, not of this graph
             raise
         except RuntimeError as error:  # what a kernel can only find out from the data: a singular matrix, say
             reason = str(error).partition("\n")[0]
