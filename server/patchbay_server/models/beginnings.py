@@ -47,6 +47,16 @@ def beginning(
             yield from _sum(model, binding, values, summands, factor, shape, first)
             return
     for name in (embed, positions, types):
+        if name in values and name == embed and values[embed].shape == values[first].shape:
+            kept = (values[embed] == values[first]).all(-1)
+            if bool(kept.any()):  # images take the other positions
+                yield Identity(
+                    "= first resid_pre wherever nothing takes the place of tokens",
+                    (embed, first),
+                    (embed,),
+                    lambda c, kept=kept: close(c.now[embed][kept], c.now[first][kept]),  # type: ignore[misc]
+                )
+                continue
         if name in values:
             yield Identity(
                 "what enters the first block follows it row by row",

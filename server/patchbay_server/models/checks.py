@@ -9,6 +9,7 @@ from typing import TypeAlias
 import torch
 
 from patchbay_server.models.binding import close
+from patchbay_server.models.taps import FlatTap, Tap
 
 Values: TypeAlias = "Mapping[str, torch.Tensor]"
 
@@ -58,3 +59,11 @@ def factor_between(a: torch.Tensor, b: torch.Tensor) -> float | None:
     size = float((a.double() * a.double()).sum())
     factor = float((a.double() * b.double()).sum()) / size if size else 0.0
     return factor if factor > 0 and close(a * factor, b) else None
+
+
+def bare(tap: Tap) -> Tap:
+    """A tap without what only takes rows and positions apart."""
+    return tap.inner if isinstance(tap, FlatTap) else tap
+
+
+# --- comparisons --------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ of one forward as they were after any write, and those of the plain forward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 
 import torch
@@ -14,8 +14,9 @@ import torch
 from patchbay_server.models.beginnings import beginning
 from patchbay_server.models.binding import Binding, BlockShape, close
 from patchbay_server.models.binding.compare import is_linear
-from patchbay_server.models.checks import Check, Identity, Values, factor_between
-from patchbay_server.models.taps import FlatTap, InputTap, NormTap, OutputTap, ResultTap
+from patchbay_server.models.checks import Check, Identity, Values, bare, factor_between
+from patchbay_server.models.sums import stream_identities
+from patchbay_server.models.taps import InputTap, NormTap, OutputTap, ResultTap
 
 
 def identities(
@@ -45,6 +46,13 @@ class _Table:
 
     def has(self, *names: str) -> bool:
         return all(name in self.values for name in names)
+
+    def norm_of(self, site: str) -> NormTap | None:
+        """The tap of a site inside a norm."""
+        if not self.has(site):
+            return None
+        tap = bare(self.binding.sites[site].tap)
+        return tap if isinstance(tap, NormTap) else None
 
     def equal(self, sentence: str, left: tuple[str, ...], right: str, also: tuple[str, ...] = ()) -> Identity:
         """The sum of the sites `left` is the site `right`."""
@@ -76,46 +84,60 @@ class _Table:
         if unembed is not None and final is not None:
             head, module = self.model.get_submodule(unembed), self.model.get_submodule(final)
 
-            def again(c: Check) -> bool:
+            def again(c: Check, by: Callable[[torch.Tensor], torch.Tensor]) -> bool:
                 with torch.no_grad():
-                    return close(head(module(c.now[last])), c.now["logits"])
+                    raw, shown = head(by(c.now[last])), c.now["logits"]
+                return close(raw, shown) or rises_with(raw.float(), shown.float())
 
-            yield Identity("unembed(ln_final(last resid_post)) = logits", (last, "logits"), (last,), again)
+            with torch.no_grad():
+                exact = close(head(module(self.values[last])), self.values["logits"])
+            whole = "logits" if exact else "logits, up to one increasing function"
+            yield Identity(
+                f"unembed(ln_final(last resid_post)) = {whole}", (last, "logits"), (last,), lambda c: again(c, module)
+            )
             normalized = f"{norm}.normalized"
             if self.has(normalized):
-                tap = self.binding.sites[normalized].tap
-                assert isinstance(tap, NormTap)
+                tap = self.norm_of(normalized)
+                assert tap is not None
 
                 def finished(c: Check) -> bool:
-                    with torch.no_grad():
-                        return close(head(tap.form.finish(module, c.now[normalized])), c.now["logits"])
+                    return again(c, lambda _: tap.form.finish(module, c.now[normalized]))
 
-                yield Identity(
-                    "unembed of normalized times gain = logits", (normalized, "logits"), (normalized,), finished
-                )
-        else:
-            follows = lambda c: c.follows(last, "logits")  # noqa: E731
-            yield Identity("the model's output, which follows the last resid_post", ("logits",), (), follows)
+                sentence = f"unembed of normalized times gain = {whole}"
+                yield Identity(sentence, (normalized, "logits"), (normalized,), finished)
+            return
+        yield Identity(
+            "the model's output, which follows the last resid_post row by row",
+            ("logits",),
+            (),
+            lambda c: c.follows(last, "logits"),
+        )
 
     # --- norms
 
-    def _norm(self, prefix: str, source: str, readers: tuple[str, ...]) -> Iterator[Identity]:
-        """The norm called `prefix`, which reads `source` and is read by one of `readers` or by the unembedding."""
+    def _norm(
+        self, prefix: str, source: str, readers: tuple[str, ...], behind: torch.nn.Module | None = None
+    ) -> Iterator[Identity]:
+        """The norm called `prefix`, which reads `source` (through `behind`) and is read by one of `readers`."""
         scale, normalized = f"{prefix}.scale", f"{prefix}.normalized"
         if not self.has(scale, normalized, source):
             return
-        tap = self.binding.sites[normalized].tap
-        assert isinstance(tap, NormTap)
+        tap = self.norm_of(normalized)
+        assert tap is not None
         form, module = tap.form, self.model.get_submodule(tap.path)
 
+        def given(values: Values) -> torch.Tensor:
+            with torch.no_grad():
+                return values[source] if behind is None else behind(values[source])
+
         def divided(c: Check) -> bool:
-            return close(form.normalize(c.now[source], c.now[scale].float()), c.now[normalized])
+            return close(form.normalize(given(c.now), c.now[scale].float()), c.now[normalized])
 
         yield Identity("input / scale = normalized", (scale, normalized), (scale,), divided)
 
         def whole(c: Check) -> bool:
             with torch.no_grad():
-                return close(form.finish(module, c.plain[normalized]), module(c.plain[source]))
+                return close(form.finish(module, c.plain[normalized]), module(given(c.plain)))
 
         yield Identity("normalized times gain = the norm's output", (scale, normalized), (), whole)
         for reader in readers:
@@ -133,113 +155,47 @@ class _Table:
         pre, post = f"{p}.resid_pre", f"{p}.resid_post"
         names = [f"{p}.{n}" for n in shape.additions if self.has(f"{p}.{n}")]
         if len(names) == len(shape.additions) > 0:
-            yield from self._sums(shape, names)
+            yield from stream_identities(self.model, self.binding, self.values, shape)
         else:
             yield Identity("what the layer's module is given, by definition", (pre,), (), lambda c: True)
             yield Identity("what the layer's module returns, by definition", (post,), (), lambda c: True)
         for add, raw, norm in (
             ("attn_out", "attn.out", "ln1"),
-            ("mlp_out", "mlp.out", "ln2"),
+            ("mlp_out", "mlp.out", "ln3" if "cross_attn_out" in shape.additions else "ln2"),
             ("mixer_out", "mixer.out", "ln1"),
+            ("cross_attn_out", "cross_attn.out", "ln2"),
         ):
             if self.has(f"{p}.{add}", f"{p}.{raw}"):
                 yield from self._raw(f"{p}.{raw}", f"{p}.{add}", f"{p}.{norm}_post")
-        yield from self._norm(
-            f"{p}.ln1", self._ln_source(shape, "ln1"), (f"{p}.attn_in", f"{p}.mixer_in", f"{p}.mlp_in")
-        )
-        yield from self._norm(f"{p}.ln2", self._ln_source(shape, "ln2"), (f"{p}.mlp_in",))
+        readers = tuple(f"{p}.{n}" for n in ("attn_in", "mixer_in", "cross_attn_in", "mlp_in"))
+        of_the_stream = [n[0] for n in shape.norms if n is not None]
+        for name in ("ln1", "ln2", "ln3"):
+            if name not in of_the_stream:
+                behind = self.model.get_submodule(shape.start) if shape.start and name == "ln1" else None
+                yield from self._norm(f"{p}.{name}", self._ln_source(shape, name), readers, behind)
         yield from self._norm(f"{p}.ln1_post", f"{p}.attn.out", (f"{p}.attn_out",))
         yield from self._norm(f"{p}.ln1_post", f"{p}.mixer.out", (f"{p}.mixer_out",))
         yield from self._norm(f"{p}.ln2_post", f"{p}.mlp.out", (f"{p}.mlp_out",))
+        yield from self._norm(f"{p}.ln2_post", f"{p}.cross_attn.out", (f"{p}.cross_attn_out",))
+        yield from self._norm(f"{p}.ln3_post", f"{p}.mlp.out", (f"{p}.mlp_out",))
         yield from self._taken(shape)
-        yield from self._attention(p)
+        yield from self._attention(f"{p}.attn")
+        yield from self._attention(f"{p}.cross_attn")
         yield from self._mlp(p)
         yield from self._experts(p)
 
     def _ln_source(self, shape: BlockShape, name: str) -> str:
         p = shape.prefix
-        tap = self.binding.sites[f"{p}.{name}.normalized"].tap if self.has(f"{p}.{name}.normalized") else None
+        tap = self.norm_of(f"{p}.{name}.normalized")
         if tap is None:
             return f"{p}.resid_pre"
-        for site in ("resid_mid", "resid_pre", "resid_pre_normed"):
-            if self.has(f"{p}.{site}") and isinstance(tap, NormTap):
+        for site in ("resid_mid_cross", "resid_mid", "resid_pre"):
+            if self.has(f"{p}.{site}"):
                 value = self.values[f"{p}.{site}"]
                 normalized = tap.form.normalize(value, tap.form.scale_of(value))
                 if close(normalized, self.values[f"{p}.{name}.normalized"]):
                     return f"{p}.{site}"
         return f"{p}.resid_pre"
-
-    def _sums(self, shape: BlockShape, names: list[str]) -> Iterator[Identity]:
-        p = shape.prefix
-        pre, mid, post = (f"{p}.{n}" for n in ("resid_pre", "resid_mid", "resid_post"))
-        start, begin = shape.start, "resid_pre"
-        norm = self.model.get_submodule(start) if start else None
-        if norm is not None:
-            begin = "norm(resid_pre)"
-
-        def given(c: Check) -> torch.Tensor:
-            if norm is None:
-                return c.now[pre]
-            with torch.no_grad():
-                out: torch.Tensor = norm(c.now[pre])
-                return out
-
-        short = [n.removeprefix(f"{p}.") for n in names]
-        if self.has(mid) and len(names) == 2 and not shape.norms_stream:
-            first, second = names
-            yield Identity(
-                f"{begin} + {short[0]} = resid_mid",
-                (pre, first, mid),
-                (pre, first),
-                lambda c: close(given(c) + c.now[first], c.now[mid]),
-            )
-            yield self.equal(f"resid_mid + {short[1]} = resid_post", (mid, second), post)
-        elif self.has(mid) and len(names) == 2:
-            first, second = names
-            yield Identity(
-                f"{begin} + {short[0]} = resid_mid, which is then normalized",
-                (pre, first, mid),
-                (pre, first),
-                lambda c: close(given(c) + c.now[first], c.now[mid]),
-            )
-            yield from self._post_normed(shape, mid, second, post)
-        elif not shape.norms_stream:
-
-            def summed(c: Check) -> bool:
-                total = given(c)
-                for name in names:
-                    total = total + c.now[name]
-                return close(total, c.now[post])
-
-            yield Identity(f"{begin} + {' + '.join(short)} = resid_post", (pre, *names, post), (pre, *names), summed)
-
-    def _post_normed(self, shape: BlockShape, mid: str, second: str, post: str) -> Iterator[Identity]:
-        """Blocks that normalize the stream itself: ln2 of (ln1 of resid_mid, plus the MLP's share) is the output."""
-        p = shape.prefix
-        first, last = f"{p}.ln1.normalized", f"{p}.ln2.normalized"
-        if not self.has(first, last):
-            return
-        taps = [self.binding.sites[n].tap for n in (first, last)]
-        modules = [self.model.get_submodule(t.path) for t in taps if isinstance(t, NormTap)]
-
-        def holds(c: Check) -> bool:
-            with torch.no_grad():
-                stream = taps[0].form.finish(modules[0], c.now[first])  # type: ignore[attr-defined]
-                return close(modules[1](stream + c.now[second]), c.now[post])
-
-        yield Identity("ln2(ln1(resid_mid) + mlp_out) = resid_post", (mid, second, first, post), (second, first), holds)
-
-        def inside(c: Check) -> bool:
-            with torch.no_grad():
-                return close(modules[0](c.now[mid]), taps[0].form.finish(modules[0], c.now[first]))  # type: ignore[attr-defined]
-
-        yield Identity("ln1 normalizes resid_mid", (mid, first), (mid,), inside)
-
-        def ended(c: Check) -> bool:
-            return close(taps[1].form.finish(modules[1], c.now[last]).detach(), c.now[post])  # type: ignore[attr-defined]
-
-        scale = f"{p}.ln2.scale"
-        yield Identity("normalized of ln2 times gain = resid_post", (last, scale, post), (last, scale), ended)
 
     def _raw(self, raw: str, added: str, norm: str) -> Iterator[Identity]:
         before, after = self.values[raw], self.values[added]
@@ -265,11 +221,12 @@ class _Table:
     def _taken(self, shape: BlockShape) -> Iterator[Identity]:
         """What the modules take: the stream, a norm of it, or what a projection makes the queries of."""
         p = shape.prefix
-        streams = [f"{p}.{n}" for n in ("resid_pre", "resid_mid")]
+        streams = [f"{p}.{n}" for n in ("resid_pre", "resid_mid", "resid_mid_cross")]
         for name, follower in (
             ("attn_in", "attn.out"),
             ("mlp_in", "mlp.out"),
             ("mixer_in", "mixer.out"),
+            ("cross_attn_in", "cross_attn.out"),
         ):
             site, out = f"{p}.{name}", f"{p}.{follower}"
             if not self.has(site):
@@ -277,7 +234,7 @@ class _Table:
             for stream in streams:
                 if self.has(stream) and close(self.values[stream], self.values[site]):
                     yield self.equal(f"{_short(stream)} is what it takes", (stream,), site)
-            if self.has(out):
+            if self.has(out) and name != "cross_attn_in":  # there, the keys stay with the encoder's rows
                 yield Identity(
                     "the module's output follows it row by row",
                     (site,),
@@ -285,14 +242,14 @@ class _Table:
                     lambda c, site=site, out=out: c.follows(site, out),  # type: ignore[misc]
                     plain=False,
                 )
-            for part in ("attn.q", "attn.k", "attn.v", "mlp.pre", "mlp.pre_linear"):
+            for part in ("attn.q", "attn.k", "attn.v", "cross_attn.q", "mlp.pre", "mlp.pre_linear"):
                 target = f"{p}.{part}"
-                if part.split(".")[0] == name.split("_")[0] and self.has(target):
+                if part.split(".")[0] == name.removesuffix("_in") and self.has(target):
                     yield from self._projected(site, target)
 
     def _projected(self, site: str, target: str) -> Iterator[Identity]:
         tap = self.binding.sites[target].tap
-        inner = tap.inner if isinstance(tap, FlatTap) else tap
+        inner = bare(tap)
         if not isinstance(inner, OutputTap) or not inner.path:
             return
         module = self.model.get_submodule(inner.path)
@@ -315,9 +272,9 @@ class _Table:
     # --- attention
 
     def _attention(self, p: str) -> Iterator[Identity]:
-        q, k, value, z, z_out, result, out = (f"{p}.attn.{n}" for n in ("q", "k", "v", "z", "z_out", "result", "out"))
-        scores, pattern, rot_q, rot_k = (f"{p}.attn.{n}" for n in ("attn_scores", "pattern", "rot_q", "rot_k"))
-        sinks = f"{p}.attn.sinks"
+        q, k, value, z, z_out, result, out = (f"{p}.{n}" for n in ("q", "k", "v", "z", "z_out", "result", "out"))
+        scores, pattern, rot_q, rot_k = (f"{p}.{n}" for n in ("attn_scores", "pattern", "rot_q", "rot_k"))
+        sinks = f"{p}.sinks"
         if self.has(pattern, scores, sinks):
 
             def with_sink(c: Check) -> bool:
@@ -412,7 +369,7 @@ class _Table:
         if not self.has(out, post):
             return
         tap = self.binding.sites[post].tap
-        inner = tap.inner if isinstance(tap, FlatTap) else tap
+        inner = bare(tap)
         assert isinstance(inner, InputTap)
         down = self.model.get_submodule(inner.path)
 
@@ -482,9 +439,6 @@ class _Table:
                 yield Identity("sum of the experts' shares = mlp.out", (each, weights, out), (each, weights), whole)
 
 
-# --- comparisons --------------------------------------------------------------------------------------------------
-
-
 def _short(name: str) -> str:
     return name.split(".", 2)[2] if "blocks." in name else name
 
@@ -498,11 +452,7 @@ def scores_from(products: torch.Tensor, scores: torch.Tensor) -> bool:
     """
     seen = torch.isfinite(scores) & (scores > -1e30)
     x, y = products[seen], scores[seen]
-    factor = (x * y).sum() / (x * x).sum().clamp_min(1e-30)
-    if factor > 0 and close(x * factor, y):
-        return True
-    rise = y[x.argsort()].diff()
-    if bool((rise >= -1e-5 * y.abs().max()).all()):
+    if rises_with(x, y):
         return True
     rows = products.shape[0]
     if rows < 2 or not bool((seen == seen[:1]).all()):
@@ -510,3 +460,13 @@ def scores_from(products: torch.Tensor, scores: torch.Tensor) -> bool:
     dx, dy = (products[1:] - products[:1])[seen[1:]], (scores[1:] - scores[:1])[seen[1:]]
     factor = (dx * dy).sum() / (dx * dx).sum().clamp_min(1e-30)
     return bool(factor > 0 and (dx * factor - dy).abs().max() <= 1e-4 * y.abs().max())
+
+
+def rises_with(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether `y` is `x` times one positive factor, or rises with it all the way (a soft cap)."""
+    x, y = x.flatten(), y.flatten()
+    factor = (x * y).sum() / (x * x).sum().clamp_min(1e-30)
+    if factor > 0 and close(x * factor, y):
+        return True
+    rise = y[x.argsort()].diff()
+    return bool((rise >= -1e-5 * y.abs().max()).all())

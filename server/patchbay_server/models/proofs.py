@@ -69,7 +69,7 @@ def write_and_read(
         def act(value: torch.Tensor) -> torch.Tensor | None:
             new = writes.get(name)
             values[name] = value.clone() if new is None else new
-            return new
+            return None if new is None else new.clone()  # the model may go on in place
 
         return act
 
@@ -173,7 +173,7 @@ def _judge_write(name: str, check: Check, checks: list[Identity], reaches: bool,
     elif not starting and not reaches:
         proof.read_only[name] = "writing it was seen to change nothing"
     elif starting:
-        proof.judge(True, "the same holds between a written value and what follows", name)
+        proof.judge(True, "holds under writes too", name)
     else:
         proof.judge(True, "a written value changes the output", name)
 

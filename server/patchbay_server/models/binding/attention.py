@@ -245,8 +245,7 @@ def _bind_projected(block: Block, attended: Attended, name: str, value: Value, r
     doc = what + before + (", before the rotary embedding" if rotary else "")
     block.add(f"attn.{name}", tap, (*RESIDUAL, layout.heads, layout.width), doc)
     if not rotary and not before and layout.heads == rotated.shape[2]:
-        block.binding.sites.pop(f"{block.prefix}.attn.rot_{name}")
-        block.absent("nothing happens between projection and product: no rotary embedding", f"attn.rot_{name}")
+        block.drop(f"attn.rot_{name}", "nothing happens between projection and product: no rotary embedding")
 
 
 def _bind_normed(block: Block, name: str, norm: Call, rotated: torch.Tensor, what: str) -> None:

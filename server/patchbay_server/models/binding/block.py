@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from patchbay_server.models.binding.flow import Map
 from patchbay_server.models.binding.found import Binding
-from patchbay_server.models.recording import Recording, Value
+from patchbay_server.models.recording import Call, Recording, Value
 from patchbay_server.models.taps import Tap
 
 
@@ -18,6 +18,7 @@ class Block:
         given, made: its input and output, ``[rows, seq, d_model]``.
         d_model: width of both.
         map: which of its modules gave or took which values.
+        start: a norm that the stream goes through before anything is added to it, once it is known.
     """
 
     def __init__(self, recording: Recording, binding: Binding, index: int, path: str, prefix: str = "") -> None:
@@ -29,11 +30,17 @@ class Block:
         self.given: Value = call.given
         self.made: Value = call.made
         self.map = Map(recording, path)
+        self.start: Call | None = None
         self.d_model = self.given.shape[-1]
 
     def add(self, name: str, tap: Tap, dims: tuple[int | str, ...], doc: str, read_only: str = "") -> None:
         self.binding.absent.pop(f"{self.prefix}.{name}", None)
         self.binding.add(f"{self.prefix}.{name}", tap, dims, doc, read_only)
+
+    def drop(self, name: str, reason: str) -> None:
+        """Take a site away again."""
+        self.binding.sites.pop(f"{self.prefix}.{name}", None)
+        self.binding.absent[f"{self.prefix}.{name}"] = reason
 
     def absent(self, reason: str, *names: str) -> None:
         for name in names:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from patchbay_server.models.binding.compare import norm_form, same
+from patchbay_server.models.binding.compare import close, norm_form, same
 from patchbay_server.models.binding.flow import behind_scaling, op_tap, reaches, strip
 from patchbay_server.models.binding.found import RESIDUAL, Beginning, Binding
 from patchbay_server.models.binding.norms import bind_norm
@@ -90,7 +90,7 @@ def embedded_input(recording: Recording, first: Call | None) -> str | None:
     if first is None or first.given is None:
         return None
     for name, ids in recording.inputs.items():
-        tables = [c for c in recording.calls if _is_table(c) and same(c.input, ids) and c.end < first.start]
+        tables = [c for c in recording.calls if _looks_up(c, ids) and c.end < first.start]
         if not ids.is_floating_point() and any(c.made and reaches(first.given, c.made) for c in tables):
             return name
     return None
@@ -122,8 +122,8 @@ def _makers(recording: Recording, value: Value) -> list[Call]:
 def _own(recording: Recording, begin: Sum, ids: torch.Tensor | None) -> Summand | None:
     """The summand that carries the tokens or the image, as against positions and token types."""
     for summand in begin.summands:
-        calls = _makers(recording, summand.bare)
-        if ids is not None and any(_is_table(c) and same(c.input, ids) for c in calls):
+        calls = [*_makers(recording, summand.value), *_makers(recording, summand.bare)]
+        if ids is not None and any(_looks_up(c, ids) for c in calls):
             return summand
     if ids is not None:
         return None
@@ -132,9 +132,17 @@ def _own(recording: Recording, begin: Sum, ids: torch.Tensor | None) -> Summand 
     return next((s for s in begin.summands if any(reaches(s.value, v) for v in sources.values())), None)
 
 
-def _is_table(call: Call) -> bool:
+def _looks_up(call: Call, ids: torch.Tensor) -> bool:
+    """Whether a call gives the rows of its table at `ids`, up to one factor; positional tables look up other rows."""
     weight = getattr(call.module, "weight", None)
-    return isinstance(call.module, torch.nn.Embedding) and isinstance(weight, torch.Tensor)
+    if not isinstance(call.module, torch.nn.Embedding) or not isinstance(weight, torch.Tensor):
+        return False
+    if not same(call.input, ids) or call.output is None or int(ids.max()) >= weight.shape[0]:
+        return False
+    rows = weight.detach()[ids].to(call.output.dtype)
+    size = float((rows.float() * rows.float()).sum())
+    factor = float((rows.float() * call.output.float()).sum()) / size if size else 0.0
+    return rows.shape == call.output.shape and close(rows * factor, call.output)
 
 
 # --- sites --------------------------------------------------------------------------------------------------------
@@ -142,7 +150,7 @@ def _is_table(call: Call) -> bool:
 
 def _bind_table(recording: Recording, prefix: str, ids: torch.Tensor, first: Call, binding: Binding) -> str | None:
     """``embed``: rows of the table at the token ids, as the module gives them. Returns the module's path."""
-    tables = [c for c in recording.calls if _is_table(c) and c.end < first.start and same(c.input, ids)]
+    tables = [c for c in recording.calls if c.end < first.start and _looks_up(c, ids)]
     token = tables[-1] if tables else None
     if token is None or token.made is None:
         binding.absent[f"{prefix}embed"] = "no embedding module of its own takes the token ids"

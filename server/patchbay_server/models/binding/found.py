@@ -53,6 +53,8 @@ class BlockShape:
         together: whether they are all added to the block's input at once, so that there is no stream in between.
         norms_stream: whether the stream itself is normalized after each addition (post-norm).
         start: path of a norm that the block's input goes through before anything is added to it, or "".
+        mids: names of the stream after each addition but the last, as far as it is a site of its own.
+        norms: for each addition, name and path of the norm that the stream goes through after it, or None.
     """
 
     prefix: str
@@ -61,6 +63,8 @@ class BlockShape:
     together: bool = False
     norms_stream: bool = False
     start: str = ""
+    mids: tuple[str, ...] = ()
+    norms: tuple[tuple[str, str] | None, ...] = ()
 
 
 @dataclass(frozen=True)

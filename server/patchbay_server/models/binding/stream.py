@@ -15,6 +15,7 @@ import torch
 from patchbay_server.models.binding.attention import ATTENTION_SITES, Attended, bind_attention, find_attention
 from patchbay_server.models.binding.block import Block
 from patchbay_server.models.binding.compare import close, is_linear
+from patchbay_server.models.binding.cross import CrossView, is_cross
 from patchbay_server.models.binding.flow import behind_scaling, reaches, strip
 from patchbay_server.models.binding.found import RESIDUAL, BlockShape
 from patchbay_server.models.binding.mlp import MLP_SITES, bind_mlp
@@ -73,12 +74,20 @@ def bind_block(block: Block) -> None:
     found = _follow(block, block.made, _TOO_DEEP)
     additions = [] if found is None else _split(block, found, attended)
     if not additions:
+        block.start = None
+    if not additions:
         block.absent("the block's output is not its input plus something", "resid_mid", "attn_out", "mlp_out")
     for addition in additions:
         _classify(block, addition, attended)
     _bind_additions(block, additions)
     _bind_norms(block, additions)
     _bind_insides(block, additions, attended)
+    # Where one hook shows several of these, what is computed later comes later.
+    kinds = ("attn", "cross_attn", "mlp", "mixer")
+    for name in (*(f"{k}.out" for k in kinds), *(f"{k}_out" for k in kinds)):
+        added = block.binding.sites.pop(f"{block.prefix}.{name}", None)
+        if added is not None:
+            block.binding.sites[added.name] = added
 
 
 def _follow(block: Block, value: Value, depth: int) -> list[Addition] | None:
@@ -92,7 +101,9 @@ def _follow(block: Block, value: Value, depth: int) -> list[Addition] | None:
         found = _follow(block, norm.given, depth - 1)
         if found:
             found[-1].norm = norm
-        return found or None
+        elif found is not None:
+            block.start = norm  # the layer normalizes the stream before it adds anything to it
+        return found
     core = strip(value)
     maker = core.maker
     if maker is None or maker.name != "add" or len(maker.operands) != 2 or maker.tick < block.call.start:
@@ -131,6 +142,8 @@ def _classify(block: Block, addition: Addition, attended: list[Attended]) -> Non
     own = [a for a in attended if _uses(addition.value, a, addition.before, block.given)]
     if own:
         addition.kind, addition.attended = "attn", own[0] if len(own) == 1 else None
+        if addition.attended is not None and is_cross(block, addition.attended):
+            addition.kind = "cross"
         return
     addition.kind = "mlp"
     raw = _raw(block, addition.value)
@@ -163,15 +176,24 @@ def _raw(block: Block, value: Value) -> Raw:
             raw.value = norm.given
             continue
         scaled = behind_scaling(raw.value)
-        if scaled is None or scaled[1].owner != block.path:
+        if scaled is None or not _in_between(block, scaled[1].owner):
             return raw
         raw.scaled = True
         raw.value = scaled[0]
 
 
+def _in_between(block: Block, owner: str) -> bool:
+    """Whether a factor is applied by the layer itself, or by a module for nothing else (LayerScale)."""
+    if owner == block.path:
+        return True
+    inside = block.map.recording.ops_within(owner)
+    return not any(c.path.startswith(owner + ".") for c in block.map.calls) and len(inside) <= 2
+
+
 _WHAT = {
     "attn": ("attn_out", "what attention adds to the residual stream"),
     "mixer": ("mixer_out", "what the sequence mixer (a recurrence or convolution) adds to the residual stream"),
+    "cross": ("cross_attn_out", "what attention to the encoder's output adds to the residual stream"),
     "mlp": ("mlp_out", "what the MLP adds to the residual stream"),
 }
 
@@ -179,7 +201,10 @@ _WHAT = {
 def _bind_additions(block: Block, additions: list[Addition]) -> None:
     residual, shape = (*RESIDUAL, block.d_model), block.given.shape
     names: list[str] = []
+    mids: list[str] = []
     for addition in additions:
+        if addition.kind == "mixer" and "mixer_out" in names and addition is additions[-1]:
+            addition.kind = "mlp"  # a channel mixer that also sees the position before (RWKV's token shift)
         name, doc = _WHAT[addition.kind]
         if name in names:
             block.absent(f"more than one share of this kind is added: {doc}", name)
@@ -195,18 +220,10 @@ def _bind_additions(block: Block, additions: list[Addition]) -> None:
     )
     if together:
         block.absent("attention and MLP are added at once: there is no stream between them", "resid_mid")
-    elif len(additions) == 2:
-        first = additions[0]
-        tap = block.map.tap(first.after, shape)
-        if tap is None:
-            block.absent("no operation gives it in one piece", "resid_mid")
-        else:
-            # A norm that reads the stream shows it for nothing; to change it, the sum itself must be replaced.
-            readers = [c for c in block.map.readers(first.after) if c.made is not None and block.map.once(c)]
-            shown = next((t for c in readers if (t := block.map.input_tap(c, first.after, shape)) is not None), None)
-            between = "attention" if first.kind == "attn" else "the mixer"
-            where = f"residual stream between {between} and MLP" + (", before its norm" if first.norm else "")
-            block.add("resid_mid", tap if shown is None else ReadOrWrite(shown, tap), residual, where)
+    elif len(additions) == 2 or [a.kind for a in additions] == ["attn", "cross", "mlp"]:
+        mids = [*_MIDS[: len(additions) - 1]]
+        for name, addition, following in zip(mids, additions, additions[1:], strict=False):
+            _bind_mid(block, name, addition, following)
     elif additions:
         block.absent(f"{len(additions)} addition{'s' * (len(additions) > 1)} to the stream, not two", "resid_mid")
     kinds = {a.kind for a in additions}
@@ -216,28 +233,61 @@ def _bind_additions(block: Block, additions: list[Addition]) -> None:
                 what = "attention" if kind == "attn" else "MLP"
                 block.absent(f"this layer adds no {what} output to the stream", _WHAT[kind][0])
     norms = any(a.norm is not None for a in additions)
-    block.binding.blocks.append(BlockShape(block.prefix, block.path, tuple(names), together, norms))
+    after = tuple(None if a.norm is None else (_norm_name(additions, a), a.norm.path) for a in additions)
+    mids = [m for m in mids if f"{block.prefix}.{m}" in block.binding.sites]
+    start = "" if block.start is None else block.start.path
+    shaped = BlockShape(block.prefix, block.path, tuple(names), together, norms, start, tuple(mids), after)
+    block.binding.blocks.append(shaped)
+
+
+#: The stream after the first addition and, where there is attention to an encoder, after the second.
+_MIDS = ("resid_mid", "resid_mid_cross")
+
+
+def _bind_mid(block: Block, name: str, addition: Addition, following: Addition) -> None:
+    shape = block.given.shape
+    tap = block.map.tap(addition.after, shape)
+    if tap is None:
+        block.absent("no operation gives it in one piece", name)
+        return
+    # A norm that reads the stream shows it for nothing; to change it, the sum itself must be replaced.
+    readers = [c for c in block.map.readers(addition.after) if c.made is not None and block.map.once(c)]
+    shown = next((t for c in readers if (t := block.map.input_tap(c, addition.after, shape)) is not None), None)
+    said = {"attn": "attention", "mixer": "the mixer", "cross": "attention to the encoder", "mlp": "MLP"}
+    where = f"residual stream between {said[addition.kind]} and {said[following.kind]}"
+    where += ", before its norm" if addition.norm else ""
+    block.add(name, tap if shown is None else ReadOrWrite(shown, tap), (*RESIDUAL, block.d_model), where)
+
+
+def _norm_name(additions: list[Addition], addition: Addition) -> str:
+    """``ln1`` of attention, ``ln2`` of the MLP; with attention to an encoder between them, ``ln2`` and ``ln3``."""
+    if addition.kind == "cross":
+        return "ln2"
+    if addition.kind == "mlp" and len(additions) > 1:
+        return "ln3" if any(a.kind == "cross" for a in additions) else "ln2"
+    return "ln1"
 
 
 def _bind_norms(block: Block, additions: list[Addition]) -> None:
     """ln1 reads (or, post-norm, follows) what attention or the mixer starts from, ln2 the MLP; *_post follow them."""
     chosen: dict[str, Call] = {}
     for addition in sorted(additions, key=lambda a: a.kind == "mlp"):
-        name = "ln2" if addition.kind == "mlp" and len(additions) > 1 else "ln1"
+        name = _norm_name(additions, addition)
         if addition.norm is not None:
             chosen.setdefault(name, addition.norm)
         for norm in _raw(block, addition.value).norms[:1]:
             chosen.setdefault(f"{name}_post", norm)
-        stream = block.given if name == "ln1" else addition.before
+        stream = addition.before if name != "ln1" or block.start is not None else block.given
         for call in block.map.readers(stream):
             if call.made is None or call in chosen.values() or not block.map.is_norm(call):
                 continue
             if reaches(addition.value, call.made, (stream,)):
                 chosen.setdefault(name, call)
                 break
-    for name in ("ln1", "ln2", "ln1_post", "ln2_post"):
+    names = ["ln1", "ln2"] + ["ln3"] * any(a.kind == "cross" for a in additions)
+    for name in (*names, *(f"{n}_post" for n in names)):
         if name in chosen:
-            bind_norm(block.binding, f"{block.prefix}.{name}", chosen[name], block.d_model)
+            bind_norm(block.binding, f"{block.prefix}.{name}", chosen[name], block.d_model, block.path)
         elif not name.endswith("_post"):
             where = "the block's input" if name == "ln1" else "the stream before the MLP"
             shared = name == "ln2" and "ln1" in chosen and len({id(strip(a.before)) for a in additions}) <= 1
@@ -250,6 +300,12 @@ def _bind_insides(block: Block, additions: list[Addition], attended: list[Attend
     attention = next((a for a in additions if a.kind == "attn"), None)
     mlp = next((a for a in additions if a.kind == "mlp"), None)
     mixer = next((a for a in additions if a.kind == "mixer"), None)
+    for addition in additions:
+        if addition.kind == "cross" and addition.attended is not None:
+            view = CrossView(block)
+            raw = _raw(block, addition.value)
+            _bind_raw(view, "attn", raw.value, addition.before, "raw output of the module that attends to the encoder")
+            bind_attention(view, addition.attended, raw.value)
     if attention is not None and attention.attended is not None:
         raw = _raw(block, attention.value)
         _bind_raw(block, "attn", raw.value, attention.before, "raw output of the attention module")
@@ -315,8 +371,18 @@ def _taken_by(block: Block, value: Value, before: Value) -> tuple[Call, Value] |
     used = [c for c in linear if c.made is not None and reaches(value, c.made, (before,))]
     first = [c for c in used if not any(o is not c and reaches(c.given, o.made, (before,)) for o in used)]
     if first and len({id(strip(c.given)) for c in first if c.given is not None}) == 1 and (g := wide(first[0])):
-        return first[0], g
+        return _around(block, first, g), g
     return None
+
+
+def _around(block: Block, calls: list[Call], given: Value) -> Call:
+    """The innermost call through which all of `calls` are given `given`."""
+    fitting = [
+        c
+        for c in block.map.calls
+        if any(strip(v) is strip(given) for v in c.takes) and all(c.start <= o.start and o.end <= c.end for o in calls)
+    ]
+    return max(fitting, key=lambda c: c.start) if fitting else calls[0]
 
 
 __all__ = ["bind_block"]
