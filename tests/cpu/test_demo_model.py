@@ -223,15 +223,16 @@ def test_induction_heads_carry_the_copying(demo: tuple) -> None:
     assert without.median() > whole - 0.05
 
 
-def test_a_direction_flips_the_sentiment(demo: tuple) -> None:
+@pytest.mark.parametrize("layer", [1, 2])
+def test_a_direction_flips_the_sentiment(demo: tuple, layer: int) -> None:
     """Adding the difference in means at a middle layer makes sad prompts end gladly, subtracting it the reverse."""
     model, tok = demo
     held = corpus.held_out("sentiment", 60, 2)
-    direction = 1.5 * experiments.sentiment_direction(model, tok, 2)
+    direction = 1.5 * experiments.sentiment_direction(model, tok, layer)
     for sign, vector in ((w.SAD, direction), (w.GLAD, -direction)):
         prompts = [example.prompt for example in held if example.answers == sign]
         before = experiments.gladness(model, tok, prompts)
-        with experiments.steered(model, 2, vector):
+        with experiments.steered(model, layer, vector):
             after = experiments.gladness(model, tok, prompts)
         assert ((before > 0) == (sign == w.GLAD)).float().mean() >= 0.95
         assert ((after > 0) != (sign == w.GLAD)).float().mean() >= 0.9

@@ -1,9 +1,9 @@
-"""The last phase of training: one induction head instead of four that double each other, and facts that move later.
+"""The last phase of training: one induction head instead of four that double each other.
 
-After the first two phases every head of one layer copies repeated sequences, so that no single ablation shows anything,
-and everything else that attention must carry goes through those heads too. Here the head that copies best by itself is
-kept and the others of its layer start anew; and in the English rows every head of that layer pays for what it adds to
-the residual stream, so that the layers after it take over what is not copying.
+After the first two phases every head of one layer copies repeated sequences, so that no single ablation shows anything.
+Here the head that copies best by itself is kept and the others of its layer start anew; what the kept one does already,
+they have nothing to gain from learning again. In the English rows every head of that layer pays a little for what it
+adds to the residual stream, which keeps the new heads quiet.
 """
 
 from __future__ import annotations
