@@ -76,6 +76,7 @@ def write_card(
     values: tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]],
     *,
     causal: bool,
+    ragged: bool,
 ) -> ModelCard:
     """The card.
 
@@ -89,6 +90,7 @@ def write_card(
         order: position in the forward of every site that is reached, module sites included.
         values: every site's value on the two made-up inputs.
         causal: whether a position was seen to depend on itself and earlier ones only.
+        ragged: whether rows of unequal length were seen to give what each gives alone.
     """
     first, second = values
     sites: list[SiteSpec] = []
@@ -134,22 +136,24 @@ def write_card(
         d_head=widths.d_head,
         d_mlp=widths.d_mlp,
         d_vocab=inputs.d_vocab,
-        n_ctx=int(_context(text) or UNLIMITED),
+        n_ctx=_context(text, binding),
         n_params=sum(p.numel() for p in model.parameters()),
         causal=causal,
         takes_tokens=inputs.takes_tokens,
-        ragged=inputs.takes_tokens and (causal or "attention_mask" in inputs.arguments) and not inputs.specs(),
+        ragged=ragged,
         inputs=inputs.specs(),
         sites=tuple(sites),
         callables=tuple(_callables(binding, floating)),
     )
 
 
-def _context(text: Any) -> int | None:
+def _context(text: Any, binding: Binding) -> int:
+    """The longest row: what the configuration says, and no more than there are learned positions for."""
+    limits = [b.longest for b in binding.beginnings if b.tokens is not None and b.longest is not None]
     for name in ("max_position_embeddings", "n_positions"):
         if isinstance(found := getattr(text, name, None), int) and found > 0:
-            return found
-    return None
+            limits.append(found)
+    return min(limits, default=UNLIMITED)
 
 
 def callable_path(binding: Binding, name: str) -> str | None:

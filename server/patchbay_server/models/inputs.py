@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 TOKENS = "input_ids"
 DECODER_TOKENS = "decoder_input_ids"
+MASK = "attention_mask"
 
 
 @dataclass(frozen=True)

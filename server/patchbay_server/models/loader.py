@@ -16,7 +16,7 @@ from patchbay_server.models import attention
 from patchbay_server.models.binding import Binding, derive
 from patchbay_server.models.cards import callable_path, module_taps, write_card
 from patchbay_server.models.hosted import HostedModel
-from patchbay_server.models.inputs import DECODER_TOKENS, TOKENS, ModelInputs, forward
+from patchbay_server.models.inputs import DECODER_TOKENS, MASK, TOKENS, ModelInputs, forward
 from patchbay_server.models.proofs import Proof, prove, read_all
 from patchbay_server.models.recording import record
 from patchbay_server.models.taps import Tap
@@ -120,7 +120,11 @@ def host(
     order = {site: position for position, site in enumerate(first) if site in second}
     where = source or getattr(inputs.config, "name_or_path", "") or name
     causal = _is_causal(model, probes[0], binding)
-    card = write_card(model, name, where, inputs, binding, proof.proved, order, (first, second), causal=causal)
+    ragged = causal or _is_ragged(model, probes[0], inputs, binding)
+    values = (first, second)
+    card = write_card(
+        model, name, where, inputs, binding, proof.proved, order, values, causal=causal, ragged=ragged
+    )
     callables = {c.name: model.get_submodule(p) for c in card.callables if (p := callable_path(binding, c.name))}
     return HostedModel(
         model=model,
@@ -147,12 +151,36 @@ def _architecture(config: Any) -> Any:
 def _is_causal(model: torch.nn.Module, probe: Mapping[str, torch.Tensor], binding: Binding) -> bool:
     """Whether changing the last token leaves every layer's output at earlier positions as it was.
 
-    Only models of one stack over token ids can be: with an encoder, or images, positions are not all in one order.
+    With an encoder, positions are not all in one order; images among the tokens are.
     """
-    if set(probe) != {TOKENS} or DECODER_TOKENS in probe or not binding.layers:
+    if TOKENS not in probe or DECODER_TOKENS in probe or not binding.layers or binding.beginnings[-1].prefix:
         return False
     changed = probe[TOKENS].clone()
-    changed[:, -1] = torch.where(changed[:, -1] == changed[:, 0], changed[:, 1], changed[:, 0])
+    changed[:, -1] = torch.where(changed[:, -1] == changed[:, -2], changed[:, 0], changed[:, -2])
+    before, after = (_last_layer(model, binding, {**probe, TOKENS: ids}) for ids in (probe[TOKENS], changed))
+    return bool(torch.allclose(before[:, :-1], after[:, :-1], rtol=1e-3, atol=1e-4))
+
+
+def _is_ragged(model: torch.nn.Module, probe: Mapping[str, torch.Tensor], inputs: ModelInputs, binding: Binding) -> bool:
+    """Whether a row that is padded on the right, and masked there, gives what it gives alone."""
+    if TOKENS not in probe or MASK not in inputs.arguments or not binding.layers:
+        return False
+    shorter = probe[TOKENS].shape[1] - 2
+    mask = torch.ones_like(probe[TOKENS])
+    mask[:, shorter:] = 0
+    padded = probe[TOKENS].clone()
+    padded[:, shorter:] = 0
+    try:
+        together = _last_layer(model, binding, {**probe, TOKENS: padded, MASK: mask})
+        alone = _last_layer(model, binding, {**probe, TOKENS: probe[TOKENS][:, :shorter]})
+    except (ValueError, TypeError, RuntimeError, IndexError) as error:
+        log.info("rows of unequal length are not taken: %s", error)
+        return False
+    return bool(torch.allclose(together[:, : alone.shape[1]], alone, rtol=1e-3, atol=1e-4))
+
+
+def _last_layer(model: torch.nn.Module, binding: Binding, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What the last layer of the main stack returns."""
     seen: list[torch.Tensor] = []
 
     def keep(module: torch.nn.Module, args: Any, output: Any) -> None:
@@ -162,9 +190,7 @@ def _is_causal(model: torch.nn.Module, probe: Mapping[str, torch.Tensor], bindin
     handle = model.get_submodule(binding.layers[-1]).register_forward_hook(keep)
     try:
         with torch.no_grad():
-            for ids in (probe[TOKENS], changed):
-                forward(model, {TOKENS: ids})
+            forward(model, inputs)
     finally:
         handle.remove()
-    before, after = seen
-    return bool(torch.allclose(before[:, :-1], after[:, :-1], rtol=1e-3, atol=1e-4))
+    return seen[0]

@@ -82,7 +82,8 @@ def bind_beginning(recording: Recording, prefix: str, tokens: str | None, first:
         summands = ("embed", *added) if own is not None and len(added) == len(others) else None
     norm = None if begin.norm is None else begin.norm.path
     named = None if summands is None else tuple(f"{prefix}{name}" for name in summands)
-    binding.beginnings.append(Beginning(prefix, tokens, table, norm, named))
+    longest = min((n for s in others if (n := _learned_positions(recording, s)) is not None), default=None)
+    binding.beginnings.append(Beginning(prefix, tokens, table, norm, named, longest))
 
 
 def embedded_input(recording: Recording, first: Call | None) -> str | None:
@@ -220,6 +221,18 @@ def _bind_others(
         rotary = " (positions enter in attention)" if recording.attention else ""
         binding.absent[f"{prefix}pos_embed"] = "no positional embedding is added" + rotary
     return found
+
+
+def _learned_positions(recording: Recording, summand: Summand) -> int | None:
+    """How many positions there are in the table that a summand's first row comes from, counted from that row on."""
+    for call in _makers(recording, summand.value):
+        weight = getattr(call.module, "weight", None)
+        if isinstance(call.module, torch.nn.Embedding) and isinstance(weight, torch.Tensor) and call.output is not None:
+            rows = call.output.reshape(-1, call.output.shape[-1])
+            first = (weight.detach() == rows[0]).all(-1).nonzero().flatten()
+            if len(first) and _kind(summand.value.tensor, rows.shape[-1]) == "pos_embed":
+                return weight.shape[0] - int(first[0])
+    return None
 
 
 def _parameter(recording: Recording, summand: Summand) -> torch.Tensor | None:

@@ -77,6 +77,7 @@ class Beginning:
         table: path of the embedding module, or None.
         norm: path of the norm behind the sum, or None.
         summands: names of what is added up; None when something else is added too.
+        longest: positions that the stack has learned embeddings for; None where there is no such limit.
     """
 
     prefix: str
@@ -84,6 +85,7 @@ class Beginning:
     table: str | None
     norm: str | None
     summands: tuple[str, ...] | None
+    longest: int | None = None
 
 
 @dataclass
