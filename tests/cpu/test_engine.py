@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from patchbay.errors import GraphError, IndexOutOfRangeError, RequestCancelledError, ResourceExhaustedError
+from patchbay.errors import (
+    GraphError,
+    IndexOutOfRangeError,
+    LimitExceededError,
+    RequestCancelledError,
+    ResourceExhaustedError,
+)
 from patchbay.ir.dtypes import float32, int64
 from patchbay.ir.events import Event, ExecuteOptions, Progress, TensorValue, Usage
 from patchbay.ir.graph import Graph, Node, Output, Run, TensorData
@@ -347,6 +354,33 @@ def test_an_unknown_optimisation_is_refused_by_name(engine: Engine) -> None:
     """A switch that does not exist is an error that lists those that do."""
     with pytest.raises(GraphError, match="'warp' .*early_stop"):
         run(engine, graph(read("logits")), disabled=("warp",))
+
+
+def waiting(count: int) -> Graph:
+    """Large values, made one after the other in the program, each of which needs a site that comes late."""
+    nodes: list[Node] = [read("embed")]
+    outputs: list[Output] = []
+    for i in range(count):
+        nodes.append(Node("broadcast_to", (0,), {"shape": (500, 5, D_MODEL)}))
+        nodes.append(scalar(float(i)))
+        nodes.append(Node("add", (len(nodes) - 2, len(nodes) - 1), {}))
+        nodes.append(read("logits"))
+        nodes.append(Node("mean", (len(nodes) - 1,), {}))
+        nodes.append(Node("multiply", (len(nodes) - 3, len(nodes) - 1), {}))
+        nodes.append(Node("mean", (len(nodes) - 1,), {}))
+        outputs.append(Output(f"out{i}", len(nodes) - 1))
+    return Graph((Run(IDS),), tuple(nodes), tuple(outputs))
+
+
+def test_values_that_wait_for_a_later_site_are_priced_side_by_side(engine: Engine) -> None:
+    """The peak is that of the order in which values are computed, not of the program's; the limit holds for it."""
+    each = 500 * 5 * D_MODEL * 4
+    assert engine.prepare(waiting(40)).cost.peak_bytes >= 40 * each
+    small = Engine(engine.hosted, replace(engine.limits, max_peak_bytes=20 * each))
+    assert small.prepare(waiting(10)).cost.peak_bytes < 20 * each
+    with pytest.raises(LimitExceededError, match="wait for sites") as caught:
+        small.prepare(waiting(40))
+    assert caught.value.limit == "max_peak_bytes"
 
 
 def test_cancelling_stops_between_layers(engine: Engine) -> None:

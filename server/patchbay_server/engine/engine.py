@@ -12,6 +12,7 @@ from patchbay.ir.events import Event, ExecuteOptions, TensorValue, Usage
 from patchbay.ir.graph import Graph
 from patchbay.ir.limits import Limits
 from patchbay_server.engine.executor import Execution
+from patchbay_server.engine.memory import held_to
 from patchbay_server.engine.plan import OPTIMISATIONS, Plan, make_plan
 from patchbay_server.models.hosted import HostedModel
 
@@ -39,7 +40,8 @@ class Engine:
         for name in options.disabled:
             if name not in OPTIMISATIONS:
                 raise GraphError(f"no optimisation is called {name!r} (there are: {', '.join(OPTIMISATIONS)})")
-        return make_plan(graph, self.hosted.card, self.limits, options, max_pass_tokens=self._max_pass_tokens)
+        plan = make_plan(graph, self.hosted.card, self.limits, options, max_pass_tokens=self._max_pass_tokens)
+        return held_to(plan, self.limits)
 
     def run(self, plan: Plan, emit: Callable[[Event], None], cancelled: Callable[[], bool] = lambda: False) -> Usage:
         """Run `plan`, handing Progress and TensorValue events to `emit` as they happen. Blocks.

@@ -13,6 +13,7 @@ from patchbay.ir.events import Cost, ExecuteOptions
 from patchbay.ir.graph import Graph, Run, TensorData
 from patchbay.ir.limits import Limits
 from patchbay.ir.ops import spec as op_spec
+from patchbay.ir.ops.spec import ValueSpec
 from patchbay.ir.schedule import BEFORE, Schedule, schedule
 from patchbay.ir.verify import verify
 from patchbay_server.engine.optimize import PASSES, optimize
@@ -166,6 +167,7 @@ class Plan:
     Attributes:
         graph: the graph as rewritten.
         origin: for every node of it, its id in the graph as it was received.
+        specs: for every node of it, its value's shape and dtype.
         passes: forwards, in order.
         after: what is left to compute when the last has ended.
         cost: the price.
@@ -177,6 +179,7 @@ class Plan:
 
     graph: Graph
     origin: tuple[int, ...]
+    specs: tuple[ValueSpec, ...]
     passes: tuple[Pass, ...]
     after: Actions
     cost: Cost
@@ -214,7 +217,7 @@ def make_plan(graph: Graph, card: ModelCard, limits: Limits, options: ExecuteOpt
     groups = _group_runs(small, card, timeline, max_pass_tokens if together else 0)
     builder = _Builder(small, card, timeline, groups, options)
     passes, after = builder.build()
-    specs = [verified.specs[o] for o in rewritten.origin]
+    specs = tuple(verified.specs[o] for o in rewritten.origin)
     cost = replace(
         _price(small, specs),
         tokens=sum(p.rows * p.seq for p in passes),
@@ -223,6 +226,7 @@ def make_plan(graph: Graph, card: ModelCard, limits: Limits, options: ExecuteOpt
     return Plan(
         graph=small,
         origin=rewritten.origin,
+        specs=specs,
         passes=passes,
         after=after,
         cost=cost,

@@ -1,0 +1,66 @@
+"""What a plan holds at its peak, in the order in which it will run.
+
+The verifier's price follows the order of the program. The engine computes a value as soon as it can, so values that the
+program makes one after the other may wait side by side for a later site; that is what must fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from patchbay.errors import LimitExceededError
+from patchbay.ir.limits import Limits
+from patchbay.ir.ops import spec as op_spec
+from patchbay.ir.ops.spec import TensorSpec
+from patchbay.ir.price import value_bytes
+from patchbay_server.engine.plan import Compute, Plan, Read, Step
+
+
+def held_to(plan: Plan, limits: Limits) -> Plan:
+    """`plan`, its cost's ``peak_bytes`` as it will run: every value at its full size, results until the end.
+
+    Raises:
+        LimitExceededError: more than the limit allows.
+    """
+    peak = _peak_bytes(plan)
+    if peak > limits.max_peak_bytes:
+        raise LimitExceededError(
+            f"the graph needs {peak:,} bytes at its peak, because values that are made early wait for sites that come"
+            f" later; max_peak_bytes of this server is {limits.max_peak_bytes:,}. Take fewer at once, or reduce them"
+            " before they wait",
+            limit="max_peak_bytes",
+            allowed=limits.max_peak_bytes,
+            requested=peak,
+        )
+    return replace(plan, cost=replace(plan.cost, peak_bytes=peak))
+
+
+def _peak_bytes(plan: Plan) -> int:
+    kept = {output.node for output in plan.graph.outputs}
+    alive: dict[int, int] = {}
+    live = peak = 0
+    for step in _steps(plan):
+        workspace = 0
+        if isinstance(step, (Read, Compute)):
+            live -= alive.get(step.node, 0)
+            alive[step.node] = value_bytes(plan.specs[step.node])
+            live += alive[step.node]
+        if isinstance(step, Read):
+            peak = max(peak, live)
+            continue
+        if isinstance(step, Compute) and not op_spec(step.op).structural:
+            args = [value for a in step.args if isinstance(value := plan.specs[a], TensorSpec)]
+            workspace = op_spec(step.op).workspace(args, plan.specs[step.node], step.attrs)
+        peak = max(peak, live + workspace)
+        for freed in step.free:
+            if freed not in kept:
+                live -= alive.pop(freed, 0)
+    return peak
+
+
+def _steps(plan: Plan) -> Iterator[Step]:
+    for each in plan.passes:
+        for moment in (each.before, *each.sites.values()):
+            yield from moment.steps
+    yield from plan.after.steps
