@@ -68,7 +68,9 @@ def load(source: str, *, name: str | None = None, dtype: str = "auto", device: s
         tokenizer = None
     placed: torch.nn.Module = model
     placed.to(where)
-    return host(placed, tokenizer, name=name or Path(source).name, source=source)
+    # A folder's whole path is the operator's business: clients see its name.
+    shown = Path(source).name if Path(path).is_dir() else source
+    return host(placed, tokenizer, name=name or Path(source).name, source=shown)
 
 
 def host(
