@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from patchbay.ir.graph import Graph
     from patchbay.model import AsyncModel, Model
     from patchbay.results import Results
+    from patchbay.saving import load_graph, save_graph
     from patchbay.tokens import Tokens
     from patchbay.tracing import AsyncTrace, Proxy, Run, Trace, grad
 
@@ -51,8 +52,10 @@ __all__ = [
     "connect_async",
     "errors",
     "grad",
+    "load_graph",
     "local",
     "ops",
+    "save_graph",
 ]
 
 _HOMES = {
@@ -76,7 +79,9 @@ _HOMES = {
     "connect": "client",
     "connect_async": "client",
     "grad": "tracing",
+    "load_graph": "saving",
     "local": "client",
+    "save_graph": "saving",
 }
 _MODULES = frozenset({"errors", "methods", "ops", "plots", "testing"})
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing
@@ -15,10 +16,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from patchbay.errors import ProtocolError, TraceError
-from patchbay.ir.card import ModelCard
+from patchbay.ir.card import InputSpec, ModelCard
 from patchbay.ir.events import Done, Event, ExecuteOptions, TensorValue, Usage
+from patchbay.ir.ops.spec import TensorSpec
 from patchbay.ir.sites import is_module_site
-from patchbay.results import Price
+from patchbay.results import Price, Results, RunUsage
 from patchbay.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -118,14 +120,27 @@ class ModelCore:
         """`inputs` as rows of tokens and named arrays, checked against the card."""
         given, single, named = self._split(inputs)
         texts = await self.tokenize([g for g in given if isinstance(g, str)])
-        return RunInputs(self._checked(given, texts), single, named)
+        return self._run_inputs(given, texts, single, named)
 
     def known_inputs_of(self, inputs: Input) -> RunInputs | None:
         """Like `inputs_of`, when nothing needs to be asked for: the runs of a sweep read the same few texts."""
         given, single, named = self._split(inputs)
         texts = [self._texts.get((g, True)) for g in given if isinstance(g, str)]
         known = [t for t in texts if t is not None]
-        return RunInputs(self._checked(given, known), single, named) if len(known) == len(texts) else None
+        return self._run_inputs(given, known, single, named) if len(known) == len(texts) else None
+
+    def _run_inputs(
+        self,
+        given: Sequence[str | Tokens],
+        texts: Sequence[Tokens],
+        single: bool,
+        named: tuple[tuple[str, TensorData], ...],
+    ) -> RunInputs:
+        rows = self._checked(given, texts)
+        counts = {name: value.shape[0] for name, value in named} | ({TOKENS: len(rows)} if rows else {})
+        if len(set(counts.values())) > 1:
+            raise TraceError(f"the inputs of a run have one entry per row each, but their rows differ: {counts}")
+        return RunInputs(rows, single, named)
 
     def _split(self, inputs: Input) -> tuple[list[str | Tokens], bool, tuple[tuple[str, TensorData], ...]]:
         if not isinstance(inputs, Mapping):
@@ -138,6 +153,9 @@ class ModelCore:
         if (tokens is not None) != self.card.takes_tokens:
             says = f"needs {TOKENS!r}" if self.card.takes_tokens else "takes no tokens"
             raise TraceError(f"{self.card.name!r} {says}; it has the inputs {[s.name for s in self.card.inputs]}")
+        for spec in self.card.inputs:
+            if spec.required and spec.name not in rest:
+                raise TraceError(f"{self.card.name!r} needs the input {spec.name!r} [{_shown(spec)}]: {spec.doc}")
         named = tuple((name, self._named_input(name, rest[name])) for name in sorted(rest))
         return (*(([], False) if tokens is None else split_rows(tokens)), named)
 
@@ -154,6 +172,13 @@ class ModelCore:
             array = np.asarray(value).astype(numpy_dtype(spec.dtype), casting="same_kind", copy=False)
         except (TypeError, ValueError):
             raise TraceError(f"the input {name!r} is an array of {spec.dtype}, not {type(value).__name__}") from None
+        pairs = list(zip(spec.dims, array.shape, strict=False))
+        if array.ndim != len(spec.dims) or any(isinstance(d, int) and d != n for d, n in pairs):
+            raise TraceError(f"the input {name!r} is [{_shown(spec)}], not {list(array.shape)}: {spec.doc}")
+        if any(isinstance(d, str) and d != "rows" and n > self.card.n_ctx for d, n in pairs):
+            raise TraceError(f"{self.card.name!r} takes at most {self.card.n_ctx} positions; {name!r} has more")
+        if spec.below is not None and array.size and not 0 <= int(array.min()) <= int(array.max()) < spec.below:
+            raise TraceError(f"the input {name!r} holds numbers outside 0 to {spec.below - 1}")
         return to_data(array)
 
     def _checked(self, given: Sequence[str | Tokens], texts: Sequence[Tokens]) -> list[Tokens]:
@@ -203,10 +228,48 @@ class ModelCore:
             raise ProtocolError("the server ended the stream without saying that it was done")
         return Outcome(values, usage, transport.bytes_sent - sent, transport.bytes_received - received)
 
+    async def run(
+        self,
+        graph: Graph,
+        options: ExecuteOptions,
+        timeout_s: float | None,
+        on_event: Callable[[Event], Any] | None = None,
+    ) -> Results:
+        """Runs a graph that no trace of this process made; see `Model.run`."""
+        from patchbay.ir.verify import verify
+        from patchbay.tracing.arrays import to_array
+
+        revision = getattr(graph, "revision", "")
+        if revision and revision != self.card.revision:
+            warnings.warn(
+                f"the graph was made for {getattr(graph, 'model', '')!r} of revision {revision}; this is"
+                f" {self.card.name!r} of revision {self.card.revision}: sites may mean the same, numbers will differ",
+                stacklevel=2,
+            )
+        specs = verify(graph, self.card, self.card.limits).specs
+        if not graph.outputs:
+            return Results({})
+        outcome = await self.execute(graph, options, timeout_s, on_event)
+        arrays = {}
+        for output in graph.outputs:
+            if output.name not in outcome.values:
+                raise ProtocolError(f"the server did not send {output.name!r}")
+            value, spec = outcome.values[output.name].value, specs[output.node]
+            if not isinstance(spec, TensorSpec) or (value.shape, value.dtype) != (spec.shape, spec.dtype):
+                raise ProtocolError(f"the server sent {value.dtype}{list(value.shape)} as {output.name!r}, not {spec}")
+            arrays[output.name] = to_array(value)
+        nonfinite = tuple(name for name, value in outcome.values.items() if not value.finite)
+        return Results(arrays, nonfinite, RunUsage.of(outcome.usage))
+
     async def price(self, graph: Graph, timeout_s: float | None) -> Price:
         """The server's own price for a graph."""
         outcome = await self.execute(graph, ExecuteOptions(dry_run=True), timeout_s)
         return Price.of(outcome.usage.cost)
+
+
+def _shown(spec: InputSpec) -> str:
+    """Its extents, for errors."""
+    return ", ".join(map(str, spec.dims))
 
 
 def split_rows(inputs: Input) -> tuple[list[str | Tokens], bool]:
@@ -326,6 +389,31 @@ class Model(BaseModel):
 
     token_id = to_single_token
 
+    def run(
+        self,
+        graph: Graph,
+        *,
+        deterministic: bool = False,
+        disabled: Sequence[str] = (),
+        timeout_s: float | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> Results:
+        """Runs a graph as it is, such as one from `patchbay.load_graph`.
+
+        Args:
+            graph: the graph.
+            deterministic, disabled, timeout_s, progress: as for `trace`.
+
+        Returns:
+            An array for each of the graph's outputs, by name; ``.usage`` says what they cost.
+
+        Raises:
+            GraphError: the graph breaks a rule for this model; raised before anything is sent, or by the server.
+            ServiceError: the server, or the way to it, failed.
+        """
+        options = ExecuteOptions(deterministic=deterministic, disabled=tuple(disabled))
+        return self.wait_with_events(lambda emit: self.core.run(graph, options, timeout_s, emit), progress)
+
     @overload
     def trace(
         self,
@@ -397,6 +485,19 @@ class AsyncModel(BaseModel):
         return await self.core.token_id(text)
 
     token_id = to_single_token
+
+    async def run(
+        self,
+        graph: Graph,
+        *,
+        deterministic: bool = False,
+        disabled: Sequence[str] = (),
+        timeout_s: float | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> Results:
+        """Runs a graph as it is; see `Model.run`."""
+        options = ExecuteOptions(deterministic=deterministic, disabled=tuple(disabled))
+        return await self.core.run(graph, options, timeout_s, progress)
 
     @overload
     def trace(

@@ -14,11 +14,15 @@ class Results(Mapping[str, Any]):
 
     Attributes:
         nonfinite: names of outputs that hold a NaN or an infinity.
+        usage: what computing them cost.
     """
 
-    def __init__(self, values: Mapping[str, Any], nonfinite: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, values: Mapping[str, Any], nonfinite: tuple[str, ...] = (), usage: RunUsage | None = None
+    ) -> None:
         self._values = dict(values)
         self.nonfinite = nonfinite
+        self.usage = RunUsage() if usage is None else usage
 
     def __getitem__(self, name: str) -> Any:
         try:

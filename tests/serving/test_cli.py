@@ -183,3 +183,33 @@ def test_tables_and_counts() -> None:
     assert text.table([("a", "b"), ("ccc", "d")], head=("X", "Y")) == "X    Y\na    b\nccc  d"
     assert text.table([]) == ""
     assert [text.count(n) for n in (7, 950_000, 1_236_000_000)] == ["7", "950k", "1.24B"]
+
+
+def test_run_a_saved_graph(served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The values that the graph's own trace gave, printed and kept; --show prints the graph and runs nothing."""
+    import numpy as np
+
+    import patchbay as pb
+
+    path, out = tmp_path / "graph.pb", tmp_path / "values.npz"
+    with pb.connect(served.target) as client, client.model(TINY).trace([1, 5, 9]) as run:
+        run.save(h=run.blocks[0].resid_post, top=run.logits[:, -1].argmax(-1))
+    pb.save_graph(run, path)
+    assert cli.main(["run", str(path), "--server", served.target, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(rf"top +int64\[1\] +\[{run.results['top'][0]}\]", printed)
+    assert "1 pass over 3 tokens" in printed
+    with np.load(out) as found:
+        assert found["h"].tobytes() == run.results["h"].tobytes()
+    assert cli.main(["run", str(path), "--show"]) == 0
+    assert "run0.blocks[0].resid_post" in capsys.readouterr().out
+
+
+def test_run_says_what_is_wrong(served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A missing file, a file that is none, and an --out of another kind are one line on stderr."""
+    noise = tmp_path / "noise.pb"
+    noise.write_bytes(b"noise")
+    for args, message in (([str(tmp_path / "none.pb")], "cannot read"), ([str(noise)], "not a saved graph")):
+        assert cli.main(["run", *args, "--url", served.target]) == 1
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1

@@ -31,8 +31,10 @@ PUBLIC = [
     "connect_async",
     "errors",
     "grad",
+    "load_graph",
     "local",
     "ops",
+    "save_graph",
 ]
 
 

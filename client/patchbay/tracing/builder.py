@@ -32,15 +32,27 @@ Place: TypeAlias = "tuple[CodeType, int] | None"
 
 
 class TracedGraph(Graph):
-    """A graph that knows its values' shapes and the user's lines, and prints as readable text."""
+    """A graph that knows its values' shapes, its model and the user's lines, and prints as readable text."""
 
     specs: tuple[ValueSpec, ...]
     places: tuple[Place, ...]
+    model: str
+    revision: str
 
-    def __init__(self, graph: Graph, specs: Sequence[ValueSpec], places: Sequence[Place]) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        specs: Sequence[ValueSpec],
+        places: Sequence[Place],
+        *,
+        model: str = "",
+        revision: str = "",
+    ) -> None:
         super().__init__(graph.runs, graph.nodes, graph.outputs)
         object.__setattr__(self, "specs", tuple(specs))
         object.__setattr__(self, "places", tuple(places))
+        object.__setattr__(self, "model", model)
+        object.__setattr__(self, "revision", revision)
 
     @cached_property
     def locations(self) -> tuple[str | None, ...]:
@@ -153,7 +165,7 @@ class GraphBuilder:
         keep = self._needed(outputs) if prune else list(range(len(self.nodes)))
         runs = tuple(self.runs)
         if len(keep) == len(self.nodes):
-            return TracedGraph(Graph(runs, tuple(self.nodes), tuple(outputs)), self.specs, self._places)
+            return self._traced(Graph(runs, tuple(self.nodes), tuple(outputs)), self.specs, self._places)
         where = dict(zip(keep, range(len(keep)), strict=True))
         nodes: list[Node] = []
         for i in keep:
@@ -162,7 +174,10 @@ class GraphBuilder:
                 node = Node(node.op, tuple(where[a] for a in node.args), node.attrs, node.run)
             nodes.append(node)
         graph = Graph(runs, tuple(nodes), tuple(Output(o.name, where[o.node]) for o in outputs))
-        return TracedGraph(graph, [self.specs[i] for i in keep], [self._places[i] for i in keep])
+        return self._traced(graph, [self.specs[i] for i in keep], [self._places[i] for i in keep])
+
+    def _traced(self, graph: Graph, specs: Sequence[ValueSpec], places: Sequence[Place]) -> TracedGraph:
+        return TracedGraph(graph, specs, places, model=self.card.name, revision=self.card.revision)
 
     def _needed(self, outputs: Sequence[Output]) -> list[int]:
         needed = bytearray(len(self.nodes))

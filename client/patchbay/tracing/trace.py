@@ -241,8 +241,9 @@ class BaseTrace(abc.ABC):
             return array
 
         nonfinite = tuple(name for name, v in values.items() if not v.finite)
-        self._results = Results({name: map_tree(tree, take) for name, tree in self._trees.items()}, nonfinite)
         self._usage = RunUsage.of(Usage() if outcome is None else outcome.usage)
+        trees = {name: map_tree(tree, take) for name, tree in self._trees.items()}
+        self._results = Results(trees, nonfinite, self._usage)
         if outcome is not None:
             self.sent_bytes, self.received_bytes = outcome.sent_bytes, outcome.received_bytes
         self._state = "done"
