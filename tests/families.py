@@ -78,7 +78,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"]},
     "qwen3_next": {"layer_types": ["linear_attention", "full_attention"], "partial_rotary_factor": 0.5},
     "bamba": {"attn_layer_indices": [1]},
-    "deepseek_v3": {"head_dim": 2, "num_key_value_heads": 4},
     "stablelm": {"partial_rotary_factor": 0.5},
     "persimmon": {"partial_rotary_factor": 0.5},
     "phi": {"partial_rotary_factor": 0.5},
@@ -92,6 +91,8 @@ def config_of(family: str, **more: Any) -> transformers.PretrainedConfig:
     known = kind().to_dict() if family not in SPECIAL else {**kind().to_dict(), **SPECIAL[family]}
     aliases = set(getattr(kind, "attribute_map", {}))
     chosen = {k: v for k, v in SIZES.items() if k in known and k not in aliases}
+    if "kv_lora_rank" in chosen:  # latent attention: every head has keys of its own
+        chosen |= {k: 4 for k in ("num_key_value_heads",) if k in known} | {k: 2 for k in ("head_dim",) if k in known}
     chosen |= SPECIAL.get(family, {})
     chosen |= more
     if known.get("layer_types") and "layer_types" not in chosen:

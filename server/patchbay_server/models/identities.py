@@ -183,6 +183,7 @@ class _Table:
         yield from self._attention(f"{p}.cross_attn")
         yield from self._mlp(p)
         yield from self._experts(p)
+        yield from self._state_space(p)
 
     def _ln_source(self, shape: BlockShape, name: str) -> str:
         p = shape.prefix
@@ -437,6 +438,32 @@ class _Table:
             if close(self.values[each].sum(2), self.values[out]):
                 whole = lambda c: close(c.now[each].sum(2), c.now[out])  # noqa: E731
                 yield Identity("sum of the experts' shares = mlp.out", (each, weights, out), (each, weights), whole)
+
+    # --- state spaces
+
+    def _state_space(self, p: str) -> Iterator[Identity]:
+        conv, x, dt, b, c, state, y = (f"{p}.ssm.{n}" for n in ("conv", "x", "dt", "B", "C", "state", "y"))
+        mixed = f"{p}.mixer.out"
+        if self.has(conv, mixed):
+            target = x if self.has(x) else mixed
+
+            def moved(v: Check) -> bool:
+                return conv not in v.written or not torch.equal(v.now[target], v.plain[target])
+
+            yield Identity(f"{_short(target)} is computed from it", (conv,), (conv,), moved)
+        if not self.has(x, dt, b, c, y):
+            return
+        space = self.binding.spaces[p]
+
+        def recurs(v: Check) -> bool:
+            states, _ = space.states(v.now[x], v.now[dt], v.now[b])
+            if state in v.now and not close(states.flatten(2, 3), v.now[state].float()):
+                return False
+            return close(space.readout(states, v.now[c], v.now[x]), v.now[y].float())
+
+        names = (x, dt, b, c, y, state) if self.has(state) else (x, dt, b, c, y)
+        sentence = "the recurrence written out with A and D gives the same"
+        yield Identity(sentence, names, (x, dt, b, c), recurs)
 
 
 def _short(name: str) -> str:

@@ -26,6 +26,9 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 #: Attribute of a module that holds its interceptor while taps are attached.
 _INTERCEPTOR = "_patchbay_interceptor"
 
+#: As an occurrence: each time.
+EVERY = -1
+
 #: Python's spellings of operators -> the function's name.
 _OPERATORS = {"truediv": "div", "rtruediv": "div", "itruediv": "div", "pow": "pow", "ipow": "pow"}
 
@@ -47,6 +50,11 @@ class OpPlace:
     function: str
     offset: int
     occurrence: int
+
+    @property
+    def at(self) -> tuple[str, str, str, int]:
+        """The place without the occurrence."""
+        return self.name, self.file, self.function, self.offset
 
     def __str__(self) -> str:
         again = f", call {self.occurrence + 1}" if self.occurrence else ""
@@ -107,7 +115,7 @@ class _Interceptor(TorchFunctionMode):
         key = (name, *calling_frame())
         occurrence = self._counts.get(key, 0)
         self._counts[key] = occurrence + 1
-        here = [e for e in self.entries if e[0] == OpPlace(*key, occurrence)]
+        here = [e for e in self.entries if e[0].at == key and e[0].occurrence in (occurrence, EVERY)]
         if not here:
             return func(*args, **named)
         for _, argument, handler, _ in here:

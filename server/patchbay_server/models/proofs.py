@@ -161,8 +161,10 @@ def _prove_writes(
             continue
         proof.forwards += 1
         check = Check(after, values, frozenset(writes))
+        reaches = not torch.equal(output, plain)
+        reaches |= any(n in after and n not in writes and not torch.equal(after[n], values[n]) for n in values)
         for name in names:
-            _judge_write(name, check, checks, not torch.equal(output, plain), proof)
+            _judge_write(name, check, checks, reaches, proof)
 
 
 def _judge_write(name: str, check: Check, checks: list[Identity], reaches: bool, proof: Proof) -> None:

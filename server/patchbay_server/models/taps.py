@@ -7,14 +7,14 @@ back where the model expects it. Taps hold no state of their own; whoever attach
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
 
 import torch
 
 from patchbay_server.models import attention
 from patchbay_server.models.layouts import Heads, Layout
-from patchbay_server.models.operations import OpPlace, intercept, replace_call
+from patchbay_server.models.operations import EVERY, OpPlace, intercept, replace_call
 
 Handler: TypeAlias = "Callable[[torch.Tensor], torch.Tensor | None]"
 
@@ -136,18 +136,23 @@ class OpTap:
         place: which operation.
         argument: position or keyword of the argument that is meant; None for what it returns.
         layout: how the site lies in it; None where it is the whole tensor.
+        part: which tensor is meant of an operation that returns several.
     """
 
     path: str
     place: OpPlace
     argument: int | str | None = None
     layout: Layout | None = None
+    part: int = 0
 
     def attach(self, model: torch.nn.Module, handler: Handler, *, writes: bool) -> Handle:
         del writes
 
-        def handle(whole: torch.Tensor) -> torch.Tensor | None:
-            return through(self.layout, whole, handler)
+        def handle(whole: Any) -> Any:
+            if isinstance(whole, torch.Tensor):
+                return through(self.layout, whole, handler)
+            new = through(self.layout, whole[self.part], handler)
+            return None if new is None else (*whole[: self.part], new, *whole[self.part + 1 :])
 
         return intercept(model.get_submodule(self.path), self.place, self.argument, handle)
 
@@ -454,3 +459,41 @@ class FusedTap:
 
         opened = replace_call(module, self.place, instead)
         return _Both(opened, attention.tap(module, self.part, handler, writes=writes))
+
+
+@dataclass(frozen=True)
+class StepsTap:
+    """A value that a module computes once for each position, shown for all of them: ``[rows, seq, ...]``.
+
+    It is shown when the last position's is computed, and cannot be replaced.
+
+    Attributes:
+        path: the module whose own forward runs the operation.
+        place: the operation, at its first occurrence.
+        seq_from: a module whose first tensor input is ``[rows, seq, ...]`` and which is entered before.
+    """
+
+    path: str
+    place: OpPlace
+    seq_from: str
+
+    def attach(self, model: torch.nn.Module, handler: Handler, *, writes: bool) -> Handle:
+        del writes
+        length: list[int] = [1]
+        steps: list[torch.Tensor] = []
+
+        def begin(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            del module
+            first = next(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor))
+            length[0] = first.shape[1]
+            steps.clear()
+
+        def handle(step: torch.Tensor) -> None:
+            steps.append(step)
+            if len(steps) == length[0]:
+                handler(torch.stack(steps, dim=1))
+                steps.clear()
+
+        start = model.get_submodule(self.seq_from).register_forward_pre_hook(begin, with_kwargs=True)
+        place = replace(self.place, occurrence=EVERY)
+        return _Both(start, intercept(model.get_submodule(self.path), place, None, handle))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from patchbay_server.models.taps import Tap
 
@@ -102,6 +103,7 @@ class Binding:
         ln_final: path of the final norm, or None.
         unembed: path of the unembedding, or None.
         attention: attention module path by layer.
+        spaces: the recurrence of each state-space layer, by the prefix of its sites' names.
     """
 
     sites: dict[str, FoundSite] = field(default_factory=dict)
@@ -113,6 +115,7 @@ class Binding:
     ln_final: str | None = None
     unembed: str | None = None
     attention: dict[int, str] = field(default_factory=dict)
+    spaces: dict[str, Any] = field(default_factory=dict)
 
     def add(self, name: str, tap: Tap, dims: tuple[int | str, ...], doc: str, read_only: str = "") -> None:
         self.sites[name] = FoundSite(name, tap, dims, doc, read_only)

@@ -292,6 +292,8 @@ def _bind_norms(block: Block, additions: list[Addition]) -> None:
             where = "the block's input" if name == "ln1" else "the stream before the MLP"
             shared = name == "ln2" and "ln1" in chosen and len({id(strip(a.before)) for a in additions}) <= 1
             reason = "the MLP reads the same norm as attention" if shared else f"no norm of its own reads {where}"
+            if name == "ln2" and len(additions) == 1:
+                reason = "the layer has one part, and so one norm"
             after = " (it follows the module: see " + f"{name}_post)" if f"{name}_post" in chosen else ""
             block.absent(reason + after, f"{name}.scale", f"{name}.normalized")
 
