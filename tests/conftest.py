@@ -1,6 +1,7 @@
-"""What every test shares: hypothesis profiles. Fixtures live in the conftest of the room that uses them."""
+"""What every test shares: hypothesis profiles, signals. Fixtures live in the conftest of the room that uses them."""
 
 import os
+import signal
 
 from hypothesis import HealthCheck, settings
 
@@ -10,3 +11,8 @@ settings.register_profile(
 )
 settings.register_profile("dev", deadline=None)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+# A runner that starts jobs in the background ignores Ctrl-C on their behalf, and children inherit that: the tests that
+# press Ctrl-C on a service would then wait for ever.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
