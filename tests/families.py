@@ -6,10 +6,15 @@ family needs stands under its name.
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+
+from patchbay.ir.card import ModelCard
 
 D_MODEL, N_LAYERS, VOCAB = 16, 2, 40
 
@@ -116,3 +121,57 @@ def build(family: str, *, seed: int = 0, attention: str | None = None, **more: A
                 noise = torch.randn(parameter.shape, generator=generator) * 0.25
                 parameter.copy_(noise if parameter.ndim > 1 else noise + 0.5)
     return model
+
+
+#: The decoder-only families that CI builds, derives and proves.
+FAMILIES = (
+    "gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2",
+    "gemma3_text", "phi", "phi3", "falcon", "mixtral", "qwen2_moe", "qwen3_moe", "olmo2", "stablelm", "cohere",
+    "granite", "deepseek_v3", "gpt_oss", "mamba", "mamba2", "rwkv", "recurrent_gemma", "jamba",
+    # beyond the list that the binding was written for
+    "bamba", "codegen", "glm4", "lfm2", "minicpm3", "mpt", "olmo", "qwen3_next", "smollm3", "starcoder2",
+)  # fmt: skip
+
+
+def facts(card: ModelCard) -> dict[str, Any]:
+    """What a card says of canonical sites, layers told apart only where they differ.
+
+    Returns:
+        ``proved`` and ``read_only`` (lists of names, the block left open, with the layers that have it where not all
+        do) and ``absent`` (reason by name).
+    """
+    layers: dict[str, list[int]] = {}
+    absent: dict[str, str] = {}
+    read_only: set[str] = set()
+    for site in card.sites:
+        if site.name.startswith("module:"):
+            continue
+        block = re.match(r"blocks\.(\d+)\.(.*)", site.name)
+        kind = f"blocks.*.{block[2]}" if block else site.name
+        if site.absent is not None:
+            absent[kind] = site.absent
+            continue
+        layers.setdefault(kind, []).append(int(block[1]) if block else -1)
+        if not site.writable:
+            read_only.add(kind)
+    whole = list(range(card.n_layers))
+    proved = [k if n in (whole, [-1]) else f"{k} ({', '.join(map(str, n))})" for k, n in layers.items()]
+    missing = {k: r for k, r in absent.items() if k not in layers}
+    return {"proved": sorted(proved), "read_only": sorted(read_only), "absent": dict(sorted(missing.items()))}
+
+
+#: Where the facts of every family are kept: what a regression is seen by, and what docs/sites.md is made from.
+TABLE = Path(__file__).parent / "vectors" / "families.json"
+
+
+def main() -> None:
+    """Write the facts of every family anew."""
+    from patchbay_server.models.loader import host
+
+    table = {family: facts(host(build(family), name=family).card) for family in FAMILIES}
+    TABLE.write_text(json.dumps(table, indent=1) + "\n")
+    print(f"wrote {TABLE.name}: {len(table)} families")
+
+
+if __name__ == "__main__":
+    main()

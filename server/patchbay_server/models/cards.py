@@ -49,7 +49,7 @@ def observed_dims(
         named: what the extents are thought to be; a name is kept where what was seen agrees (``query`` for ``seq``).
 
     Returns:
-        Extents, ``"rows"`` first; None for a value that is no tensor of rows, or one of integers that nothing is thought of.
+        Extents, ``"rows"`` first; None for what is no tensor of rows, and for integers that nothing is thought of.
     """
     if a is None or b is None or a.ndim != b.ndim or a.ndim < 1 or not (a.is_floating_point() or named):
         return None
