@@ -11,6 +11,7 @@ several methods may share one::
     lens.py      logit lens, the rank of a token, a difference of logits
     patching.py  activation patching, and how much of an effect a patch recovers
     heads.py     scores of attention heads, ablation of heads
+    features.py  an input that excites a channel, by climbing gradients
     steering.py  directions from differences of means, adding and removing them, greedy continuations
 """
 
@@ -20,6 +21,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from patchbay.methods.features import Visualization, feature_visualization
     from patchbay.methods.heads import (
         ablate_head,
         copying_accuracy,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "LogitLens": "lens",
+    "Visualization": "features",
     "ablate_head": "heads",
     "activation_patching": "patching",
     "add_direction": "steering",
@@ -40,6 +43,7 @@ _HOME = {
     "copying_accuracy": "heads",
     "copying_probability": "heads",
     "difference_in_means": "steering",
+    "feature_visualization": "features",
     "induction_scores": "heads",
     "lens_labels": "lens",
     "logit_difference": "lens",
@@ -53,6 +57,7 @@ _HOME = {
 
 __all__ = [
     "LogitLens",
+    "Visualization",
     "ablate_head",
     "activation_patching",
     "add_direction",
@@ -60,6 +65,7 @@ __all__ = [
     "copying_accuracy",
     "copying_probability",
     "difference_in_means",
+    "feature_visualization",
     "induction_scores",
     "lens_labels",
     "logit_difference",
