@@ -55,7 +55,7 @@ def feature_visualization(
 
     Args:
         model: a model with an input of floating-point numbers (images, spectrograms).
-        site: any spelling of a site ``[rows, channel, height, width]``, or, in transformers, ``[rows, place, channel]``:
+        site: any spelling of a site, ``[rows, channel, height, width]``, or in transformers ``[rows, place, channel]``:
             the channel axis is 1 for sites of four axes, else the last.
         channel: which channel.
         steps: steps of the climb.
