@@ -79,6 +79,7 @@ class Call:
         start, end: ticks of a counter that goes up at each entry, each return and each operation.
         given, made: its first tensor input and the first tensor of its output.
         takes, makes: every tensor among its arguments and in its output.
+        eps: what torch's layer_norm or rms_norm added to the variance, when the module called one itself.
     """
 
     path: str
@@ -89,6 +90,7 @@ class Call:
     made: Value | None = None
     takes: tuple[Value, ...] = ()
     makes: tuple[Value, ...] = ()
+    eps: float | None = None
 
     @property
     def input(self) -> torch.Tensor | None:
@@ -238,6 +240,9 @@ class _Recorder(TorchFunctionMode):
         counts[key] = place.occurrence + 1
         owner = self._open[-1].path if self._open else ""
         inputs = tuple((where, self.value_of(t)) for where, t in tensors)
+        if name in ("layer_norm", "rms_norm") and self._open:
+            given = named.get("eps", args[-1] if isinstance(args[-1], float) else None)
+            self._open[-1].eps = 1e-5 if given is None and name == "layer_norm" else given
         changed = self._changed_by(func, args)
         aliases = [(t, self.value_of(t)) for t in changed]
         output = func(*args, **named)

@@ -43,7 +43,7 @@ def norm_form(call: Call) -> NormForm | None:
         return None
     eps = next(
         (float(e) for n in ("variance_epsilon", "eps") if isinstance(e := getattr(call.module, n, None), (int, float))),
-        None,
+        call.eps,
     )
     if eps is None:
         return None

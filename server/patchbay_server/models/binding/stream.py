@@ -278,10 +278,11 @@ def _bind_norms(block: Block, additions: list[Addition]) -> None:
         for norm in _raw(block, addition.value).norms[:1]:
             chosen.setdefault(f"{name}_post", norm)
         stream = addition.before if name != "ln1" or block.start is not None else block.given
-        for call in block.map.readers(stream):
+        starts = [stream] if reaches(addition.value, stream, (block.given,)) else [block.given]
+        for call in [c for start in starts for c in block.map.readers(start)]:
             if call.made is None or call in chosen.values() or not block.map.is_norm(call):
                 continue
-            if reaches(addition.value, call.made, (stream,)):
+            if reaches(addition.value, call.made, starts):
                 chosen.setdefault(name, call)
                 break
     names = ["ln1", "ln2"] + ["ln3"] * any(a.kind == "cross" for a in additions)
@@ -290,7 +291,10 @@ def _bind_norms(block: Block, additions: list[Addition]) -> None:
             bind_norm(block.binding, f"{block.prefix}.{name}", chosen[name], block.d_model, block.path)
         elif not name.endswith("_post"):
             where = "the block's input" if name == "ln1" else "the stream before the MLP"
-            shared = name == "ln2" and "ln1" in chosen and len({id(strip(a.before)) for a in additions}) <= 1
+            first = chosen["ln1"].made if "ln1" in chosen else None
+            shared = first is not None and any(
+                a.kind == "mlp" and reaches(a.value, first, (a.before,)) for a in additions
+            )
             reason = "the MLP reads the same norm as attention" if shared else f"no norm of its own reads {where}"
             if name == "ln2" and len(additions) == 1:
                 reason = "the layer has one part, and so one norm"
