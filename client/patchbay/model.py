@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from patchbay.ir.graph import Graph, TensorData
     from patchbay.portal import Portal
     from patchbay.tracing.namespaces import SiteTree
+    from patchbay.tracing.params import ModelParams
     from patchbay.tracing.trace import AsyncRunTrace, AsyncTrace, Input, ProgressCallback, RunTrace, Trace
 
 T = TypeVar("T")
@@ -329,6 +330,13 @@ class BaseModel:
     def name(self) -> str:
         """The name that it is served under."""
         return self.core.card.name
+
+    @property
+    def params(self) -> ModelParams:
+        """The weights by name, to stand beside values of any trace: ``model.params["blocks.3.attn.W_O"]``."""
+        from patchbay.tracing.params import ModelParams
+
+        return ModelParams(self.core.card)
 
     def __repr__(self) -> str:
         return describe_model(self.core.card)

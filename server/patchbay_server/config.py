@@ -54,6 +54,10 @@ class ModelConfig(_Section):
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
         description="`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:N`.",
     )
+    weights: Literal["none", "used-in-graph", "downloadable"] = Field(
+        default="used-in-graph",
+        description="What graphs may do with the weights: not name them, use them, or also ask for them.",
+    )
     replicas: int = Field(default=1, ge=1, le=1024, description="Copies of the model, each in a process of its own.")
     num_cpus: float = Field(default=1.0, ge=0, description="Logical CPUs that Ray reserves for each replica.")
     num_gpus: float = Field(default=0.0, ge=0, description="GPUs that Ray reserves for each replica.")

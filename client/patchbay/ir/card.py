@@ -18,6 +18,7 @@ from patchbay.errors import UnknownSiteError
 from patchbay.ir.dtypes import DType
 from patchbay.ir.graph import Run
 from patchbay.ir.limits import Limits
+from patchbay.ir.params import NONE, ParamSpec, find_param
 
 #: An extent: a number, or ``"rows"``, ``"seq"``, ``"query"``, ``"key"`` (the last three all mean the run's length).
 Dim: TypeAlias = "int | str"
@@ -133,6 +134,8 @@ class ModelCard:
         inputs: what runs have beside token ids.
         sites: every site, canonical ones first, in forward order.
         callables: modules that ``call`` may apply.
+        params: weights that ``param.read`` may name, canonical ones first.
+        weights: the server's policy on them: one of `patchbay.ir.params.POLICIES`.
         limits: what the server holds every graph to; checked on the client too, before sending.
         attributes: further facts for people (training, licence, accuracies), never interpreted.
     """
@@ -157,6 +160,8 @@ class ModelCard:
     takes_tokens: bool = True
     ragged: bool = True
     inputs: tuple[InputSpec, ...] = ()
+    params: tuple[ParamSpec, ...] = ()
+    weights: str = NONE
     limits: Limits = field(default_factory=Limits)
     attributes: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
@@ -210,6 +215,19 @@ class ModelCard:
             known = ", ".join(self._callables_by_name) or "none"
             raise UnknownSiteError(f"{self.name!r} has no callable {name!r} (it has: {known})")
         return spec
+
+    @cached_property
+    def _params_by_name(self) -> Mapping[str, ParamSpec]:
+        return {p.name: p for p in self.params}
+
+    def param(self, name: str) -> ParamSpec:
+        """The parameter called `name`.
+
+        Raises:
+            GraphError: the server's policy lets no graph use the weights.
+            UnknownSiteError: no such parameter; the message names the nearest.
+        """
+        return find_param(self, self._params_by_name, name)
 
     def nearest(self, name: str, count: int = 3) -> tuple[str, ...]:
         """Names of existing sites that look most like `name`."""

@@ -97,6 +97,8 @@ def expression(node: Node, args: Sequence[str]) -> str:
     if node.op == "const":
         value = attrs.get("value")
         return show_tensor(value) if isinstance(value, TensorData) else repr(attrs.get("scalar"))
+    if node.op == "param.read":
+        return f"params[{attrs.get('name')!r}]"
     if node.op == "item":
         return f"{args[0]}[{attrs.get('index')}]" if args else "item(?)"
     if node.op in _INFIX and len(args) == 2:

@@ -29,6 +29,7 @@ from patchbay.ir.indexing import index_shape
 from patchbay.ir.limits import MAX_DIMS, MAX_TENSOR_SPAN, Limits
 from patchbay.ir.ops import spec as op_spec
 from patchbay.ir.ops.spec import OpSpec, TensorSpec, ValueSpec
+from patchbay.ir.params import outputs_respect_the_policy
 from patchbay.ir.price import price
 from patchbay.ir.schedule import dependents, site_chains, topological_order
 
@@ -124,6 +125,12 @@ def _infer_const(ctx: _Context, node: Node, spec: OpSpec, args: Sequence[TensorS
     return TensorSpec((), _SCALAR_DTYPES[kind], scalar=kind)
 
 
+def _infer_param(ctx: _Context, node: Node, spec: OpSpec, args: Sequence[TensorSpec]) -> ValueSpec:
+    del args
+    found = ctx.card.param(spec.fill(node.attrs)["name"])
+    return TensorSpec(found.shape, found.dtype)
+
+
 def _infer_read(ctx: _Context, node: Node, spec: OpSpec, args: Sequence[TensorSpec]) -> ValueSpec:
     del args
     run = _run_of(ctx, node)
@@ -194,6 +201,7 @@ def _infer_grad(ctx: _Context, node: Node, spec: OpSpec, args: Sequence[TensorSp
 
 _STRUCTURAL_INFERENCE: dict[str, Callable[[_Context, Node, OpSpec, Sequence[TensorSpec]], ValueSpec]] = {
     "const": _infer_const,
+    "param.read": _infer_param,
     "site.read": _infer_read,
     "site.write": _infer_write,
     "call": _infer_call,
@@ -347,7 +355,10 @@ def _outputs_are_values(graph: Graph, card: ModelCard) -> None:
 GraphRule: TypeAlias = "Callable[[Graph, ModelCard], None]"
 GRAPH_RULES: tuple[GraphRule, ...] = (_runs_are_well_formed, _arguments_refer_backwards, _outputs_are_values)
 #: Checked once every node has been inferred, so that sites and operations are known to exist.
-LATE_GRAPH_RULES: tuple[GraphRule, ...] = (_metrics_depend_on_what_they_are_differentiated_by,)
+LATE_GRAPH_RULES: tuple[GraphRule, ...] = (
+    _metrics_depend_on_what_they_are_differentiated_by,
+    outputs_respect_the_policy,
+)
 
 
 def _check_counts(graph: Graph, limits: Limits) -> None:

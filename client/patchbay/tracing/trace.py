@@ -22,6 +22,7 @@ from patchbay.tokens import label_of
 from patchbay.tracing.arrays import as_array, to_array, to_data
 from patchbay.tracing.builder import GraphBuilder, TracedGraph
 from patchbay.tracing.namespaces import Callable as ModelCallable
+from patchbay.tracing.params import TraceParams
 from patchbay.tracing.proxy import Created, Proxy, lift, not_saved
 from patchbay.tracing.runs import Run
 
@@ -77,6 +78,11 @@ class BaseTrace(abc.ABC):
     def site_tree(self) -> SiteTree:
         """The model's sites by the parts of their names."""
         return self._core.site_tree
+
+    @property
+    def params(self) -> TraceParams:
+        """The model's weights by name, as values of this trace: ``t.params["blocks.3.attn.W_O"]``."""
+        return TraceParams(self)
 
     @property
     def has_run(self) -> bool:

@@ -25,7 +25,7 @@ class ModelSummary(_message.Message):
     def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., source: _Optional[str] = ..., parameter_count: _Optional[int] = ..., layer_count: _Optional[int] = ..., d_model: _Optional[int] = ..., ready: bool = ...) -> None: ...
 
 class ModelCard(_message.Message):
-    __slots__ = ("name", "family", "source", "revision", "element_type", "layer_count", "d_model", "head_count", "kv_head_count", "d_head", "d_mlp", "d_vocab", "context_length", "parameter_count", "causal", "sites", "callables", "limits", "attributes", "without_tokens", "equal_lengths", "inputs")
+    __slots__ = ("name", "family", "source", "revision", "element_type", "layer_count", "d_model", "head_count", "kv_head_count", "d_head", "d_mlp", "d_vocab", "context_length", "parameter_count", "causal", "sites", "callables", "limits", "attributes", "without_tokens", "equal_lengths", "inputs", "params", "weights_policy")
     class AttributesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -55,6 +55,8 @@ class ModelCard(_message.Message):
     WITHOUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     EQUAL_LENGTHS_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
+    PARAMS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_POLICY_FIELD_NUMBER: _ClassVar[int]
     name: str
     family: str
     source: str
@@ -77,7 +79,9 @@ class ModelCard(_message.Message):
     without_tokens: bool
     equal_lengths: bool
     inputs: _containers.RepeatedCompositeFieldContainer[InputSpec]
-    def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., source: _Optional[str] = ..., revision: _Optional[str] = ..., element_type: _Optional[_Union[_tensor_pb2.ElementType, str]] = ..., layer_count: _Optional[int] = ..., d_model: _Optional[int] = ..., head_count: _Optional[int] = ..., kv_head_count: _Optional[int] = ..., d_head: _Optional[int] = ..., d_mlp: _Optional[int] = ..., d_vocab: _Optional[int] = ..., context_length: _Optional[int] = ..., parameter_count: _Optional[int] = ..., causal: bool = ..., sites: _Optional[_Iterable[_Union[SiteSpec, _Mapping]]] = ..., callables: _Optional[_Iterable[_Union[CallableSpec, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., attributes: _Optional[_Mapping[str, str]] = ..., without_tokens: bool = ..., equal_lengths: bool = ..., inputs: _Optional[_Iterable[_Union[InputSpec, _Mapping]]] = ...) -> None: ...
+    params: _containers.RepeatedCompositeFieldContainer[ParamSpec]
+    weights_policy: str
+    def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., source: _Optional[str] = ..., revision: _Optional[str] = ..., element_type: _Optional[_Union[_tensor_pb2.ElementType, str]] = ..., layer_count: _Optional[int] = ..., d_model: _Optional[int] = ..., head_count: _Optional[int] = ..., kv_head_count: _Optional[int] = ..., d_head: _Optional[int] = ..., d_mlp: _Optional[int] = ..., d_vocab: _Optional[int] = ..., context_length: _Optional[int] = ..., parameter_count: _Optional[int] = ..., causal: bool = ..., sites: _Optional[_Iterable[_Union[SiteSpec, _Mapping]]] = ..., callables: _Optional[_Iterable[_Union[CallableSpec, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., attributes: _Optional[_Mapping[str, str]] = ..., without_tokens: bool = ..., equal_lengths: bool = ..., inputs: _Optional[_Iterable[_Union[InputSpec, _Mapping]]] = ..., params: _Optional[_Iterable[_Union[ParamSpec, _Mapping]]] = ..., weights_policy: _Optional[str] = ...) -> None: ...
 
 class InputSpec(_message.Message):
     __slots__ = ("name", "dims", "element_type", "required", "below", "doc")
@@ -122,6 +126,18 @@ class Dim(_message.Message):
     size: int
     symbol: str
     def __init__(self, size: _Optional[int] = ..., symbol: _Optional[str] = ...) -> None: ...
+
+class ParamSpec(_message.Message):
+    __slots__ = ("name", "shape", "element_type", "doc")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    ELEMENT_TYPE_FIELD_NUMBER: _ClassVar[int]
+    DOC_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    element_type: _tensor_pb2.ElementType
+    doc: str
+    def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., element_type: _Optional[_Union[_tensor_pb2.ElementType, str]] = ..., doc: _Optional[str] = ...) -> None: ...
 
 class CallableSpec(_message.Message):
     __slots__ = ("name", "d_in", "d_out", "element_type", "doc")

@@ -9,10 +9,11 @@ from patchbay.errors import ProtocolError
 from patchbay.ir.card import SYMBOLS, CallableSpec, Dim, InputSpec, ModelCard, SiteSpec
 from patchbay.ir.events import ModelSummary
 from patchbay.ir.limits import MAX_DIMS, Limits
+from patchbay.ir.params import NONE, POLICIES, ParamSpec
 from patchbay.v1 import card_pb2
 from patchbay.wire.bounds import MAX_SITES
 from patchbay.wire.names import decode_model, encode_model
-from patchbay.wire.tensors import decode_dtype, encode_dtype
+from patchbay.wire.tensors import decode_dtype, decode_shape, encode_dtype
 
 _LIMITS = tuple(field.name for field in dataclasses.fields(Limits))
 #: Widths that are the same number in both forms: IR name -> message field.
@@ -48,9 +49,15 @@ def encode_card(card: ModelCard) -> card_pb2.ModelCard:
         without_tokens=not card.takes_tokens,
         equal_lengths=not card.ragged,
         inputs=[_encode_input(i) for i in card.inputs],
+        params=[_encode_param(p) for p in card.params],
+        weights_policy="" if card.weights == NONE else card.weights,
         attributes=dict(card.attributes),
         **{field: getattr(card, name) for name, field in _WIDTHS.items()},
     )
+
+
+def _encode_param(spec: ParamSpec) -> card_pb2.ParamSpec:
+    return card_pb2.ParamSpec(name=spec.name, shape=spec.shape, element_type=encode_dtype(spec.dtype), doc=spec.doc)
 
 
 def _encode_site(site: SiteSpec) -> card_pb2.SiteSpec:
@@ -86,7 +93,7 @@ def decode_card(message: card_pb2.ModelCard) -> ModelCard:
     Raises:
         ProtocolError: a card that contradicts itself or that this version cannot read.
     """
-    for field in ("sites", "callables", "inputs", "attributes"):
+    for field in ("sites", "callables", "inputs", "params", "attributes"):
         if len(getattr(message, field)) > MAX_SITES:
             raise ProtocolError(f"card.{field}: more than {MAX_SITES} entries", field=f"card.{field}")
     widths = {name: _count(message, field, "card") for name, field in _WIDTHS.items()}
@@ -102,6 +109,8 @@ def decode_card(message: card_pb2.ModelCard) -> ModelCard:
         takes_tokens=not message.without_tokens,
         ragged=not message.equal_lengths,
         inputs=tuple(_decode_input(spec, f"card.inputs[{i}]") for i, spec in enumerate(message.inputs)),
+        params=tuple(_decode_param(p, f"card.params[{i}]") for i, p in enumerate(message.params)),
+        weights=_decode_policy(message.weights_policy),
         limits=decode_limits(message.limits),
         attributes=MappingProxyType(dict(message.attributes)),
         **widths,
@@ -125,6 +134,21 @@ def _decode_input(message: card_pb2.InputSpec, field: str) -> InputSpec:
         below=_count(message, "below", field) if message.HasField("below") else None,
         doc=message.doc,
     )
+
+
+def _decode_param(message: card_pb2.ParamSpec, field: str) -> ParamSpec:
+    dtype = decode_dtype(message.element_type, f"{field}.element_type")
+    shape = decode_shape(message.shape, dtype, f"{field}.shape")
+    return ParamSpec(name=message.name, shape=shape, dtype=dtype, doc=message.doc)
+
+
+def _decode_policy(policy: str) -> str:
+    """Servers from before there were parameters say nothing, and offer none."""
+    if policy and policy not in POLICIES:
+        raise ProtocolError(
+            f"card.weights_policy: {policy!r} is none that this version knows", field="card.weights_policy"
+        )
+    return policy or NONE
 
 
 def _decode_site(message: card_pb2.SiteSpec, field: str) -> SiteSpec:

@@ -260,6 +260,8 @@ class Execution:
         if step.op == "const":
             value: TensorData | None = step.attrs["value"]
             return step.attrs["scalar"] if value is None else to_tensor(value, self._hosted.device)
+        if step.op == "param.read":
+            return self._hosted.parameters[step.attrs["name"]].of(self._hosted.model)
         if step.op == "item":
             return self._values[step.args[0]][step.attrs["index"]]
         if step.op == "grad":

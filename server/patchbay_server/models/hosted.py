@@ -14,6 +14,8 @@ from patchbay.errors import InvalidRequestError, RequestRangeError
 from patchbay.ir.card import ModelCard
 from patchbay.ir.events import ModelSummary, TokenizedRow
 from patchbay.ir.limits import Limits
+from patchbay.ir.params import NONE
+from patchbay_server.models.parameters import Parameter
 from patchbay_server.models.taps import Tap
 
 
@@ -29,6 +31,7 @@ class HostedModel:
         layers: paths of the decoder layers, in order.
         callables: the modules that ``call`` may apply, by name; each maps ``[..., d_in]`` to ``[..., d_out]``.
         proofs: for every canonical site, what was checked at load and what came out, in words.
+        parameters: the way to every weight that the card names.
     """
 
     model: torch.nn.Module
@@ -38,6 +41,7 @@ class HostedModel:
     layers: tuple[str, ...]
     callables: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
     proofs: Mapping[str, str]
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
     _tokenizer_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property
@@ -52,6 +56,11 @@ class HostedModel:
     def with_limits(self, limits: Limits) -> HostedModel:
         """The same model, its card announcing `limits`."""
         return replace(self, card=replace(self.card, limits=limits))
+
+    def with_weights(self, policy: str) -> HostedModel:
+        """The same model, its card announcing what graphs may do with its weights (`patchbay.ir.params.POLICIES`)."""
+        params = () if policy == NONE else self.card.params
+        return replace(self, card=replace(self.card, weights=policy, params=params))
 
     def tokenize(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> tuple[TokenizedRow, ...]:
         """Token ids, strings and character offsets of each text.

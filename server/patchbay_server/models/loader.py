@@ -12,11 +12,13 @@ from typing import Any
 import torch
 
 from patchbay.errors import FailedPreconditionError
+from patchbay.ir.params import USED_IN_GRAPH
 from patchbay_server.models import attention
 from patchbay_server.models.binding import Binding, derive
 from patchbay_server.models.cards import callable_path, module_taps, write_card
 from patchbay_server.models.hosted import HostedModel
 from patchbay_server.models.inputs import DECODER_TOKENS, MASK, TOKENS, ModelInputs, forward
+from patchbay_server.models.parameters import find_parameters
 from patchbay_server.models.proofs import Proof, prove, read_all
 from patchbay_server.models.recording import record
 from patchbay_server.models.taps import Tap
@@ -124,9 +126,9 @@ def host(
     causal = _is_causal(model, probes[0], binding)
     ragged = causal or _is_ragged(model, probes[0], inputs, binding)
     values = (first, second)
-    card = write_card(
-        model, name, where, inputs, binding, proof.proved, order, values, causal=causal, ragged=ragged
-    )
+    card = write_card(model, name, where, inputs, binding, proof.proved, order, values, causal=causal, ragged=ragged)
+    parameters, params = find_parameters(model, taps, first, probes[0].get(TOKENS))
+    card = replace(card, params=params, weights=USED_IN_GRAPH)
     callables = {c.name: model.get_submodule(p) for c in card.callables if (p := callable_path(binding, c.name))}
     return HostedModel(
         model=model,
@@ -136,6 +138,7 @@ def host(
         layers=tuple(binding.layers),
         callables=MappingProxyType(callables),
         proofs=MappingProxyType({**proof.proved, **{n: f"absent: {r}" for n, r in binding.absent.items()}}),
+        parameters=MappingProxyType(parameters),
     )
 
 
@@ -163,7 +166,9 @@ def _is_causal(model: torch.nn.Module, probe: Mapping[str, torch.Tensor], bindin
     return bool(torch.allclose(before[:, :-1], after[:, :-1], rtol=1e-3, atol=1e-4))
 
 
-def _is_ragged(model: torch.nn.Module, probe: Mapping[str, torch.Tensor], inputs: ModelInputs, binding: Binding) -> bool:
+def _is_ragged(
+    model: torch.nn.Module, probe: Mapping[str, torch.Tensor], inputs: ModelInputs, binding: Binding
+) -> bool:
     """Whether a row that is padded on the right, and masked there, gives what it gives alone."""
     if TOKENS not in probe or MASK not in inputs.arguments or not binding.layers:
         return False

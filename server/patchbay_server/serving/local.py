@@ -428,13 +428,14 @@ def local_servicer(
 ) -> Servicer:
     """A servicer for a transformers model that the caller already holds; `patchbay.local` calls it in-process.
 
-    The process's torch settings are left alone, and no key is asked for.
+    The process's torch settings are left alone, and no key is asked for; the weights are the caller's to read.
     """
+    from patchbay.ir.params import DOWNLOADABLE
     from patchbay_server.models.loader import host
     from patchbay_server.transport.auth import AllowAll
     from patchbay_server.transport.servicer import Servicer
 
-    hosted = host(hf_model, tokenizer, name=name, example=example)
+    hosted = host(hf_model, tokenizer, name=name, example=example).with_weights(DOWNLOADABLE)
     limits = LimitsConfig()
     return Servicer(LocalCatalog({name: LocalBackend(hosted, limits)}), AllowAll(), limits)
 

@@ -92,7 +92,7 @@ def _load(config: Config, model: ModelConfig, sharing: int) -> LocalBackend:
     from patchbay_server.models.loader import load
 
     return LocalBackend(
-        load(model.source, name=model.name, dtype=model.dtype, device=model.device),
+        load(model.source, name=model.name, dtype=model.dtype, device=model.device).with_weights(model.weights),
         config.limits,
         torch_threads=choose_torch_threads(config.torch_threads, sharing=sharing),
         on_device_failure=exit_replica,

@@ -62,6 +62,16 @@ CALL = OpSpec(
     doc="A module of the model (the final norm, the unembedding) applied to a value over its last axis.",
 )
 
+PARAM_READ = OpSpec(
+    name="param.read",
+    params=(),
+    rule=None,
+    flops=no_flops,
+    category="structural",
+    attrs=(AttrSpec("name", "str", doc="name of a parameter on the model's card"),),
+    doc="A weight of the model; whether it may be an output is the server's policy.",
+)
+
 ITEM = OpSpec(
     name="item",
     params=("parts",),
@@ -85,4 +95,4 @@ GRAD = OpSpec(
     ),
 )
 
-STRUCTURAL = (CONST, SITE_READ, SITE_WRITE, CALL, ITEM, GRAD)
+STRUCTURAL = (CONST, PARAM_READ, SITE_READ, SITE_WRITE, CALL, ITEM, GRAD)

@@ -1,0 +1,97 @@
+"""A model's weights by name: ``t.params["blocks.3.attn.W_O"]`` inside a trace, ``model.params[...]`` anywhere."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from patchbay.ir.card import ModelCard
+from patchbay.ir.ops import spec as op_spec
+from patchbay.ir.ops.spec import TensorSpec
+from patchbay.ir.params import RAW, ParamSpec
+from patchbay.tracing.proxy import Created, Proxy
+
+if TYPE_CHECKING:
+    from patchbay.tracing.trace import BaseTrace
+
+
+class Parameter(Created):
+    """A weight of the model, which joins the first trace whose value it meets."""
+
+    __slots__ = ()
+
+    def __init__(self, spec: ParamSpec) -> None:
+        self._op = op_spec("param.read")
+        self._attrs = {"name": spec.name}
+        self._spec = TensorSpec(spec.shape, spec.dtype)
+
+    def __repr__(self) -> str:
+        return f"<{self._attrs['name']}: {self._spec}, not in a trace yet>"
+
+
+class _Names:
+    """Parameters' names, as a mapping shows its keys."""
+
+    def __init__(self, card: ModelCard) -> None:
+        self._card = card
+
+    def __iter__(self) -> Iterator[str]:
+        return (p.name for p in self._card.params)
+
+    def __len__(self) -> int:
+        return len(self._card.params)
+
+    def __contains__(self, name: object) -> bool:
+        return any(p.name == name for p in self._card.params)
+
+    def keys(self) -> list[str]:
+        """Every name: canonical ones, then ``param:`` and the checkpoint's."""
+        return list(self)
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self)
+
+    def __repr__(self) -> str:
+        if not self._card.params:
+            return f"<no parameters of {self._card.name!r} are offered>"
+        lines = [f"parameters of {self._card.name!r} ({self._card.weights}):"]
+        raw = 0
+        shown: dict[str, None] = {}
+        for p in self._card.params:
+            if p.name.startswith(RAW):
+                raw += 1
+                continue
+            name = re.sub(r"\bblocks\.\d+\.", "blocks.{i}.", p.name)
+            shown[f"  {name:<24} {p.dtype}{list(p.shape)}  {p.doc}"] = None
+        return "\n".join([*lines, *shown, f"  {raw} by their names in the checkpoint, as {RAW}<name>"])
+
+
+class ModelParams(_Names):
+    """The weights of a model, for use in any of its traces."""
+
+    def __getitem__(self, name: str) -> Parameter:
+        """The parameter called `name`, to stand beside a value of a trace.
+
+        Raises:
+            GraphError: the model's policy forbids it.
+            UnknownSiteError: there is none; the message names the nearest.
+        """
+        return Parameter(self._card.param(name))
+
+
+class TraceParams(_Names):
+    """The weights of a model as values of one trace."""
+
+    def __init__(self, trace: BaseTrace) -> None:
+        super().__init__(trace.builder.card)
+        self._trace = trace
+
+    def __getitem__(self, name: str) -> Proxy:
+        """The parameter called `name`.
+
+        Raises:
+            GraphError: the model's policy forbids it.
+            UnknownSiteError: there is none; the message names the nearest.
+        """
+        return Proxy(self._trace, self._trace.builder.add("param.read", (), {"name": name}))
