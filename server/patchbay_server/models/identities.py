@@ -417,7 +417,8 @@ class _Table:
             def routed(c: Check) -> bool:
                 return logits not in c.written or torch.equal(c.now[numbers], c.plain[numbers].roll(1, 0))
 
-            yield Identity("the chosen experts follow the logits row by row", (logits,), (logits,), routed, plain=False)
+            sentence = "the chosen experts follow the logits row by row"
+            yield Identity(sentence, (logits, numbers), (logits,), routed, plain=False)
         if self.has(each, weights, out):
 
             def proportional(c: Check) -> bool:

@@ -102,10 +102,10 @@ def prove(model: torch.nn.Module, binding: Binding, inputs: Mapping[str, torch.T
     for identity in checks:
         if identity.plain:
             proof.judge(identity.holds(Check(values, values, frozenset())), identity.sentence, *identity.names)
+    _prove_writes(model, binding, inputs, values, plain, checks, proof)
     for name in taps:
         if name not in proof.proved:
             proof.failed.setdefault(name, "no identity reaches it")
-    _prove_writes(model, binding, inputs, values, plain, checks, proof)
     return proof
 
 
@@ -170,13 +170,16 @@ def _prove_writes(
 def _judge_write(name: str, check: Check, checks: list[Identity], reaches: bool, proof: Proof) -> None:
     starting = [i for i in checks if name in i.sources and all(n in check.now for n in i.names)]
     broken = next((i for i in starting if not i.holds(check)), None)
+    for identity in starting:
+        if not identity.plain and identity.holds(check):
+            proof.judge(True, identity.sentence, *identity.names)
     if broken is not None:
         proof.read_only[name] = f"writing it was seen to break an identity: {broken.sentence}"
     elif not starting and not reaches:
         proof.read_only[name] = "writing it was seen to change nothing"
     elif starting:
         proof.judge(True, "holds under writes too", name)
-    else:
+    elif name in proof.proved:
         proof.judge(True, "a written value changes the output", name)
 
 

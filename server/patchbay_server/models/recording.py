@@ -240,6 +240,10 @@ class _Recorder(TorchFunctionMode):
         counts[key] = place.occurrence + 1
         owner = self._open[-1].path if self._open else ""
         inputs = tuple((where, self.value_of(t)) for where, t in tensors)
+        if name.endswith("_as"):  # of the others only the shape or the dtype counts
+            inputs = inputs[:1]
+        elif name.endswith("_like") or name.startswith("new_"):
+            inputs = ()
         if name in ("layer_norm", "rms_norm") and self._open:
             given = named.get("eps", args[-1] if isinstance(args[-1], float) else None)
             self._open[-1].eps = 1e-5 if given is None and name == "layer_norm" else given

@@ -226,7 +226,10 @@ def _bind_projected(block: Block, attended: Attended, name: str, value: Value, r
         raw = as_heads(norms[0].input, rotated)
         if raw is not None:
             target, before = raw, ", before their norm"
+        if raw is not None and block.map.once(norms[0]):
             _bind_normed(block, name, norms[0], rotated, what)
+        elif raw is not None:
+            block.absent("one module normalizes queries and keys, one after the other", f"attn.{name}_normed")
     elif norms:
         block.absent(f"the heads are normalized by {len(norms)} modules, one each", f"attn.{name}_normed")
     if len(linear) != 1:
@@ -294,6 +297,9 @@ def _find_heads(linear: Call, target: torch.Tensor) -> tuple[Heads, bool] | None
         starts = head_starts(features, heads)
         if starts is not None:
             unique = tuple(dict.fromkeys(starts))  # keys that the model repeats for each query head count once
+            repeats = len(starts) // len(unique)
+            if starts != tuple(s for s in unique for _ in range(repeats)):
+                continue  # repeated in another order than one after the other
             return Heads(unique, target.shape[3]), rotary
     return None
 

@@ -90,6 +90,13 @@ class Map:
             op.tick < tick and all(strip(o) is not core for o in op.outputs) for op in self._users.get(id(core), ())
         )
 
+    def taken_twice(self, given: Value, value: Value) -> bool:
+        """Whether `value` alone is computed from `given`, by more than one module or argument."""
+        readers = [c for c in self.calls if sum(strip(v) is strip(given) for v in c.takes)]
+        outer = [c for c in readers if not any(o is not c and o.start < c.start and c.end < o.end for o in readers)]
+        count = sum(sum(strip(v) is strip(given) for v in c.takes) for c in outer)
+        return count > 1 and all(c.made is not None and reaches(value, c.made, (given,)) for c in outer)
+
     def makers(self, value: Value) -> list[Call]:
         """Calls whose output `value` is, innermost first."""
         return sorted(self._made.get(id(strip(value)), []), key=lambda c: c.end)

@@ -127,7 +127,9 @@ def _split(block: Block, additions: list[Addition], attended: list[Attended]) ->
         whole = strip(addition.value)
         if maker is not None and len(parts) == 2 and all(p.shape == whole.shape for p in parts):
             touched = [any(_uses(p, a, addition.before) for a in attended) for p in parts]
-            if sum(touched) == 1:
+            starts = (addition.before, block.given)
+            depend = all(any(reaches(p, s) for s in starts) for p in parts)  # a bias does not
+            if sum(touched) == 1 and depend:
                 result += [Addition(p, addition.before, addition.after) for p in parts]
                 continue
         result.append(addition)
@@ -163,7 +165,10 @@ def _mixes_positions(call: Call) -> bool:
         return True  # it needs to know more than its input: an MLP does not
     if isinstance(output, (tuple, list)):
         output = output[0]
-    return not (isinstance(output, torch.Tensor) and close(output, call.output[:, 1:]))
+    rows, seq = call.input.shape[:2]
+    if not isinstance(output, torch.Tensor) or output.numel() != call.output.numel() // seq * (seq - 1):
+        return True
+    return not close(output.reshape(rows, seq - 1, -1), call.output.reshape(rows, seq, -1)[:, 1:])
 
 
 def _raw(block: Block, value: Value) -> Raw:
@@ -320,11 +325,17 @@ def _bind_insides(block: Block, additions: list[Addition], attended: list[Attend
     else:
         if attention is not None:
             reason = "the layer attends more than once"
+        elif len(attended) == 1 and (call := block.recording.of(attended[0].path)) is not None and call.made:
+            _bind_raw(block, "attn", call.made, block.given, "raw output of the attention module")
+            block.binding.attention[block.index] = attended[0].path
+            bind_attention(block, attended[0], call.made)
+            reason = ""
         elif attended:
             reason = "what attention gives was not found in the residual stream"
         else:
             reason = "this layer has no attention (no softmax over positions was seen)"
-        block.absent(reason, *(f"attn.{n}" for n in ATTENTION_SITES))
+        if reason:
+            block.absent(reason, *(f"attn.{n}" for n in ATTENTION_SITES))
     if mixer is not None:
         raw = _raw(block, mixer.value)
         _bind_raw(block, "mixer", raw.value, mixer.before, "raw output of the sequence mixer's module")
@@ -353,6 +364,9 @@ def _bind_raw(block: Block, kind: str, value: Value, before: Value, doc: str) ->
         return
     call, given = taken
     tap = block.map.input_tap(call, given, shape)
+    normed = block.map.tap(given, shape) if block.map.norm_behind(given) is not None else None
+    if normed is not None and block.map.taken_twice(given, value):
+        tap = normed
     if tap is None:
         block.absent(f"what the {what} takes is not one tensor of the stream's shape", f"{kind}_in")
     else:
