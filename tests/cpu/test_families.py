@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from patchbay.ir.site_names import MEANINGS
 from patchbay_server.models.hosted import HostedModel
 from patchbay_server.models.inputs import forward
 from patchbay_server.models.loader import host
@@ -48,6 +50,17 @@ def plain_of(family: str, **how: Any) -> torch.nn.Module:
 def test_a_family_proves_what_the_table_says(family: str) -> None:
     """Proved, read-only and absent sites are those of the committed table (python -m tests.families rewrites it)."""
     assert facts(hosted_of(family).card) == json.loads(TABLE.read_text())[family]
+
+
+def test_every_name_that_a_family_offers_is_documented() -> None:
+    """Whatever a card calls a canonical site stands in the table of names, with as many extents as its values have."""
+    for family in FAMILIES:
+        for site in hosted_of(family).card.sites:
+            if site.name.startswith("module:"):
+                continue
+            dims, meaning = MEANINGS[re.sub(r"^blocks\.\d+\.", "blocks.{i}.", site.name)]
+            assert meaning
+            assert site.absent is not None or len(dims.split(",")) == len(site.dims), (family, site.name)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

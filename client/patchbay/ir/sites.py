@@ -26,9 +26,22 @@ MODULE_PREFIX = "module:"
 MODULE_SIDES = ("output", "input")
 
 #: Canonical sites of one block, by where they hang.
-BLOCK_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
-ATTENTION_SITES = ("q", "k", "v", "rot_q", "rot_k", "attn_scores", "pattern", "z", "result", "out")
-MLP_SITES = ("pre", "pre_linear", "post", "out")
+BLOCK_SITES = (
+    "resid_pre",
+    "resid_mid",
+    "resid_post",
+    *("attn_in", "attn_out", "mlp_in", "mlp_out", "mixer_in", "mixer_out"),
+)
+ATTENTION_SITES = (
+    *("q", "k", "v", "q_normed", "k_normed", "rot_q", "rot_k"),
+    *("attn_scores", "sinks", "pattern", "z", "z_out", "result", "out"),
+)
+MLP_SITES = (
+    *("pre", "pre_linear", "post", "out"),
+    *("router_logits", "expert_weights", "expert_indices", "expert_out"),
+)
+#: Inside a state-space mixer.
+STATE_SITES = ("conv", "x", "dt", "B", "C", "state", "y")
 NORM_SITES = ("scale", "normalized")
 #: Canonical sites outside the blocks.
 TOP_SITES = ("embed", "pos_embed", "ln_final.scale", "ln_final.normalized", "logits")
@@ -112,6 +125,8 @@ def _in_block(name: str, block: int) -> str:
             name = f"attn.{name}"
         elif name in MLP_SITES and name != "out":
             name = f"mlp.{name}"
+        elif name in STATE_SITES:
+            name = f"ssm.{name}"
         elif name in NORM_SITES:
             raise UnknownSiteError(
                 f"{name!r} of block {block} is ambiguous: ln1 or ln2? Write 'blocks.{block}.ln1.{name}'",

@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from patchbay.ir.ops import document
 from patchbay_server.docs.modules import module_list
+from patchbay_server.docs.sites import sites_page
 
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
 
@@ -27,6 +28,7 @@ def between_markers(page: str, generated: str) -> str:
 #: Path in the repository -> function from the page as it is to the page as it should be.
 PAGES: Mapping[str, Callable[[str], str]] = MappingProxyType(
     {
+        "docs/sites.md": lambda _: sites_page(),
         "docs/ops.md": lambda _: document.page(),
         "docs/architecture.md": lambda page: between_markers(page, module_list()),
     }
