@@ -29,7 +29,17 @@ if TYPE_CHECKING:
     from patchbay.portal import Portal
     from patchbay.tracing.namespaces import SiteTree
     from patchbay.tracing.params import ModelParams
-    from patchbay.tracing.trace import AsyncRunTrace, AsyncTrace, Input, ProgressCallback, RunTrace, Trace
+    from patchbay.tracing.trace import (
+        AsyncGenerateTrace,
+        AsyncRunTrace,
+        AsyncTrace,
+        GenerateTrace,
+        Input,
+        ProgressCallback,
+        RunTrace,
+        StreamCallback,
+        Trace,
+    )
 
 T = TypeVar("T")
 _CACHED_TEXTS = 4096
@@ -524,6 +534,60 @@ class AsyncModel(BaseModel):
         inputs: Input,
         *,
         deterministic: bool = False,
+    def generate(
+        self,
+        inputs: Input,
+        *,
+        max_new_tokens: int,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        stop: Any = (),
+        eos: bool = True,
+        seed: int | None = None,
+        stream: StreamCallback | None = None,
+        label: str | None = None,
+        deterministic: bool = False,
+        disabled: Sequence[str] = (),
+        timeout_s: float | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> GenerateTrace:
+        """Generates tokens: ``with model.generate(text, max_new_tokens=20) as run`` gives the run to read and write at.
+
+        Args:
+            inputs: a prompt or a list of them (see `Trace.run`).
+            max_new_tokens: tokens that each row gets at most.
+            temperature: what logits are divided by before a token is drawn; None or 0 takes the most likely token.
+            top_p: draw from the fewest of the most likely tokens that together have this probability.
+            top_k: draw from this many of the most likely tokens.
+            stop: texts, token ids or sequences of ids that end a row; they stay in it. A text is tokenized by itself.
+            eos: whether the model's own end-of-text tokens end a row too.
+            seed: of the random numbers; one is made up, and kept in ``run.generation.seed``, where none is given. Row
+                i of a list equals the same prompt alone with ``seed + i``.
+            stream: called with each step and its tokens, one id per row, as they appear.
+            label, deterministic, disabled, timeout_s, progress: as for `trace`.
+
+        Returns:
+            A context manager that gives a `patchbay.tracing.generation.GeneratingRun`; ``run.text`` and ``run.output``
+            hold what was generated, below the block.
+        """
+        from patchbay.tracing import trace as tracing
+
+        how = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "stop": stop,
+            "eos": eos,
+            "seed": seed,
+            "label": label,
+        }
+        options = ExecuteOptions(deterministic=deterministic, disabled=tuple(disabled))
+        return tracing.GenerateTrace(
+            self, how=how, stream=stream, options=options, timeout_s=timeout_s, progress=progress, first=inputs
+        )
+
         disabled: Sequence[str] = (),
         timeout_s: float | None = None,
         progress: ProgressCallback | None = None,
@@ -575,3 +639,39 @@ def describe_model(card: ModelCard) -> str:
     if absent:
         lines.append(f"  {absent} canonical sites absent (reasons in model.card.sites)")
     return "\n".join(lines)
+    def generate(
+        self,
+        inputs: Input,
+        *,
+        max_new_tokens: int,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        stop: Any = (),
+        eos: bool = True,
+        seed: int | None = None,
+        stream: StreamCallback | None = None,
+        label: str | None = None,
+        deterministic: bool = False,
+        disabled: Sequence[str] = (),
+        timeout_s: float | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> AsyncGenerateTrace:
+        """Generates tokens; see `Model.generate`."""
+        from patchbay.tracing import trace as tracing
+
+        how = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "stop": stop,
+            "eos": eos,
+            "seed": seed,
+            "label": label,
+        }
+        options = ExecuteOptions(deterministic=deterministic, disabled=tuple(disabled))
+        return tracing.AsyncGenerateTrace(
+            self, how=how, stream=stream, options=options, timeout_s=timeout_s, progress=progress, first=inputs
+        )
+

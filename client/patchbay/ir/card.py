@@ -24,6 +24,7 @@ from patchbay.ir.params import NONE, ParamSpec, find_param
 Dim: TypeAlias = "int | str"
 
 ROWS = "rows"
+LOGITS = "logits"
 #: Symbolic extents that stand for a run's length, and so hold padding in ragged runs.
 SEQUENCE_DIMS = frozenset({"seq", "query", "key"})
 #: Every symbolic extent, and the one whose number it shares. ``dec_*`` are of the decoder's own tokens, in models that
@@ -39,6 +40,11 @@ SYMBOLS: Mapping[str, str] = MappingProxyType(
         "dec_key": "dec_seq",
     }
 )
+
+
+def _extent(extents: Mapping[str, int], symbol: str) -> int:
+    """The number behind a symbol: its own where it has one (keys of a decode step), else the one that it shares."""
+    return extents[symbol] if symbol in extents else extents[SYMBOLS[symbol]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +74,7 @@ class SiteSpec:
 
     def shape(self, extents: Mapping[str, int]) -> tuple[int, ...]:
         """The shape of the value for a run of these extents (see `ModelCard.extents`)."""
-        return tuple(extents[SYMBOLS[d]] if isinstance(d, str) else d for d in self.dims)
+        return tuple(_extent(extents, d) if isinstance(d, str) else d for d in self.dims)
 
     @property
     def sequence_axes(self) -> tuple[int, ...]:
@@ -183,6 +189,21 @@ class ModelCard:
                     if isinstance(dim, str) and dim not in extents:
                         extents[SYMBOLS[dim]] = size
         return extents
+
+    def site_shape(self, site: SiteSpec, run: Run, step: int = 0) -> tuple[int, ...]:
+        """The shape of the value at `site` in one forward of `run`: its only one, or its `step`-th when it generates.
+
+        In a generating run logits are those of the newest position alone; a decode step has one position, whose keys
+        are all positions so far.
+        """
+        extents = self.extents(run)
+        if run.generation is not None:
+            extents = dict(extents)
+            if step:
+                extents |= {"seq": 1, "key": run.seq + step}
+            elif site.name == LOGITS:
+                extents["seq"] = 1
+        return site.shape(extents)
 
     def __contains__(self, name: object) -> bool:
         site = self._by_name.get(name) if isinstance(name, str) else None

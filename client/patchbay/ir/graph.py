@@ -62,19 +62,47 @@ class Node:
         return (self.op, self.args, tuple(sorted(self.attrs.items())), self.run)
 
 
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """How a run goes on after its prompt.
+
+    Forward 0 carries the prompt, forward k (a decode step) the token that came out of forward k - 1; each ends with
+    one more token for every row that has not stopped.
+
+    Attributes:
+        max_new_tokens: forwards, and so tokens per row, at most; at least 1.
+        temperature: what logits are divided by before a token is drawn; 0 takes the most likely token.
+        top_k: how many of the most likely tokens may be drawn; 0 for all.
+        top_p: the fewest of the most likely tokens that together have this probability may be drawn; 1 for all.
+        seed: of the random numbers: row i draws from a generator of its own, seeded with ``seed + i``.
+        stop: a row stops once its new tokens end in one of these sequences of ids, which stay in it.
+        eos: whether the model's own end-of-text tokens stop a row too.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[tuple[int, ...], ...] = ()
+    eos: bool = True
+
+
 @dataclass(frozen=True)
 class Run:
-    """One forward of the model over some rows.
+    """One forward of the model over some rows, or as many as it takes to generate tokens after them.
 
     Attributes:
         tokens: one tuple of token ids per row; rows may differ in length. Empty for models that take no tokens.
         label: what the user called it or typed, for printing; never interpreted.
         inputs: further inputs by name (``pixel_values``, ``decoder_input_ids``, ...), one row per row.
+        generation: how it goes on after `tokens`; None for a single forward.
     """
 
     tokens: tuple[tuple[int, ...], ...] = ()
     label: str = ""
     inputs: tuple[tuple[str, TensorData], ...] = ()
+    generation: Generation | None = None
 
     @cached_property
     def rows(self) -> int:
@@ -91,6 +119,11 @@ class Run:
     def seq(self) -> int:
         """Length of the longest row: the extent of the ``seq`` axis that users see."""
         return max(self.lengths, default=0)
+
+    @property
+    def positions(self) -> int:
+        """Token positions that each row takes in the model: the last token that is generated takes none."""
+        return self.seq + (self.generation.max_new_tokens - 1 if self.generation else 0)
 
     @property
     def ragged(self) -> bool:

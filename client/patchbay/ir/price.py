@@ -42,5 +42,5 @@ def price(graph: Graph, specs: Sequence[ValueSpec]) -> Cost:
         peak = max(peak, live + (0 if spec.structural else spec.workspace(args, specs[i], attrs)))
         live -= sum(value_bytes(specs[d]) for d in dying[i])
     results = sum(value_bytes(specs[output.node]) for output in graph.outputs)
-    tokens = sum(run.rows * run.seq for run in graph.runs)
+    tokens = sum(run.rows * run.positions for run in graph.runs)
     return Cost(flops=flops, peak_bytes=peak, result_bytes=results, tokens=tokens)

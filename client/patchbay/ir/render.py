@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from patchbay.ir.graph import Graph, Node, Run, TensorData
+from patchbay.ir.graph import Generation, Graph, Node, Run, TensorData
 from patchbay.ir.sites import is_module_site
 
 _INFIX: Mapping[str, str] = {
@@ -94,6 +94,11 @@ def expression(node: Node, args: Sequence[str]) -> str:
     attrs = node.attrs
     if node.op == "site.read":
         return site_expression(node)
+    if node.op == "run.tokens":
+        step = attrs.get("step")
+        return f"run{node.run}.so_far" if step is None else f"run{node.run}.steps[{step}].so_far"
+    if node.op == "steps.stack":
+        return f"run{node.run}.stacked({', '.join(args)})"
     if node.op == "const":
         value = attrs.get("value")
         return show_tensor(value) if isinstance(value, TensorData) else repr(attrs.get("scalar"))
@@ -112,7 +117,9 @@ def expression(node: Node, args: Sequence[str]) -> str:
 
 def site_expression(node: Node) -> str:
     """``run0.blocks[2].resid_post`` for a read or write."""
-    return f"run{node.run}.{site_path(str(node.attrs.get('site', '?')))}"
+    step = node.attrs.get("step")
+    at = "" if step is None else f".steps[{step}]"
+    return f"run{node.run}{at}.{site_path(str(node.attrs.get('site', '?')))}"
 
 
 def site_path(site: str) -> str:
@@ -158,7 +165,19 @@ def describe_run(run: Run) -> str:
     """A run's label, rows and lengths."""
     label = f"{run.label!r}  " if run.label else ""
     lengths = f"{run.seq}" if not run.ragged else f"{min(run.lengths)} to {run.seq}"
-    return f"{label}{_count(run.rows, 'row')} of {lengths} token{'s' if run.seq != 1 else ''}"
+    more = f", {describe_generation(run.generation)}" if run.generation else ""
+    return f"{label}{_count(run.rows, 'row')} of {lengths} token{'s' if run.seq != 1 else ''}{more}"
+
+
+def describe_generation(how: Generation) -> str:
+    """``generates up to 20 tokens, temperature 0.7, seed 3``."""
+    parts = [f"generates up to {_count(how.max_new_tokens, 'token')}"]
+    if how.temperature:
+        parts.append(f"temperature {how.temperature:g}")
+        parts += [f"top_k {how.top_k}"] if how.top_k else []
+        parts += [f"top_p {how.top_p:g}"] if how.top_p < 1 else []
+        parts.append(f"seed {how.seed}")
+    return ", ".join(parts)
 
 
 def _values(data: TensorData) -> str:

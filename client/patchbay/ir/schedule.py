@@ -14,6 +14,7 @@ from itertools import pairwise
 
 from patchbay.errors import CausalityError
 from patchbay.ir.card import ModelCard
+from patchbay.ir.generation import ACCESSES
 from patchbay.ir.graph import Graph, Node
 
 #: Position of values that exist before a level's forwards begin.
@@ -51,8 +52,39 @@ class Schedule:
 
 
 def is_access(node: Node) -> bool:
-    """Whether the node touches a site."""
-    return node.op in ("site.read", "site.write")
+    """Whether the node happens at a moment of its run: reads and writes at sites, tokens generated so far."""
+    return node.op in ACCESSES
+
+
+def is_read(node: Node) -> bool:
+    """Whether the node takes a value from a moment of its run."""
+    return node.op in ("site.read", "run.tokens")
+
+
+def span(card: ModelCard) -> int:
+    """Positions that one forward of a generating run takes: one before its sites, and theirs."""
+    return 2 + max((site.order for site in card.sites), default=0)
+
+
+def positions(graph: Graph, card: ModelCard) -> tuple[int, ...]:
+    """When in the forwards of its run each node happens, counted over all of them; BEFORE for pure operations.
+
+    Generating runs must be written out (see `patchbay.ir.generation.unroll`).
+    """
+    width = span(card)
+    found = []
+    for node in graph.nodes:
+        if not is_access(node):
+            found.append(BEFORE)
+            continue
+        assert node.run is not None
+        at = card.site(str(node.attrs["site"])).order if node.op != "run.tokens" else BEFORE
+        if graph.runs[node.run].generation is not None:
+            step = node.attrs.get("step")
+            assert isinstance(step, int), "generating runs are written out before they are scheduled"
+            at += 1 + step * width
+        found.append(at)
+    return tuple(found)
 
 
 def site_chains(graph: Graph, card: ModelCard) -> tuple[int | None, ...]:
@@ -60,11 +92,12 @@ def site_chains(graph: Graph, card: ModelCard) -> tuple[int | None, ...]:
 
     A read sees that write and, through the chain, all before it; None where there is no such write.
     """
+    at = positions(graph, card)
     accesses: dict[int, list[tuple[int, int]]] = {}
     for i, node in enumerate(graph.nodes):
         if is_access(node):
             assert node.run is not None
-            accesses.setdefault(node.run, []).append((card.site(str(node.attrs["site"])).order, i))
+            accesses.setdefault(node.run, []).append((at[i], i))
     before: list[int | None] = [None] * len(graph.nodes)
     for entries in accesses.values():
         last: int | None = None
@@ -82,13 +115,14 @@ def dependents(graph: Graph, card: ModelCard) -> list[list[int]]:
     access, in forward order, then program order.
     """
     users: list[list[int]] = [[] for _ in graph.nodes]
+    at = positions(graph, card)
     accesses: dict[int, list[tuple[int, int]]] = {}
     for i, node in enumerate(graph.nodes):
         for a in node.args:
             users[a].append(i)
         if is_access(node):
             assert node.run is not None
-            accesses.setdefault(node.run, []).append((card.site(str(node.attrs["site"])).order, i))
+            accesses.setdefault(node.run, []).append((at[i], i))
     for entries in accesses.values():
         in_order = [i for _, i in sorted(entries)]
         for earlier, later in pairwise(in_order):
@@ -142,16 +176,22 @@ def _causality_error(graph: Graph, chains: Sequence[int | None], stuck: set[int]
     run = graph.nodes[write].run
     # Along the cycle from the write, through its value, the first read of the same run is the one that comes too late.
     turned = cycle[cycle.index(write) :] + cycle[: cycle.index(write)]
-    reads = [i for i in turned if graph.nodes[i].op == "site.read"]
+    reads = [i for i in turned if is_read(graph.nodes[i])]
     read = next((i for i in reads if graph.nodes[i].run == run), reads[0])
     written, late = graph.nodes[write], graph.nodes[read]
     via = "" if late.run == run and len({graph.nodes[i].run for i in reads}) == 1 else " by way of other runs"
     return CausalityError(
-        f"the write at {written.attrs['site']} of run {run} needs the value at {late.attrs['site']} of run "
+        f"the write at {_place(written)} of run {run} needs the value at {_place(late)} of run "
         f"{late.run}{via}, which is computed only after it",
         node=write,
         related=[read],
     )
+
+
+def _place(node: Node) -> str:
+    site = str(node.attrs.get("site", "the generated tokens"))
+    step = node.attrs.get("step")
+    return site if step is None else f"{site} of step {step}"
 
 
 def schedule(graph: Graph, card: ModelCard, *, joint: bool) -> Schedule:
@@ -167,18 +207,19 @@ def schedule(graph: Graph, card: ModelCard, *, joint: bool) -> Schedule:
     """
     chains = site_chains(graph, card)
     order = topological_order(graph, chains)
+    at = positions(graph, card)
     moments: list[Moment] = [Moment(0, BEFORE)] * len(graph.nodes)
     chain_levels = [0] * len(graph.nodes)
     for i in order:
         node = graph.nodes[i]
         chain = chains[i]
         seen = chain_levels[chain] if chain is not None else 0
-        if node.op == "site.read":
-            moments[i] = Moment(seen, card.site(str(node.attrs["site"])).order, node.run)
+        if is_read(node):
+            moments[i] = Moment(seen, at[i], node.run)
             chain_levels[i] = seen
         elif node.op == "site.write":
             value = _latest([moments[a] for a in node.args])
-            position = card.site(str(node.attrs["site"])).order
+            position = at[i]
             in_time = value.position == BEFORE or (value.position <= position and (joint or value.run == node.run))
             level = value.level if in_time else value.level + 1
             moments[i] = Moment(level, position, node.run)

@@ -17,13 +17,15 @@ from typing import TypeAlias
 from patchbay.errors import (
     DTypeError,
     GraphError,
+    IndexOutOfRangeError,
     LimitExceededError,
     ShapeError,
     SiteNotWritableError,
     UnknownSiteError,
 )
-from patchbay.ir.card import InputSpec, ModelCard, SiteSpec
+from patchbay.ir.card import LOGITS, InputSpec, ModelCard, SiteSpec
 from patchbay.ir.dtypes import bool_, float32, int64, scalar_kind
+from patchbay.ir.generation import ACCESSES, unroll
 from patchbay.ir.graph import Graph, Node, Run, TensorData
 from patchbay.ir.indexing import index_shape
 from patchbay.ir.limits import MAX_DIMS, MAX_TENSOR_SPAN, Limits
@@ -36,6 +38,9 @@ from patchbay.ir.schedule import dependents, site_chains, topological_order
 #: The value of a node that yields none (``site.write``).
 NO_VALUE: tuple[TensorSpec, ...] = ()
 
+#: Sites that are tapped behind the cache of keys and values.
+_CACHED = (".attn.v", ".attn.rot_k")
+
 _SCALAR_DTYPES = {"bool": bool_, "int": int64, "float": float32}
 
 
@@ -46,12 +51,19 @@ class Verified:
     Attributes:
         graph: the graph.
         card: the model's card.
-        specs: the value spec of every node.
+        specs: the value spec of every node (at the first step, for one that has another value at every step).
+        flat: the graph with its generating runs written out step by step (`patchbay.ir.generation`); the graph itself
+            where none generates.
+        flat_specs: the value spec of every node of `flat`.
+        origin: for every node of `flat`, the node of `graph` that it comes from.
     """
 
     graph: Graph
     card: ModelCard
     specs: tuple[ValueSpec, ...]
+    flat: Graph
+    flat_specs: tuple[ValueSpec, ...]
+    origin: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,16 +145,56 @@ def _infer_param(ctx: _Context, node: Node, spec: OpSpec, args: Sequence[TensorS
 
 def _infer_read(ctx: _Context, node: Node, spec: OpSpec, args: Sequence[TensorSpec]) -> ValueSpec:
     del args
+    attrs = spec.fill(node.attrs)
     run = _run_of(ctx, node)
-    site = ctx.card.site(spec.fill(node.attrs)["site"])
-    return TensorSpec(_site_shape(ctx, site, run), site.dtype)
+    site = ctx.card.site(attrs["site"])
+    return TensorSpec(_site_shape(ctx, site, run, attrs["step"]), site.dtype)
 
 
-def _site_shape(ctx: _Context, site: SiteSpec, run: Run) -> tuple[int, ...]:
+def _site_shape(ctx: _Context, site: SiteSpec, run: Run, step: int | None) -> tuple[int, ...]:
+    _check_step(run, step)
+    if run.generation is not None and site.name.endswith(_CACHED):
+        instead = "the site k" if site.name.endswith("rot_k") else "the output of the value projection's module"
+        raise GraphError(
+            f"{site.name} cannot be used while tokens are generated, for later forwards take it from the cache; use "
+            f"{instead}"
+        )
     try:
-        return site.shape(ctx.card.extents(run))
+        return ctx.card.site_shape(site, run, step or 0)
     except KeyError as missing:
         raise GraphError(f"{site.name} exists only in runs that have the input behind {missing}") from None
+
+
+def _check_step(run: Run, step: int | None, *, after: int = 0) -> None:
+    """`after` is 1 for what exists after the last forward too."""
+    if step is None:
+        return
+    if run.generation is None:
+        raise GraphError("a run that generates nothing has no steps")
+    if not 0 <= step < run.generation.max_new_tokens + after:
+        raise IndexOutOfRangeError(
+            f"step {step}: the run generates at most {run.generation.max_new_tokens} tokens, so its steps are 0 to "
+            f"{run.generation.max_new_tokens - 1}"
+        )
+
+
+def _infer_tokens(ctx: _Context, node: Node, spec: OpSpec, args: Sequence[TensorSpec]) -> ValueSpec:
+    del args
+    run = _run_of(ctx, node)
+    if run.generation is None:
+        raise GraphError("run.tokens: the run generates nothing")
+    _check_step(run, spec.fill(node.attrs)["step"], after=1)
+    return TensorSpec((run.rows, run.generation.max_new_tokens), int64)
+
+
+def _infer_stack(ctx: _Context, node: Node, spec: OpSpec, args: Sequence[TensorSpec]) -> ValueSpec:
+    del spec
+    run = _run_of(ctx, node)
+    if run.generation is None:
+        raise GraphError("steps.stack: the run generates nothing")
+    if not args or args[0].scalar is not None:
+        raise GraphError("steps.stack takes a tensor")
+    return TensorSpec((run.generation.max_new_tokens, *args[0].shape), args[0].dtype)
 
 
 def _infer_write(ctx: _Context, node: Node, spec: OpSpec, args: Sequence[TensorSpec]) -> ValueSpec:
@@ -151,7 +203,7 @@ def _infer_write(ctx: _Context, node: Node, spec: OpSpec, args: Sequence[TensorS
     site = ctx.card.site(attrs["site"])
     if not site.writable:
         raise SiteNotWritableError(f"the site {site.name!r} can be read but not written: {site.doc}")
-    full = _site_shape(ctx, site, run)
+    full = _site_shape(ctx, site, run, attrs["step"])
     part = index_shape(f"write at {site.name}", full, attrs["index"], args[1:])
     value = args[0]
     if site.dtype.kind != value.dtype.kind and not (
@@ -207,6 +259,8 @@ _STRUCTURAL_INFERENCE: dict[str, Callable[[_Context, Node, OpSpec, Sequence[Tens
     "call": _infer_call,
     "item": _infer_item,
     "grad": _infer_grad,
+    "run.tokens": _infer_tokens,
+    "steps.stack": _infer_stack,
 }
 
 
@@ -234,6 +288,7 @@ def _runs_are_well_formed(graph: Graph, card: ModelCard) -> None:
             says = "takes token ids" if card.takes_tokens else f"takes {_names(card.inputs)}, not token ids"
             raise GraphError(f"run {index}: {card.name!r} {says}", field=f"{field}.tokens")
         _check_tokens(index, run, card)
+        _check_generation(index, run, card)
         _check_inputs(index, run, card)
 
 
@@ -255,6 +310,32 @@ def _check_tokens(index: int, run: Run, card: ModelCard) -> None:
             )
     if run.ragged and not card.ragged:
         raise GraphError(f"run {index}: {card.name!r} takes rows of one length only", field=field)
+
+
+def _check_generation(index: int, run: Run, card: ModelCard) -> None:
+    how, field = run.generation, f"runs[{index}].generation"
+    if how is None:
+        return
+    if not card.causal or run.inputs or LOGITS not in card:
+        raise GraphError(
+            f"run {index}: tokens are generated only from token ids, by causal models that give logits", field=field
+        )
+    # The last token that is generated is never put through the model.
+    if how.max_new_tokens < 1 or run.seq + how.max_new_tokens - 1 > card.n_ctx:
+        raise GraphError(
+            f"run {index}: {how.max_new_tokens} tokens after {run.seq}; {card.name!r} takes at most {card.n_ctx}",
+            field=f"{field}.max_new_tokens",
+        )
+    problems = {
+        "temperature": not (math.isfinite(how.temperature) and how.temperature >= 0),
+        "top_k": how.top_k < 0,
+        "top_p": not 0 < how.top_p <= 1,
+        "seed": not 0 <= how.seed < 2**62,
+        "stop": any(not sequence for sequence in how.stop),
+    }
+    for name, wrong in problems.items():
+        if wrong:
+            raise GraphError(f"run {index}: {name} cannot be {getattr(how, name)!r}", field=f"{field}.{name}")
 
 
 def _check_inputs(index: int, run: Run, card: ModelCard) -> None:
@@ -280,6 +361,10 @@ def _check_inputs(index: int, run: Run, card: ModelCard) -> None:
         if not fits:
             wanted = ", ".join(map(str, spec.dims))
             raise ShapeError(f"run {index}: the input {name!r} is [{wanted}], got {out}", field=field)
+        named = (n for d, n in zip(spec.dims, value.shape, strict=True) if isinstance(d, str) and d != "rows")
+        if max(named, default=0) > card.n_ctx:
+            says = f"longer than {card.n_ctx}, the most that {card.name!r} takes"
+            raise GraphError(f"run {index}: the input {name!r} is {says}", field=field)
         if value.dtype != spec.dtype:
             raise DTypeError(f"run {index}: the input {name!r} holds {spec.dtype}, got {out}", field=field)
         if spec.below is not None and not _all_below(value, spec.below):
@@ -318,12 +403,10 @@ def _metrics_depend_on_what_they_are_differentiated_by(graph: Graph, card: Model
     for i in grads:
         metric, *wrt = graph.nodes[i].args
         for position, value in enumerate(wrt, start=1):
-            reached, pending = {value}, [value]
-            while pending:
-                for user in users[pending.pop()]:
-                    if user not in reached and graph.nodes[user].op != "grad":
-                        reached.add(user)
-                        pending.append(user)
+            reached = _downstream(users, [value], lambda n: graph.nodes[n].op != "grad")
+            generated = [n for n in reached if _generates(graph, n)]
+            if generated and metric in _downstream(users, generated):
+                raise GraphError("grad: gradients are not taken through generated steps", node=i, related=[value])
             if metric not in reached:
                 what = graph.nodes[value]
                 hint = (
@@ -338,6 +421,24 @@ def _metrics_depend_on_what_they_are_differentiated_by(graph: Graph, card: Model
                     related=[value, metric],
                     field=f"nodes[{i}].args[{position}]",
                 )
+
+
+def _generates(graph: Graph, i: int) -> bool:
+    node = graph.nodes[i]
+    return node.op in ACCESSES and node.run is not None and graph.runs[node.run].generation is not None
+
+
+def _downstream(
+    users: Sequence[Sequence[int]], start: Sequence[int], passes: Callable[[int], bool] = lambda _: True
+) -> set[int]:
+    """Everything that `start` influences, itself included, by way of nodes that let influence pass."""
+    reached, pending = set(start), list(start)
+    while pending:
+        for user in users[pending.pop()]:
+            if user not in reached and passes(user):
+                reached.add(user)
+                pending.append(user)
+    return reached
 
 
 def _outputs_are_values(graph: Graph, card: ModelCard) -> None:
@@ -370,7 +471,7 @@ def _check_counts(graph: Graph, limits: Limits) -> None:
         ("max_nodes", len(graph.nodes), "nodes"),
         ("max_runs", len(graph.runs), "runs"),
         ("max_rows", sum(r.rows for r in graph.runs), "rows"),
-        ("max_tokens", sum(r.rows * r.seq for r in graph.runs), "token positions"),
+        ("max_tokens", sum(r.rows * r.positions for r in graph.runs), "token positions"),
         ("max_const_bytes", consts, "bytes of constants"),
     ):
         _check_limit(limits, limit, requested, what)
@@ -405,6 +506,26 @@ def verify(graph: Graph, card: ModelCard, limits: Limits | None = None) -> Verif
     _check_counts(graph, limits)
     for rule in GRAPH_RULES:
         rule(graph, card)
+    unrolled = unroll(graph, limits.max_nodes)
+    flat = unrolled.graph
+    try:
+        flat_specs = _verify_flat(flat, card, limits)
+    except GraphError as error:
+        if flat is not graph and error.node is not None:
+            step = unrolled.graph.nodes[error.node].attrs.get("step")
+            error.message += "" if step is None else f" (step {step})"
+            error.node = unrolled.origin[error.node]
+            error.related = tuple(unrolled.origin[n] for n in error.related)
+            error.field = f"nodes[{error.node}]"
+        raise
+
+    first = {given: i for i, given in reversed(list(enumerate(unrolled.origin)))}
+    specs = flat_specs if flat is graph else tuple(flat_specs[first[i]] for i in range(len(graph.nodes)))
+    return Verified(graph, card, specs, flat, flat_specs, unrolled.origin)
+
+
+def _verify_flat(graph: Graph, card: ModelCard, limits: Limits) -> tuple[ValueSpec, ...]:
+    """Check a graph whose steps are written out; returns its specs."""
     specs: list[ValueSpec] = []
     for i, node in enumerate(graph.nodes):
         try:
@@ -429,7 +550,7 @@ def verify(graph: Graph, card: ModelCard, limits: Limits | None = None) -> Verif
         ("max_flops", cost.flops, "floating-point operations"),
     ):
         _check_limit(limits, limit, requested, what)
-    return Verified(graph, card, tuple(specs))
+    return tuple(specs)
 
 
 __all__ = ["GRAPH_RULES", "NO_VALUE", "UnknownSiteError", "Verified", "infer_node", "verify"]

@@ -9,16 +9,20 @@ import operator
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from patchbay.errors import TraceError, UnknownSiteError
-from patchbay.ir.card import ModelCard
+from patchbay.errors import GraphError, TraceError, UnknownSiteError
+from patchbay.ir.card import SEQUENCE_DIMS, ModelCard
 from patchbay.ir.sites import MODULE_SIDES, canonical, is_module_site, module_site
 from patchbay.tracing.proxy import Proxy, lift, write_site
 
 if TYPE_CHECKING:
+    from patchbay.ir.graph import Attr
     from patchbay.tracing.trace import BaseTrace
 
 #: Names at one level: a site's canonical name, or the level below.
 SiteTree: TypeAlias = "dict[str, str | SiteTree]"
+#: Which forward of a generating run: its number, None for every one, ALL_STEPS to read all of them stacked.
+Step: TypeAlias = "int | str | None"
+ALL_STEPS = "all"
 
 
 class UnknownSiteAttributeError(UnknownSiteError, AttributeError):
@@ -46,29 +50,31 @@ def site_tree(card: ModelCard) -> SiteTree:
 class SiteNamespace:
     """One level of site names of a run."""
 
-    __slots__ = ("_prefix", "_run_index", "_trace", "_tree")
+    __slots__ = ("_prefix", "_run_index", "_step", "_trace", "_tree")
 
-    def __init__(self, trace: BaseTrace, run_index: int, tree: SiteTree, prefix: str) -> None:
+    def __init__(self, trace: BaseTrace, run_index: int, tree: SiteTree, prefix: str, step: Step = None) -> None:
         fill = object.__setattr__  # plain assignment means writing at a site
         fill(self, "_trace", trace)
         fill(self, "_run_index", run_index)
         fill(self, "_tree", tree)
         fill(self, "_prefix", prefix)
+        fill(self, "_step", step)
 
     if TYPE_CHECKING:
         _trace: BaseTrace
         _run_index: int
         _tree: SiteTree
         _prefix: str
+        _step: Step
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
         found = self._tree.get(name)
         if isinstance(found, str):
-            return read_site(self._trace, self._run_index, found)
+            return read_site(self._trace, self._run_index, found, self._step)
         if found is not None:
-            return namespace(self._trace, self._run_index, found, self._prefix + name)
+            return namespace(self._trace, self._run_index, found, self._prefix + name, self._step)
         return self._outside_tree(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -77,14 +83,14 @@ class SiteNamespace:
             if found is not None:
                 raise TraceError(f"{self._prefix + name} is a group of sites, not a site: {', '.join(sorted(found))}")
             found = self._canonical(name)
-        write_site(self._trace, self._run_index, found, (), (), value)
+        write_site(self._trace, self._run_index, found, (), (), value, one_step(self._step))
 
     def _outside_tree(self, name: str) -> Any:
         """A callable of the model, another tool's spelling of a site, or an error with the nearest names."""
         trace = self._trace
         if not self._prefix and any(c.name == name for c in trace.builder.card.callables):
             return Callable(trace, name)
-        return read_site(trace, self._run_index, self._canonical(name))
+        return read_site(trace, self._run_index, self._canonical(name), self._step)
 
     def _canonical(self, name: str) -> str:
         card = self._trace.builder.card
@@ -133,7 +139,7 @@ class NumberedNamespace(SiteNamespace):
         found = self._tree.get(str(number + count if number < 0 else number))
         if found is None or isinstance(found, str):
             raise UnknownSiteError(f"{self._prefix.rstrip('.')}[{number}]: there are {count}, 0 to {count - 1}")
-        return namespace(self._trace, self._run_index, found, f"{self._prefix}{number % count}")
+        return namespace(self._trace, self._run_index, found, f"{self._prefix}{number % count}", self._step)
 
     def __len__(self) -> int:
         return len(self._tree)
@@ -142,34 +148,36 @@ class NumberedNamespace(SiteNamespace):
         return (self[i] for i in range(len(self)))
 
 
-def namespace(trace: BaseTrace, run_index: int, tree: SiteTree, path: str) -> SiteNamespace:
+def namespace(trace: BaseTrace, run_index: int, tree: SiteTree, path: str, step: Step = None) -> SiteNamespace:
     """The namespace for one level of the tree."""
     numbered = bool(tree) and all(key.isdigit() for key in tree)
-    return (NumberedNamespace if numbered else SiteNamespace)(trace, run_index, tree, f"{path}.")
+    return (NumberedNamespace if numbered else SiteNamespace)(trace, run_index, tree, f"{path}.", step)
 
 
 class ModuleSites:
     """Both sides of one module of the checkpoint: ``run.module("model.layers.3.mlp").output``."""
 
-    __slots__ = ("_path", "_run_index", "_trace")
+    __slots__ = ("_path", "_run_index", "_step", "_trace")
 
-    def __init__(self, trace: BaseTrace, run_index: int, path: str) -> None:
+    def __init__(self, trace: BaseTrace, run_index: int, path: str, step: Step = None) -> None:
         object.__setattr__(self, "_trace", trace)
         object.__setattr__(self, "_run_index", run_index)
         object.__setattr__(self, "_path", path)
+        object.__setattr__(self, "_step", step)
 
     if TYPE_CHECKING:
         _trace: BaseTrace
         _run_index: int
         _path: str
+        _step: Step
 
     def __getattr__(self, name: str) -> Proxy:
         if name.startswith("_"):
             raise AttributeError(name)
-        return read_site(self._trace, self._run_index, self._name(name))
+        return read_site(self._trace, self._run_index, self._name(name), self._step)
 
     def __setattr__(self, name: str, value: object) -> None:
-        write_site(self._trace, self._run_index, self._name(name), (), (), value)
+        write_site(self._trace, self._run_index, self._name(name), (), (), value, one_step(self._step))
 
     def _name(self, side: str) -> str:
         try:
@@ -204,6 +212,43 @@ class Callable:
         return f"<{spec.name}: {spec.d_in} -> {spec.d_out}>"
 
 
-def read_site(trace: BaseTrace, run_index: int, site: str) -> Proxy:
+def module_sites(trace: BaseTrace, run_index: int, path: str, step: Step = None) -> ModuleSites:
+    """Both sides of a module.
+
+    Raises:
+        UnknownSiteError: the model has no such module; the message names the nearest.
+    """
+    card = trace.builder.card
+    sides = [module_site(path, side) for side in MODULE_SIDES]
+    if not any(side in card for side in sides):
+        near = tuple(dict.fromkeys(n.removeprefix("module:").rpartition(".")[0] for n in card.nearest(sides[0], 5)))
+        hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+        raise UnknownSiteError(f"{card.name!r} has no module {path!r}{hint}", suggestions=near)
+    return ModuleSites(trace, run_index, path, step)
+
+
+def one_step(step: Step) -> int | None:
+    """
+    Raises:
+        TraceError: `step` is all of them, stacked, which can only be read.
+    """
+    if isinstance(step, str):
+        raise TraceError("run.all_steps is for reading; a write at the run itself happens at every step")
+    return step
+
+
+def read_site(trace: BaseTrace, run_index: int, site: str, step: Step = None) -> Proxy:
     """The value at a canonical site, as the program has it at this point."""
-    return Proxy(trace, trace.builder.add("site.read", (), {"site": site}, run_index))
+    builder = trace.builder
+    if isinstance(step, str):
+        dims = builder.card.site(site).dims
+        if "key" in dims:
+            raise GraphError(f"{site} grows with every step, so its values cannot be stacked; read run.steps[k]")
+        value = read_site(trace, run_index, site)
+        newest = next((i for i, d in enumerate(dims) if d in SEQUENCE_DIMS), None)
+        if newest is not None:
+            index: tuple[object, ...] = (*[slice(None)] * newest, -1)
+            value = value[index]
+        return Proxy(trace, builder.add("steps.stack", (value._node,), {}, run_index))
+    attrs: dict[str, Attr] = {"site": site} if step is None else {"site": site, "step": step}
+    return Proxy(trace, builder.add("site.read", (), attrs, run_index))

@@ -164,7 +164,8 @@ class Proxy:
             )
         assert node.run is not None
         items, arrays = self._parse(index)
-        write_site(self._trace, node.run, str(node.attrs["site"]), items, arrays, value)
+        step = node.attrs.get("step")
+        write_site(self._trace, node.run, str(node.attrs["site"]), items, arrays, value, step)  # type: ignore[arg-type]
 
     def _parse(self, index: object) -> tuple[tuple[IndexItem, ...], tuple[int, ...]]:
         trace = self._trace
@@ -453,6 +454,7 @@ def write_site(
     items: tuple[IndexItem, ...],
     arrays: tuple[int, ...],
     value: object,
+    step: int | None = None,
 ) -> None:
     """Appends the write that ``site[items] = value`` means; ``+=`` and ``*=`` of the same place add and scale there.
 
@@ -464,7 +466,7 @@ def write_site(
     if isinstance(value, Proxy):
         node = lift(trace, value)
         update = value._update
-        if update is not None and _place_of(trace, update.target) == (run, site, items, arrays):
+        if update is not None and _place_of(trace, update.target) == (run, site, items, arrays, step):
             read = builder.nodes[update.target]
             first = update.target if read.op == "site.read" else read.args[0]
             if not builder.written_since(run, site, first):
@@ -473,18 +475,19 @@ def write_site(
         node = lift(trace, value)
     else:
         node = _lift_for_site(trace, site, value)
-    builder.add("site.write", (node, *arrays), {"site": site, "mode": mode, "index": items}, run)
+    attrs: dict[str, Attr] = {"site": site, "mode": mode, "index": items}
+    builder.add("site.write", (node, *arrays), attrs if step is None else {**attrs, "step": step}, run)
 
 
-def _place_of(trace: BaseTrace, node: int) -> tuple[int | None, str, tuple[IndexItem, ...], tuple[int, ...]] | None:
-    """Run, site and index of a value read at a site, whole or indexed once; None for any other value."""
+def _place_of(trace: BaseTrace, node: int) -> tuple[int | None, str, Any, tuple[int, ...], Attr] | None:
+    """Run, site, index and step of a value read at a site, whole or indexed once; None for any other value."""
     nodes = trace.builder.nodes
     made = nodes[node]
     if made.op == "site.read":
-        return made.run, str(made.attrs["site"]), (), ()
+        return made.run, str(made.attrs["site"]), (), (), made.attrs.get("step")
     if made.op == INDEX_OP and nodes[made.args[0]].op == "site.read":
         read = nodes[made.args[0]]
-        return read.run, str(read.attrs["site"]), made.attrs["index"], made.args[1:]  # type: ignore[return-value]
+        return read.run, str(read.attrs["site"]), made.attrs["index"], made.args[1:], read.attrs.get("step")
     return None
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from patchbay.errors import UnknownSiteError
 from patchbay.ir.sites import Address, canonical
 from patchbay.tokens import Tokens
-from patchbay.tracing.namespaces import ModuleSites, SiteNamespace, read_site
+from patchbay.tracing.namespaces import ModuleSites, SiteNamespace, module_sites, read_site
 from patchbay.tracing.proxy import Proxy
 
 if TYPE_CHECKING:
@@ -18,7 +17,8 @@ if TYPE_CHECKING:
     from patchbay.tracing.builder import TracedGraph
     from patchbay.tracing.trace import BaseTrace
 
-_OWN = frozenset(
+#: Names of a run that are no sites.
+OWN = frozenset(
     {
         "estimate",
         "graph",
@@ -135,13 +135,7 @@ class Run(SiteNamespace):
         Raises:
             UnknownSiteError: the model has no such module; the message names the nearest.
         """
-        card = self._trace.builder.card
-        sides = [f"module:{path}.{side}" for side in ("output", "input")]
-        if not any(side in card for side in sides):
-            near = tuple(dict.fromkeys(n.removeprefix("module:").rpartition(".")[0] for n in card.nearest(sides[0], 5)))
-            hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
-            raise UnknownSiteError(f"{card.name!r} has no module {path!r}{hint}", suggestions=near)
-        return ModuleSites(self._trace, self._run_index, path)
+        return module_sites(self._trace, self._run_index, path)
 
     # --- the trace, for runs that are the whole of it ---------------------------------------------------------------
 
@@ -173,7 +167,7 @@ class Run(SiteNamespace):
         return self._trace.estimate(remote=remote)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _OWN:
+        if name in OWN:
             raise AttributeError(f"{name} of a run cannot be assigned")
         super().__setattr__(name, value)
 
@@ -182,7 +176,7 @@ class Run(SiteNamespace):
 
     def __dir__(self) -> list[str]:
         callables = [c.name for c in self._trace.builder.card.callables]
-        return sorted({*self._tree, *_OWN, *callables})
+        return sorted({*self._tree, *OWN, *callables})
 
     def __repr__(self) -> str:
         shape = f"{self.rows} row{'s' if self.rows != 1 else ''} x {self.seq} tokens"

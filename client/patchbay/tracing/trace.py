@@ -7,7 +7,7 @@ tokenizing an input and executing the graph.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from patchbay.errors import GraphError, ProtocolError, TraceError, ValueNotReadyError
@@ -22,6 +22,15 @@ from patchbay.tokens import label_of
 from patchbay.tracing.arrays import as_array, to_array, to_data
 from patchbay.tracing.builder import GraphBuilder, TracedGraph
 from patchbay.tracing.namespaces import Callable as ModelCallable
+from patchbay.tracing.generation import (
+    GeneratingRun,
+    How,
+    generated_ids,
+    generation_of,
+    streaming,
+    strings_of,
+    take_generated,
+)
 from patchbay.tracing.params import TraceParams
 from patchbay.tracing.proxy import Created, Proxy, lift, not_saved
 from patchbay.tracing.runs import Run
@@ -29,13 +38,17 @@ from patchbay.tracing.runs import Run
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from typing_extensions import Unpack
     from patchbay.model import AsyncModel, Model, ModelCore, Outcome, RunInputs
+    from patchbay.ir.graph import Generation
     from patchbay.tracing.namespaces import SiteTree
 
 #: What `Trace.run` takes: a text, token ids, `Tokens`, an integer array, or a list of any of the first three (rows).
 Input = Any
 ProgressCallback = Callable[[Event], None]
 
+#: Called with a step and one token id per row (-1 for rows that have stopped).
+StreamCallback = Callable[[int, list[int]], Any]
 
 class BaseTrace(abc.ABC):
     """A graph under construction, and its results once it has run.
@@ -89,13 +102,16 @@ class BaseTrace(abc.ABC):
         """Whether results are here."""
         return self._state == "done"
 
-    def _add_run(self, given: RunInputs, label: str | None) -> Run:
+    def _add_run(self, given: RunInputs, label: str | None, generation: Generation | None = None) -> Run:
         rows, single = given.rows, given.single
         shown = label_of(rows) if rows else ", ".join(name for name, _ in given.named)
-        data = GraphRun(tuple(row.ids for row in rows), shown if label is None else label, given.named)
-        run = Run(self, self.builder.add_run(data), rows, single)
+        data = GraphRun(tuple(row.ids for row in rows), shown if label is None else label, given.named, generation)
+        kind = Run if generation is None else GeneratingRun
+        run = kind(self, self.builder.add_run(data), rows, single)
         self.runs.append(run)
         return run
+        if isinstance(run, GeneratingRun):
+            self.want(run.generated, f"run{run.index}.generated")
 
     def call(self, name: str, value: object) -> Proxy:
         """`value` put through a module of the model that its card lists as callable, such as ``"unembed"``."""
@@ -158,6 +174,11 @@ class BaseTrace(abc.ABC):
         return next(n for i in range(1, len(self._trees) + 2) if (n := f"value_{i}") not in self._trees)
 
     def _want(self, node: int, name: str) -> None:
+    def want(self, value: Proxy, name: str) -> str:
+        """Ask for a value that is no result of the user's; returns the name that it is sent under."""
+        self._want(value._node, name)
+        return self._outputs[value._node]
+
         if node in self._outputs:
             return  # sent once; every name gets an array of its own
         unique = name
@@ -324,20 +345,33 @@ class SyncTrace(BaseTrace):
         """Adds a forward over `inputs`.
 
         Args:
-            inputs: a text, a list of texts (rows), token ids, a list of lists of ids, an integer array, or `Tokens`;
-                or, for models with other inputs (`model.card.inputs`), a dict of arrays by name, token ids or text
-                under ``"text"``: ``{"pixel_values": image}``.
+            inputs: a text, a list of texts (rows), a conversation (a list of dicts with ``role`` and ``content``, made
+                into a text by the model's chat template) or a list of them, token ids, a list of lists of ids, an
+                integer array, or `Tokens`; or, for models with other inputs (`model.card.inputs`), a dict of arrays by
+                name, token ids or text under ``"text"``: ``{"pixel_values": image}``.
             label: what to call it in errors and printed graphs; the text by default.
 
         Raises:
             TraceError: not an input; ids outside the vocabulary; too long.
         """
         self._check_open()
+            InvalidRequestError: the model has no chat template, or no such token.
         given = self._core.known_inputs_of(inputs) or self._model.wait(self._core.inputs_of(inputs))
         return self._add_run(given, label)
 
     def execute(self) -> None:
         """Verifies and runs the graph; leaving the ``with`` block does this.
+
+    def generate(
+        self, inputs: Input, *, max_new_tokens: int, label: str | None = None, **how: Unpack[How]
+    ) -> GeneratingRun:
+        """Adds a run that generates tokens after `inputs`; the arguments are those of `Model.generate`."""
+        self._check_open()
+        given = self._core.known_inputs_of(inputs) or self._model.wait(self._core.inputs_of(inputs))
+        generation = self._model.wait(generation_of(self._core, max_new_tokens, how))
+        run = self._add_run(given, label, generation)
+        assert isinstance(run, GeneratingRun)
+        return run
 
         Raises:
             GraphError: the graph breaks a rule: raised before anything is sent, or by the server.
@@ -354,6 +388,8 @@ class SyncTrace(BaseTrace):
         except GraphError as error:
             self._fail(error)
             raise self._located(error, graph) from None
+            if ids := generated_ids(self):
+                take_generated(self, ids, self._model.wait(strings_of(self._core, ids)))
         except BaseException as error:
             self._fail(error)
             raise
@@ -403,6 +439,28 @@ class RunTrace(SyncTrace):
 class AsyncBase(BaseTrace):
     """A trace whose waiting is awaited."""
 
+class GenerateTrace(SyncTrace):
+    """One generating run: ``with model.generate(text, max_new_tokens=20) as run``.
+
+    Args:
+        how: arguments of `SyncTrace.generate` beside the input.
+        stream: called with each step and its tokens as they appear.
+    """
+
+    def __init__(self, model: Model, *, how: Mapping[str, Any], stream: StreamCallback | None, **kwargs: Any) -> None:
+        super().__init__(model, **kwargs)
+        self._how, self._stream = how, stream
+
+    def __enter__(self) -> GeneratingRun:
+        run = self.generate(self._first, **self._how)
+        if self._stream is not None:
+            self._progress = streaming(run, self._stream, self._progress)
+        return run
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._leave(failed=kind is not None)
+
+
     def __init__(self, model: AsyncModel, **kwargs: Any) -> None:
         super().__init__(model.core, **kwargs)
 
@@ -415,6 +473,16 @@ class AsyncBase(BaseTrace):
         """Verifies and runs the graph; see `SyncTrace.execute`."""
         graph = self._prepare()
         if graph is None:
+    async def generate(
+        self, inputs: Input, *, max_new_tokens: int, label: str | None = None, **how: Unpack[How]
+    ) -> GeneratingRun:
+        """Adds a run that generates tokens after `inputs`; the arguments are those of `Model.generate`."""
+        self._check_open()
+        given = await self._core.inputs_of(inputs)
+        run = self._add_run(given, label, await generation_of(self._core, max_new_tokens, how))
+        assert isinstance(run, GeneratingRun)
+        return run
+
             return
         try:
             outcome = await self._core.execute(graph, self._options, self._timeout_s, self._progress)
@@ -423,6 +491,8 @@ class AsyncBase(BaseTrace):
             self._fail(error)
             raise self._located(error, graph) from None
         except BaseException as error:
+            if ids := generated_ids(self):
+                take_generated(self, ids, await strings_of(self._core, ids))
             self._fail(error)
             raise
 
@@ -456,6 +526,25 @@ class AsyncRunTrace(AsyncBase):
 
     async def __aenter__(self) -> Run:
         return self.runs[0] if self.runs else await self.run(self._first)
+
+    async def __aexit__(self, kind: object, error: object, trace: object) -> None:
+        await self._leave(failed=kind is not None)
+
+
+class AsyncGenerateTrace(AsyncBase):
+    """One generating run: ``async with model.generate(text, max_new_tokens=20) as run``; see `GenerateTrace`."""
+
+    def __init__(
+        self, model: AsyncModel, *, how: Mapping[str, Any], stream: StreamCallback | None, **kwargs: Any
+    ) -> None:
+        super().__init__(model, **kwargs)
+        self._how, self._stream = how, stream
+
+    async def __aenter__(self) -> GeneratingRun:
+        run = await self.generate(self._first, **self._how)
+        if self._stream is not None:
+            self._progress = streaming(run, self._stream, self._progress)
+        return run
 
     async def __aexit__(self, kind: object, error: object, trace: object) -> None:
         await self._leave(failed=kind is not None)

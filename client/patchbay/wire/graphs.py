@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 from google.protobuf.struct_pb2 import NULL_VALUE
 
 from patchbay.errors import GraphError, LimitExceededError, ProtocolError
-from patchbay.ir.graph import Attr, Graph, Node, Output, Run, TensorData
+from patchbay.ir.graph import Attr, Generation, Graph, Node, Output, Run, TensorData
 from patchbay.ir.limits import Limits
 from patchbay.v1 import graph_pb2
 from patchbay.wire.bounds import (
@@ -39,12 +39,14 @@ def encode_graph(graph: Graph) -> graph_pb2.Graph:
     message = graph_pb2.Graph()
     for index, run in enumerate(graph.runs):
         try:
-            message.runs.add(
+            encoded_run = message.runs.add(
                 tokens=[token for row in run.tokens for token in row],
                 row_lengths=run.lengths,
                 label=run.label[:MAX_LABEL_CHARS],
                 inputs=[graph_pb2.RunInput(name=name, value=encode_tensor(value)) for name, value in run.inputs],
             )
+            if run.generation is not None:
+                encoded_run.generation.CopyFrom(_encode_generation(run.generation))
         except (ValueError, TypeError) as error:
             raise GraphError(f"runs[{index}] cannot be sent: {error}", field=f"runs[{index}]") from None
     for position, node in enumerate(graph.nodes):
@@ -62,6 +64,18 @@ def encode_graph(graph: Graph) -> graph_pb2.Graph:
         except (ValueError, TypeError) as error:
             raise GraphError(f"outputs[{index}] cannot be sent: {error}", field=f"outputs[{index}]") from None
     return message
+
+
+def _encode_generation(how: Generation) -> graph_pb2.Generation:
+    return graph_pb2.Generation(
+        max_new_tokens=how.max_new_tokens,
+        temperature=how.temperature,
+        top_k=how.top_k,
+        top_p=how.top_p,
+        seed=how.seed,
+        stop=[graph_pb2.TokenSequence(ids=sequence) for sequence in how.stop],
+        ignore_eos=not how.eos,
+    )
 
 
 def _encode_attr(value: Attr, into: graph_pb2.Attr) -> None:
@@ -174,7 +188,24 @@ def _decode_run(message: graph_pb2.Run, field: str, state: _State) -> Run:
         place = f"{field}.inputs[{index}]"
         _check_name(given.name, f"{place}.name")
         inputs.append((given.name, decode_tensor(given.value, f"{place}.value", state.charge)))
-    return Run(tokens=tuple(rows), label=message.label, inputs=tuple(inputs))
+    generation = _decode_generation(message.generation, field) if message.HasField("generation") else None
+    return Run(tokens=tuple(rows), label=message.label, inputs=tuple(inputs), generation=generation)
+
+
+def _decode_generation(message: graph_pb2.Generation, field: str) -> Generation:
+    if len(message.stop) > MAX_ATTR_ITEMS or sum(len(sequence.ids) for sequence in message.stop) > MAX_ATTR_ITEMS:
+        raise ProtocolError(
+            f"{field}.generation.stop: more than {MAX_ATTR_ITEMS} token ids", field=f"{field}.generation.stop"
+        )
+    return Generation(
+        max_new_tokens=message.max_new_tokens,
+        temperature=message.temperature,
+        top_k=message.top_k,
+        top_p=message.top_p,
+        seed=message.seed,
+        stop=tuple(tuple(sequence.ids) for sequence in message.stop),
+        eos=not message.ignore_eos,
+    )
 
 
 def _decode_node(message: graph_pb2.Node, position: int, state: _State) -> Node:

@@ -12,6 +12,7 @@ from patchbay.ir.events import Event, ExecuteOptions, TensorValue, Usage
 from patchbay.ir.graph import Graph
 from patchbay.ir.limits import Limits
 from patchbay_server.engine.executor import Execution
+from patchbay_server.engine.generate import check_generates
 from patchbay_server.engine.memory import held_to
 from patchbay_server.engine.plan import OPTIMISATIONS, Plan, make_plan
 from patchbay_server.models.hosted import HostedModel
@@ -37,6 +38,13 @@ class Engine:
             GraphError: the most specific subclass, naming the node.
         """
         options = ExecuteOptions() if options is None else options
+        for index, run in enumerate(graph.runs):
+            if run.generation is not None:
+                try:
+                    check_generates(self.hosted, run.ragged)
+                except GraphError as error:
+                    error.field = f"runs[{index}].generation"
+                    raise
         for name in options.disabled:
             if name not in OPTIMISATIONS:
                 raise GraphError(f"no optimisation is called {name!r} (there are: {', '.join(OPTIMISATIONS)})")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,9 +11,24 @@ import torch
 from patchbay.errors import GraphError, RequestCancelledError
 from patchbay.ir.events import Event, Progress, TensorValue, Usage
 from patchbay.ir.graph import TensorData
-from patchbay_server.engine.plan import Actions, Compute, Emit, Pass, Plan, Read, Resume, Slot, Step, Write
+from patchbay.ir.ops.spec import TensorSpec
+from patchbay_server.engine.generate import Decoding
+from patchbay_server.engine.plan import (
+    Actions,
+    Compute,
+    Emit,
+    Forward,
+    Generated,
+    Pass,
+    Plan,
+    Read,
+    Resume,
+    Slot,
+    Step,
+    Write,
+)
 from patchbay_server.engine.rows import left_padded, own_rows, seen_rows, write_back
-from patchbay_server.kernels import index_get, index_put, to_data, to_tensor
+from patchbay_server.kernels import index_get, index_put, to_data, to_tensor, to_torch_dtype
 from patchbay_server.models.hosted import HostedModel
 from patchbay_server.models.inputs import forward
 from patchbay_server.models.taps import Handle
@@ -40,6 +55,10 @@ class Execution:
         #: Memory of the model's own tensors while one of its sites is visited; nothing that outlives the visit may
         #: share it.
         self._borrowed: set[int] = set()
+        #: The generating run that is under way, and the rows of it that have stopped.
+        self._decoding: Decoding | None = None
+        self._gone: torch.Tensor | None = None
+        self._forwards = self._positions = 0
 
     def run(self) -> Usage:
         """Run every pass.
@@ -51,14 +70,14 @@ class Execution:
         plan = self._plan
         with torch.no_grad(), _frozen_parameters(self._hosted.model, plan.last_grad is not None):
             for number, each in enumerate(plan.passes):
-                self._run_pass(each)
+                self._run_pass(each) if each.generation is None else self._run_generation(each)
                 self._emit(Progress(number + 1, len(plan.passes)))
             self._happen(plan.after)
-        layers = len(self._hosted.layers) * len(plan.passes)
+        layers = len(self._hosted.layers) * self._forwards
         skipped = layers - self._layers_run
         return Usage(
-            tokens=sum(p.rows * p.seq for p in plan.passes),
-            passes=len(plan.passes),
+            tokens=self._positions,
+            passes=self._forwards,
             layers_run=self._layers_run,
             layers_skipped=skipped,
             nodes=plan.received,
@@ -72,26 +91,91 @@ class Execution:
     def _run_pass(self, each: Pass) -> None:
         self._check_cancelled()
         self._happen(each.before)
+        self._forwards, self._positions = self._forwards + 1, self._positions + each.rows * each.seq
+        handlers = {site: self._handler(each, site, moment) for site, moment in each.sites.items()}
+        try:
+            with self._attached(each.sites, handlers):
+                forward(self._hosted.model, self._inputs(each))
+                self._check_reached(each, each.sites)
+        except _Stop:
+            pass
+        except GraphError:
+            raise
+        except ValueError as error:  # how models say that what they were given does not fit together
+            if not each.inputs:
+                raise
+            raise GraphError(f"the model does not take these inputs: {str(error).partition(chr(10))[0]}") from error
+
+    @contextmanager
+    def _attached(
+        self, sites: Mapping[str, Actions], handlers: Mapping[str, Callable[[torch.Tensor], torch.Tensor | None]]
+    ) -> Iterator[None]:
+        """Every site's handler is on the model while the body runs."""
         model = self._hosted.model
         handles: list[Handle] = []
         self._reached = set()
         try:
             for path in self._hosted.layers:
                 handles.append(model.get_submodule(path).register_forward_pre_hook(self._enter_layer))
-            for site, moment in each.sites.items():
+            for site, moment in sites.items():
                 writes = any(map(_changes_the_model, moment.steps))
-                handles.append(self._hosted.taps[site].attach(model, self._handler(each, site, moment), writes=writes))
-            forward(model, self._inputs(each))
-            self._check_reached(each)
-        except _Stop:
-            pass
+                handles.append(self._hosted.taps[site].attach(model, handlers[site], writes=writes))
+            yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _check_reached(self, each: Pass) -> None:
+    # --- a generating run
+
+    def _run_generation(self, each: Pass) -> None:
+        self._check_cancelled()
+        self._happen(each.before)
+        self._decoding = decoding = Decoding(self._hosted, each)
+        try:
+            for step in each.steps:
+                self._happen(step.before)
+                if decoding.ended:
+                    self._absent(step)
+                    continue
+                self._check_cancelled()
+                self._forwards += 1
+                self._positions += each.rows * (each.seq if decoding.step == 0 else 1)
+                self._gone = decoding.gone
+                with self._attached(step.sites, {s: self._step_handler(decoding, s, m) for s, m in step.sites.items()}):
+                    decoding.advance()
+                    self._check_reached(each, step.sites)
+        finally:
+            self._decoding = self._gone = None
+
+    def _step_handler(
+        self, decoding: Decoding, site: str, moment: Actions
+    ) -> Callable[[torch.Tensor], torch.Tensor | None]:
+        dims = self._hosted.card.site(site).dims
+        axes = tuple(i for i in self._sequence_axes[site] if decoding.step == 0 or dims[i] != "key")
+
+        def handle(value: torch.Tensor) -> torch.Tensor | None:
+            self._reached.add(site)
+            return self._happen_at(value, axes, moment)
+
+        return decoding.seen_through(site, dims, handle)
+
+    def _absent(self, step: Forward) -> None:
+        """A step that no row lived to see: what it reads is zero, what it writes changes nothing."""
+        for moment in step.sites.values():
+            for action in moment.steps:
+                if isinstance(action, Read):
+                    spec = self._plan.specs[action.node]
+                    assert isinstance(spec, TensorSpec)
+                    dtype = to_torch_dtype(spec.dtype)
+                    self._values[action.node] = torch.zeros(spec.shape, dtype=dtype, device=self._hosted.device)
+                elif isinstance(action, Write):
+                    self._forget(action.free)
+                else:
+                    self._happen(Actions((action,)))
+
+    def _check_reached(self, each: Pass, sites: Mapping[str, Actions]) -> None:
         """What a forward never came to has no value: an image tower, say, in a run without images."""
-        for site, moment in each.sites.items():
+        for site, moment in sites.items():
             if site not in self._reached and moment.steps:
                 reason = f"the forward never reached the site {site!r}"
                 optional = [s.name for s in self._hosted.card.inputs if not s.required and s.name not in each.inputs]
@@ -139,6 +223,10 @@ class Execution:
 
     def _happen(self, moment: Actions) -> None:
         for step in moment.steps:
+            if isinstance(step, Generated):
+                assert self._decoding is not None
+                self._values[step.node] = self._decoding.so_far.to(self._hosted.device, copy=True)
+                continue
             assert isinstance(step, (Compute, Emit))
             self._compute(step) if isinstance(step, Compute) else self._send(step.node, step.outputs)
             self._forget(step.free)
@@ -149,7 +237,7 @@ class Execution:
         self._borrowed = {_storage(value)}
         for step in moment.steps:
             if isinstance(step, Read):
-                seen = seen_rows(current, axes, step.slot)
+                seen = self._living(seen_rows(current, axes, step.slot), step.node)
                 owned = False  # somebody looks at it now: the next write works on a copy
                 if step.differentiated:
                     seen = self._begin_gradients(seen)
@@ -171,6 +259,7 @@ class Execution:
             elif isinstance(step, Compute):
                 self._compute(step)
             else:
+                assert isinstance(step, Emit)
                 self._send(step.node, step.outputs)
             self._forget(step.free)
         for node in moment.survivors:
@@ -181,6 +270,19 @@ class Execution:
                 self._values[node] = tuple(map(self._returned, kept))
         self._borrowed = set()
         return current if current is not value else None
+
+    def _living(self, seen: torch.Tensor, node: int) -> torch.Tensor:
+        """In a generating run: `seen` with zeros in the rows that have stopped."""
+        if self._decoding is None:
+            return seen
+        spec = self._plan.specs[node]
+        assert isinstance(spec, TensorSpec)
+        if tuple(seen.shape) != spec.shape:
+            raise self._named(
+                GraphError(f"the site holds {list(seen.shape)} while tokens are generated, not {list(spec.shape)}"),
+                node,
+            )
+        return seen if self._gone is None else seen.index_fill(0, self._gone, 0)
 
     def _write(self, current: torch.Tensor, axes: Sequence[int], step: Write, owned: bool) -> torch.Tensor:
         slot, new = step.slot, self._values[step.value]

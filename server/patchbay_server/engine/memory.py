@@ -14,7 +14,7 @@ from patchbay.ir.limits import Limits
 from patchbay.ir.ops import spec as op_spec
 from patchbay.ir.ops.spec import TensorSpec
 from patchbay.ir.price import value_bytes
-from patchbay_server.engine.plan import Compute, Plan, Read, Step
+from patchbay_server.engine.plan import Compute, Generated, Plan, Read, Step
 
 
 def held_to(plan: Plan, limits: Limits) -> Plan:
@@ -42,11 +42,11 @@ def _peak_bytes(plan: Plan) -> int:
     live = peak = 0
     for step in _steps(plan):
         workspace = 0
-        if isinstance(step, (Read, Compute)):
+        if isinstance(step, (Read, Compute, Generated)):
             live -= alive.get(step.node, 0)
             alive[step.node] = value_bytes(plan.specs[step.node])
             live += alive[step.node]
-        if isinstance(step, Read):
+        if isinstance(step, (Read, Generated)):
             peak = max(peak, live)
             continue
         if isinstance(step, Compute) and not op_spec(step.op).structural:
@@ -61,6 +61,7 @@ def _peak_bytes(plan: Plan) -> int:
 
 def _steps(plan: Plan) -> Iterator[Step]:
     for each in plan.passes:
-        for moment in (each.before, *each.sites.values()):
-            yield from moment.steps
+        for part in (each, *each.steps):
+            for moment in (part.before, *part.sites.values()):
+                yield from moment.steps
     yield from plan.after.steps

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from patchbay.ir.card import ModelCard
+from patchbay.ir.card import LOGITS, ModelCard
 from patchbay.ir.events import Cost, ExecuteOptions
-from patchbay.ir.graph import Graph, Run, TensorData
+from patchbay.ir.graph import Generation, Graph, Node, Run, TensorData
 from patchbay.ir.limits import Limits
 from patchbay.ir.ops import spec as op_spec
 from patchbay.ir.ops.spec import ValueSpec
-from patchbay.ir.schedule import BEFORE, Schedule, schedule
+from patchbay.ir.schedule import BEFORE, Schedule, is_read, positions, schedule, span
 from patchbay.ir.verify import verify
 from patchbay_server.engine.optimize import PASSES, optimize
 from patchbay_server.kernels import kernel
@@ -120,7 +120,14 @@ class Emit:
     free: tuple[int, ...] = ()
 
 
-Step = Read | Resume | Write | Compute | Emit
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """Take the tokens that the run has generated so far."""
+
+    node: int
+
+
+Step = Read | Resume | Write | Compute | Emit | Generated
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +144,21 @@ class Actions:
 
 
 @dataclass(frozen=True)
+class Forward:
+    """One of the forwards of a generating run.
+
+    Attributes:
+        before: what happens before it begins.
+        sites: what happens at each site, in forward order.
+    """
+
+    before: Actions
+    sites: Mapping[str, Actions]
+
+
+@dataclass(frozen=True)
 class Pass:
-    """One forward of the model.
+    """One forward of the model, or all of a generating run's.
 
     Attributes:
         slots: whose rows it carries.
@@ -148,6 +168,9 @@ class Pass:
         before: what happens before it begins.
         sites: what happens at each site, in forward order.
         stop_at: the last site that anything needs; None runs the model to its end.
+        generation: how tokens are generated; None for a single forward.
+        steps: the forwards of a generating run as far as anything needs them, instead of `sites`; the last may hold
+            only what happens once the tokens are there.
     """
 
     slots: tuple[Slot, ...]
@@ -158,6 +181,18 @@ class Pass:
     before: Actions
     sites: Mapping[str, Actions]
     stop_at: str | None
+    generation: Generation | None = None
+    steps: tuple[Forward, ...] = ()
+
+    @property
+    def forwards(self) -> int:
+        """Forwards of the model, at most."""
+        return min(len(self.steps), self.generation.max_new_tokens) if self.generation else 1
+
+    @property
+    def positions(self) -> int:
+        """Token positions that it puts through the model, at most."""
+        return self.rows * (self.seq + self.forwards - 1)
 
 
 @dataclass(frozen=True)
@@ -172,7 +207,7 @@ class Plan:
         after: what is left to compute when the last has ended.
         cost: the price.
         saved: what each rewrite saved.
-        received: number of nodes received.
+        received: number of nodes received, those of every generated step counted.
         options: as requested.
         last_grad: the node after which no gradient is taken any more; None where none is.
     """
@@ -207,33 +242,33 @@ def make_plan(graph: Graph, card: ModelCard, limits: Limits, options: ExecuteOpt
         GraphError: what `verify` raises.
     """
     verified = verify(graph, card, limits)
-    rewritten = optimize(graph, card, options.disabled)
+    rewritten = optimize(verified.flat, card, options.disabled)
     small = rewritten.graph
     together = not options.deterministic and BATCH_RUNS not in options.disabled
-    positions = sum(r.rows for r in small.runs) * max((r.seq for r in small.runs), default=0)
+    size = sum(r.rows for r in small.runs) * max((r.seq for r in small.runs), default=0)
     alike = len({_signature(r, card) for r in small.runs}) <= 1
-    joint = together and alike and positions <= max_pass_tokens
+    joint = together and alike and size <= max_pass_tokens
     timeline = schedule(small, card, joint=joint)
     groups = _group_runs(small, card, timeline, max_pass_tokens if together else 0)
     builder = _Builder(small, card, timeline, groups, options)
     passes, after = builder.build()
-    specs = tuple(verified.specs[o] for o in rewritten.origin)
+    specs = tuple(verified.flat_specs[o] for o in rewritten.origin)
     cost = replace(
         _price(small, specs),
-        tokens=sum(p.rows * p.seq for p in passes),
-        passes=len(passes),
+        tokens=sum(p.positions for p in passes),
+        passes=sum(p.forwards for p in passes),
     )
     return Plan(
         graph=small,
-        origin=rewritten.origin,
-        specs=specs,
+        origin=tuple(verified.origin[o] for o in rewritten.origin),
         passes=passes,
         after=after,
         cost=cost,
         saved=rewritten.saved,
-        received=len(graph.nodes),
+        received=len(verified.flat.nodes),
         options=options,
         last_grad=builder.last_grad(),
+        specs=specs,
     )
 
 
@@ -247,7 +282,7 @@ def _group_runs(graph: Graph, card: ModelCard, timeline: Schedule, budget: int) 
     """Pairs of level and runs that share a forward; a budget of 0 gives every run its own."""
     needed: dict[int, set[int]] = defaultdict(set)
     for i, node in enumerate(graph.nodes):
-        if node.op == "site.read":
+        if is_read(node):
             assert node.run is not None
             needed[timeline.moments[i].level].add(node.run)
     groups: list[tuple[int, tuple[int, ...]]] = []
@@ -262,6 +297,8 @@ def _group_runs(graph: Graph, card: ModelCard, timeline: Schedule, budget: int) 
 
 def _signature(run: Run, card: ModelCard) -> object:
     """Equal for runs whose rows may share a forward: padding is harmless only to causal models of tokens alone."""
+    if run.generation is not None:
+        return object()  # equal to none but itself: its steps are its own
     if card.causal and not run.inputs:
         return None
     return (run.seq, run.ragged, tuple((name, value.shape[1:]) for name, value in run.inputs))
@@ -294,7 +331,7 @@ class _Builder:
         options: ExecuteOptions,
     ) -> None:
         self.graph, self.card, self.timeline, self.groups, self.options = graph, card, timeline, groups, options
-        self.order = [card.site(str(n.attrs["site"])).order if n.run is not None else BEFORE for n in graph.nodes]
+        self.order = positions(graph, card)
         self.slots = [self._slots(runs) for _, runs in groups]
         #: Values that a gradient is taken with respect to.
         self.differentiated = {a for n in graph.nodes if n.op == "grad" for a in n.args[1:]}
@@ -324,6 +361,9 @@ class _Builder:
         site_at = {s.order: s.name for s in self.card.sites if s.absent is None}
         passes = []
         for p, (_, runs) in enumerate(self.groups):
+            if self.graph.runs[runs[0]].generation is not None:
+                passes.append(self._generating(p, runs[0], moments, site_at))
+                continue
             at = sorted(order for (q, order) in moments if q == p and order != BEFORE)
             tokens = tuple(row for run in runs for row in self.graph.runs[run].tokens)
             stops = EARLY_STOP not in self.options.disabled and at
@@ -340,6 +380,27 @@ class _Builder:
                 )
             )
         return tuple(passes), moments.get((len(self.groups), BEFORE), Actions())
+
+    def _generating(self, p: int, index: int, moments: Mapping[_Time, Actions], site_at: Mapping[int, str]) -> Pass:
+        run, width = self.graph.runs[index], span(self.card)
+        at = sorted(order for (q, order) in moments if q == p and order != BEFORE)
+        steps = []
+        for step in range(1 + at[-1] // width):
+            orders = [order for order in at if order // width == step and order % width]
+            sites = {site_at[order % width - 1]: moments[p, order] for order in orders}
+            steps.append(Forward(moments.get((p, step * width), Actions()), MappingProxyType(sites)))
+        return Pass(
+            slots=self.slots[p],
+            rows=run.rows,
+            seq=run.seq,
+            tokens=run.tokens,
+            inputs=MappingProxyType({}),
+            before=moments.get((p, BEFORE), Actions()),
+            sites=MappingProxyType({}),
+            stop_at=None,
+            generation=run.generation,
+            steps=tuple(steps),
+        )
 
     def _inputs(self, runs: Sequence[int]) -> Mapping[str, tuple[TensorData, ...]]:
         inputs: dict[str, list[TensorData]] = defaultdict(list)
@@ -359,7 +420,7 @@ class _Builder:
         pass_of = {(level, run): p for p, (level, runs) in enumerate(self.groups) for run in runs}
         last_read: dict[tuple[int, int], int] = {}
         for i, node in enumerate(self.graph.nodes):
-            if node.op == "site.read":
+            if is_read(node):
                 assert node.run is not None
                 key = (pass_of[self.timeline.moments[i].level, node.run], node.run)
                 last_read[key] = max(last_read.get(key, BEFORE), self.order[i])
@@ -367,7 +428,7 @@ class _Builder:
         for i in self.timeline.order:
             node = self.graph.nodes[i]
             level = self.timeline.moments[i].level
-            if node.op == "site.read":
+            if is_read(node):
                 assert node.run is not None
                 first = pass_of[level, node.run]
                 times[i] = ((first, self.order[i]),)
@@ -422,17 +483,22 @@ class _Builder:
 
     def _steps(self, i: int, time: _Time, free: tuple[int, ...]) -> list[Step]:
         node, names = self.graph.nodes[i], tuple(self.names.get(i, ()))
-        if node.op == "site.read":
+        if is_read(node):
             if time in self.resumed.get(i, ()):
-                return [Resume(i, self._slot(time, node.run), free)]
-            read = Read(i, self._slot(time, node.run), i in self.differentiated)
+                return [Resume(i, self._slot(time, node), free)]
+            read: Step = Generated(i)
+            if node.op == "site.read":
+                read = Read(i, self._slot(time, node), i in self.differentiated)
             return [read, Emit(i, names, free)] if names or free else [read]
         attrs = op_spec(node.op).fill(node.attrs)
         if node.op == "site.write":
-            slot = self._slot(time, node.run)
+            slot = self._slot(time, node)
             return [Write(i, slot, node.args[0], node.args[1:], attrs["mode"], attrs["index"], free)]
         function = None if op_spec(node.op).structural else kernel(op_spec(node.op))
         return [Compute(i, node.op, function, node.args, attrs, names, free, i in self.differentiated)]
 
-    def _slot(self, time: _Time, run: int | None) -> Slot:
-        return next(s for s in self.slots[time[0]] if s.run == run)
+    def _slot(self, time: _Time, node: Node) -> Slot:
+        slot = next(s for s in self.slots[time[0]] if s.run == node.run)
+        if self.graph.runs[slot.run].generation and (node.attrs["step"] or node.attrs["site"] == LOGITS):
+            return replace(slot, seq=1, lengths=(1,) * len(slot.lengths), ragged=False)  # the newest position alone
+        return slot

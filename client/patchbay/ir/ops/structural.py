@@ -27,13 +27,15 @@ CONST = OpSpec(
     doc="A constant that travels with the graph: a tensor, or a Python number.",
 )
 
+_STEP = AttrSpec("step", "int", None, "forward of a generating run: 0 the prompt's, None every one of them")
+
 SITE_READ = OpSpec(
     name="site.read",
     params=(),
     rule=None,
     flops=no_flops,
     category="structural",
-    attrs=(AttrSpec("site", "str", doc="canonical site name"),),
+    attrs=(AttrSpec("site", "str", doc="canonical site name"), _STEP),
     doc="The value at a site of a run, after every write at that site that stands before this node.",
 )
 
@@ -48,6 +50,7 @@ SITE_WRITE = OpSpec(
         AttrSpec("site", "str", doc="canonical site name"),
         AttrSpec("mode", "str", "set", "how the value meets what is there", choices=("set", "add", "mul")),
         AttrSpec("index", "index", (), "part of the site's value that is written"),
+        _STEP,
     ),
     doc="Replaces, adds to or scales (part of) the value at a site of a run; yields no value.",
 )
@@ -95,4 +98,26 @@ GRAD = OpSpec(
     ),
 )
 
-STRUCTURAL = (CONST, PARAM_READ, SITE_READ, SITE_WRITE, CALL, ITEM, GRAD)
+RUN_TOKENS = OpSpec(
+    name="run.tokens",
+    params=(),
+    rule=None,
+    flops=no_flops,
+    category="structural",
+    attrs=(AttrSpec("step", "int", None, "before which forward; max_new_tokens for after the last; None for each"),),
+    doc=(
+        "Token ids that a generating run has made before a forward, int64 [rows, max_new_tokens]; -1 where none was "
+        "made (yet)."
+    ),
+)
+
+STEPS_STACK = OpSpec(
+    name="steps.stack",
+    params=("value",),
+    rule=None,
+    flops=no_flops,
+    category="structural",
+    doc="The values that a value has at the forwards of a generating run, along a new first axis.",
+)
+
+STRUCTURAL = (CONST, PARAM_READ, SITE_READ, SITE_WRITE, CALL, ITEM, GRAD, RUN_TOKENS, STEPS_STACK)

@@ -1,0 +1,213 @@
+"""Generating runs: which token comes next, what the next forward is given, and what a step's values look like.
+
+Rows are stored padded on the right, as in every forward of the engine, and what they generate stands behind the
+padding; a mask hides it from decode steps, and every row keeps the positions that it would have alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from patchbay.errors import GraphError
+from patchbay.ir.card import LOGITS
+from patchbay.ir.graph import Generation
+from patchbay_server.engine.plan import Pass
+from patchbay_server.models.hosted import HostedModel
+from patchbay_server.models.taps import first_tensor
+
+#: Stands in for tokens that were never generated.
+NO_TOKEN = -1
+_FILLER = 0
+
+
+def check_generates(hosted: HostedModel, ragged: bool) -> None:
+    """
+    Raises:
+        GraphError: the model keeps no keys and values between forwards, or cannot be told the positions of rows.
+    """
+    takes = inspect.signature(hosted.model.forward).parameters
+    if "past_key_values" not in takes or "use_cache" not in takes:
+        raise GraphError(f"{hosted.card.name!r} cannot generate: it keeps no keys and values between forwards")
+    if ragged and not {"position_ids", "attention_mask"} <= set(takes):
+        raise GraphError(f"{hosted.card.name!r} generates from rows of one length only: it takes no positions")
+
+
+class Decoding:
+    """One generating run while it runs.
+
+    Attributes:
+        step: the forward that comes next, or is under way.
+        so_far: int64 [rows, max_new_tokens], NO_TOKEN where there is no token (yet).
+        stopped: bool [rows]: what rows ended before this step.
+    """
+
+    def __init__(self, hosted: HostedModel, each: Pass) -> None:
+        assert each.generation is not None
+        self._hosted, self._pass, self._how = hosted, each, each.generation
+        self._lengths = torch.tensor([len(row) for row in each.tokens])
+        self._ragged = bool((self._lengths != each.seq).any())
+        check_generates(hosted, self._ragged)
+        self._check_windows()
+        self._cache: Any = None
+        self.step = 0
+        self.so_far = torch.full((each.rows, self._how.max_new_tokens), NO_TOKEN)
+        self.stopped = torch.zeros(each.rows, dtype=torch.bool)
+        self._stops = [list(sequence) for sequence in self._how.stop]
+        if self._how.eos:
+            self._stops += [[token] for token in end_tokens(hosted.model)]
+        self._generators = [torch.Generator().manual_seed(self._how.seed + row) for row in range(each.rows)]
+
+    def _check_windows(self) -> None:
+        """Padding between a row and what it generates would count towards a window over the latest positions."""
+        config: Any = self._hosted.model.config
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        window = getattr(text, "sliding_window", None)
+        kinds = getattr(text, "layer_types", None)
+        if window is None or not self._ragged or (kinds and all(kind == "full_attention" for kind in kinds)):
+            return
+        if self._pass.seq + self._how.max_new_tokens > int(window):
+            raise GraphError(
+                f"rows of different lengths are generated from only within the window of {window} positions that "
+                f"{self._hosted.card.name!r} looks back; make a run of each"
+            )
+
+    @property
+    def ended(self) -> bool:
+        """Whether no row goes on."""
+        return bool(self.stopped.all()) or self.step >= self._how.max_new_tokens
+
+    @property
+    def gone(self) -> torch.Tensor | None:
+        """Rows whose values no longer mean anything, as indices; None where there are none."""
+        return self.stopped.nonzero().squeeze(1).to(self._hosted.device) if bool(self.stopped.any()) else None
+
+    def advance(self) -> None:
+        """Run the next forward, under whatever hooks are there, and choose every row's next token."""
+        model = self._hosted.model
+        output = model(**self._inputs(), use_cache=True)
+        self._cache = output.past_key_values
+        logits = first_tensor(output)
+        assert logits is not None and logits.ndim == 3
+        newest = self.newest(logits)[:, 0].float().cpu()  # [rows, vocab]
+        chosen = [_choose(newest[row], self._how, self._generators[row]) for row in range(self._pass.rows)]
+        for row, token in enumerate(chosen):
+            if not self.stopped[row]:
+                self.so_far[row, self.step] = token
+        self.step += 1
+        for row in range(self._pass.rows):
+            made = self.so_far[row, : self.step].tolist()
+            if any(made[-len(stop) :] == stop for stop in self._stops):
+                self.stopped[row] = True
+
+    def _inputs(self) -> dict[str, torch.Tensor]:
+        device, each, step = self._hosted.device, self._pass, self.step
+        if step == 0:
+            rows = [[*row, *([_FILLER] * (each.seq - len(row)))] for row in each.tokens]
+            inputs = {"input_ids": torch.tensor(rows, device=device)}
+            if not self._ragged and self._keeps_last_logits():
+                inputs["logits_to_keep"] = 1  # type: ignore[assignment]
+            return inputs
+        tokens = self.so_far[:, step - 1 : step].clamp(min=_FILLER)
+        inputs = {"input_ids": tokens.to(device), "past_key_values": self._cache}
+        if self._ragged:
+            at = torch.arange(each.seq + step)
+            mask = (at[None] < self._lengths[:, None]) | (at[None] >= each.seq)
+            inputs["attention_mask"] = mask.long().to(device)
+            inputs["position_ids"] = (self._lengths[:, None] + step - 1).to(device)
+        return inputs
+
+    def _keeps_last_logits(self) -> bool:
+        """Whether the prompt's other logits can be left out: nothing reads them by their module's name."""
+        wide = {site.name for site in self._hosted.card.sites if site.dims[-1:] == (self._hosted.card.d_vocab,)}
+        used = set(self._pass.steps[0].sites) - {LOGITS}
+        return "logits_to_keep" in inspect.signature(self._hosted.model.forward).parameters and not used & wide
+
+    # --- what a step's values look like
+
+    def newest(self, value: torch.Tensor) -> torch.Tensor:
+        """``[rows, positions, ...]`` -> ``[rows, 1, ...]``, the newest position of every row."""
+        if value.shape[1] == 1:
+            return value
+        rows = torch.arange(value.shape[0], device=value.device)
+        return value[rows, self._lengths.to(value.device) - 1].unsqueeze(1)
+
+    def seen_through(
+        self, site: str, dims: tuple[Any, ...], handle: Callable[[torch.Tensor], torch.Tensor | None]
+    ) -> Callable[[torch.Tensor], torch.Tensor | None]:
+        """`handle`, given what users see of `site` in this forward: the newest logits, keys without the padding."""
+        if site == LOGITS and self.step == 0:
+            return lambda value: self._at_newest(value, handle)
+        if self.step and self._ragged and "key" in dims:
+            return lambda value: self._at_keys(value, dims.index("key"), handle)
+        return handle
+
+    def _at_newest(
+        self, value: torch.Tensor, handle: Callable[[torch.Tensor], torch.Tensor | None]
+    ) -> torch.Tensor | None:
+        if value.shape[1] == 1:
+            return handle(value)
+        new = handle(self.newest(value))
+        if new is None:
+            return None
+        result = value.clone()
+        rows = torch.arange(value.shape[0], device=value.device)
+        result[rows, self._lengths.to(value.device) - 1] = new[:, 0]
+        return result
+
+    def _at_keys(
+        self, value: torch.Tensor, axis: int, handle: Callable[[torch.Tensor], torch.Tensor | None]
+    ) -> torch.Tensor | None:
+        """Every row's padding moves from behind its prompt to the front, where it reads as zero."""
+        pads = [self._pass.seq - int(length) for length in self._lengths]
+
+        def moved(whole: torch.Tensor, back: bool) -> torch.Tensor:
+            result = torch.empty_like(whole)
+            for row, pad in enumerate(pads):
+                prompt, rest = whole[row].split([self._pass.seq, self.step], dim=axis - 1)
+                prompt = prompt.roll(-pad if back else pad, dims=axis - 1)
+                if not back:
+                    prompt.narrow(axis - 1, 0, pad).zero_()
+                result[row] = torch.cat([prompt, rest], dim=axis - 1)
+            return result
+
+        new = handle(moved(value, back=False))
+        if new is None:
+            return None
+        result = moved(new, back=True)
+        for row, pad in enumerate(pads):  # padding ignores writes
+            if pad:
+                place = (axis - 1, self._pass.seq - pad, pad)
+                result[row].narrow(*place).copy_(value[row].narrow(*place))
+        return result
+
+
+def end_tokens(model: torch.nn.Module) -> tuple[int, ...]:
+    """The ids that end a text, as the model's own configuration says."""
+    for source in (getattr(model, "generation_config", None), getattr(model, "config", None)):
+        found = getattr(source, "eos_token_id", None)
+        if found is not None:
+            return tuple(int(i) for i in found) if isinstance(found, (list, tuple)) else (int(found),)
+    return ()
+
+
+def _choose(logits: torch.Tensor, how: Generation, generator: torch.Generator) -> int:
+    """The next token of one row, from its logits ``[vocab]`` in float32."""
+    if how.temperature == 0:
+        return int(logits.argmax())
+    logits = logits / how.temperature
+    if 0 < how.top_k < logits.shape[0]:
+        logits = logits.masked_fill(logits < logits.topk(how.top_k).values[-1], float("-inf"))
+    if how.top_p < 1:
+        # Ascending, as transformers' TopPLogitsWarper: what is dropped has at most 1 - top_p in all.
+        ordered, index = logits.sort()
+        drop = ordered.softmax(-1).cumsum(-1) <= 1 - how.top_p
+        drop[-1] = False
+        logits = logits.masked_fill(drop.scatter(0, index, drop), float("-inf"))
+    chances = logits.softmax(-1)
+    if not bool(torch.isfinite(chances).all()):
+        raise GraphError("no token can be drawn: the logits hold NaN or infinity, or every token was ruled out")
+    return int(torch.multinomial(chances, 1, generator=generator))
