@@ -24,6 +24,7 @@ from patchbay.errors import NotFoundError, UnavailableError
 from patchbay.ir.card import CallableSpec, ModelCard, SiteSpec
 from patchbay.ir.dtypes import float32
 from patchbay.ir.events import (
+    ChatMessage,
     Done,
     Event,
     ExecuteOptions,
@@ -102,6 +103,10 @@ class FakeModel:
         """Words between white space; a word's id depends on its letters only and is never `BOS`."""
         return tuple(_tokenize(text, add_special_tokens) for text in texts)
 
+    def render_chats(self, chats: Sequence[Sequence[ChatMessage]]) -> tuple[str, ...]:
+        """Roles and contents as words."""
+        return tuple(" ".join(f"<{m.role}> {m.content}" for m in messages) for messages in chats)
+
     def token_strings(self, ids: Sequence[int]) -> TokenizedRow:
         """Every id has a name of its own; words cannot be told from their ids."""
         strings = tuple("<bos>" if i == BOS else f"word{i}" for i in ids)
@@ -164,9 +169,12 @@ class FakeTransport(Transport):
         return self._model(name).card
 
     async def tokenize(
-        self, model: str, texts: Sequence[str], *, add_special_tokens: bool = True
+        self, model: str, texts: Sequence[str], *, add_special_tokens: bool = True, prepend_bos: bool | None = None
     ) -> tuple[TokenizedRow, ...]:
-        return self._model(model).tokenize(texts, add_special_tokens)
+        return self._model(model).tokenize(texts, add_special_tokens if prepend_bos is None else prepend_bos)
+
+    async def render_chats(self, model: str, chats: Sequence[Sequence[ChatMessage]]) -> tuple[str, ...]:
+        return self._model(model).render_chats(chats)
 
     async def token_strings(self, model: str, ids: Sequence[int]) -> TokenizedRow:
         return self._model(model).token_strings(ids)

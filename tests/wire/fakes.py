@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from patchbay.errors import NotFoundError
 from patchbay.ir.card import ModelCard
-from patchbay.ir.events import Event, ExecuteOptions, ModelSummary, TokenizedRow
+from patchbay.ir.events import ChatMessage, Event, ExecuteOptions, ModelSummary, TokenizedRow
 from patchbay.ir.graph import Graph
 from patchbay.testing import FakeModel
 
@@ -28,8 +28,13 @@ class FakeBackend:
     def card(self) -> ModelCard:
         return self.model.card
 
-    async def tokenize(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> tuple[TokenizedRow, ...]:
-        return self.model.tokenize(texts, add_special_tokens)
+    async def tokenize(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True, prepend_bos: bool | None = None
+    ) -> tuple[TokenizedRow, ...]:
+        return self.model.tokenize(texts, add_special_tokens if prepend_bos is None else prepend_bos)
+
+    async def render_chats(self, chats: Sequence[Sequence[ChatMessage]]) -> tuple[str, ...]:
+        return self.model.render_chats(chats)
 
     async def token_strings(self, ids: Sequence[int]) -> TokenizedRow:
         return self.model.token_strings(ids)

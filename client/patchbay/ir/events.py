@@ -144,6 +144,19 @@ class TokenizedRow:
 
 
 @dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One message of a conversation.
+
+    Attributes:
+        role: ``"system"``, ``"user"``, ``"assistant"``, or what else the model's template knows.
+        content: its text.
+    """
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSummary:
     """One line of ListModels."""
 

@@ -6,7 +6,7 @@ import abc
 from collections.abc import AsyncIterator, Sequence
 
 from patchbay.ir.card import ModelCard
-from patchbay.ir.events import Event, ExecuteOptions, ModelSummary, TokenizedRow
+from patchbay.ir.events import ChatMessage, Event, ExecuteOptions, ModelSummary, TokenizedRow
 from patchbay.ir.graph import Graph
 
 
@@ -38,9 +38,27 @@ class Transport(abc.ABC):
 
     @abc.abstractmethod
     async def tokenize(
-        self, model: str, texts: Sequence[str], *, add_special_tokens: bool = True
+        self, model: str, texts: Sequence[str], *, add_special_tokens: bool = True, prepend_bos: bool | None = None
     ) -> tuple[TokenizedRow, ...]:
-        """Tokenize texts with the tokenizer of `model`; one row per text, in order."""
+        """Tokenize texts with the tokenizer of `model`; one row per text, in order.
+
+        Args:
+            model: name of the model.
+            texts: the texts.
+            add_special_tokens: whether the tokenizer adds what it adds by itself.
+            prepend_bos: whether each row begins with the beginning-of-sequence token; None leaves it to the tokenizer.
+
+        Raises:
+            InvalidRequestError: the model has no tokenizer, or it knows no such token.
+        """
+
+    @abc.abstractmethod
+    async def render_chats(self, model: str, chats: Sequence[Sequence[ChatMessage]]) -> tuple[str, ...]:
+        """Texts of conversations, made by the chat template of the model's tokenizer, special tokens written out.
+
+        Raises:
+            InvalidRequestError: the model's tokenizer has no chat template, or the template refuses the messages.
+        """
 
     @abc.abstractmethod
     async def token_strings(self, model: str, ids: Sequence[int]) -> TokenizedRow:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from patchbay.errors import PatchbayError, ProtocolError, RequestRangeError
 from patchbay.ir.card import ModelCard
-from patchbay.ir.events import ExecuteOptions, ModelSummary, TokenizedRow
+from patchbay.ir.events import ChatMessage, ExecuteOptions, ModelSummary, TokenizedRow
 from patchbay.ir.graph import Graph
 from patchbay.v1 import service_pb2
 from patchbay.wire.cards import decode_card, decode_summary
@@ -34,14 +34,19 @@ def read_summaries(response: service_pb2.ListModelsResponse, before: int) -> lis
     return [decode_summary(m, f"models[{before + i}]") for i, m in enumerate(response.models)]
 
 
-def tokenize_request(model: str, texts: Sequence[str], add_special_tokens: bool) -> service_pb2.TokenizeRequest:
+def tokenize_request(
+    model: str, texts: Sequence[str], add_special_tokens: bool, prepend_bos: bool | None = None
+) -> service_pb2.TokenizeRequest:
     """
     Raises:
         ProtocolError: a text that UTF-8 cannot carry.
     """
     try:
         return service_pb2.TokenizeRequest(
-            model=encode_model(model), texts=list(texts), omit_special_tokens=not add_special_tokens
+            model=encode_model(model),
+            texts=list(texts),
+            omit_special_tokens=not add_special_tokens,
+            prepend_bos=prepend_bos,
         )
     except UnicodeError:
         raise ProtocolError("a text holds lone surrogates, which UTF-8 cannot carry", field="texts") from None
@@ -58,6 +63,33 @@ def token_strings_request(model: str, ids: Sequence[int]) -> service_pb2.Tokeniz
         if isinstance(error, PatchbayError):
             raise
         raise RequestRangeError(f"not token ids: {error}", reason="INVALID_TOKEN_ID") from None
+
+
+def render_request(model: str, chats: Sequence[Sequence[ChatMessage]]) -> service_pb2.TokenizeRequest:
+    """
+    Raises:
+        ProtocolError: a message that UTF-8 cannot carry.
+    """
+    try:
+        conversations = [
+            service_pb2.Conversation(
+                messages=[service_pb2.ChatMessage(role=m.role, content=m.content) for m in messages]
+            )
+            for messages in chats
+        ]
+    except UnicodeError:
+        raise ProtocolError("a message with lone surrogates, which UTF-8 cannot carry", field="conversations") from None
+    return service_pb2.TokenizeRequest(model=encode_model(model), conversations=conversations)
+
+
+def read_rendered(response: service_pb2.TokenizeResponse, expected: int) -> tuple[str, ...]:
+    """
+    Raises:
+        ProtocolError: not one text per conversation.
+    """
+    if len(response.rendered) != expected:
+        raise ProtocolError(f"{len(response.rendered)} texts for {expected} conversations", field="rendered")
+    return tuple(response.rendered)
 
 
 def read_rows(response: service_pb2.TokenizeResponse, expected: int) -> tuple[TokenizedRow, ...]:

@@ -25,7 +25,7 @@ from patchbay.errors import (
     UnavailableError,
 )
 from patchbay.ir.card import ModelCard
-from patchbay.ir.events import Event, ExecuteOptions, ModelSummary, TokenizedRow
+from patchbay.ir.events import ChatMessage, Event, ExecuteOptions, ModelSummary, TokenizedRow
 from patchbay.ir.graph import Graph
 from patchbay.transport import calls
 from patchbay.transport.base import Transport
@@ -142,11 +142,16 @@ class GrpcTransport(Transport):
         return calls.read_card(await self._unary("GetModel", request, service_pb2.GetModelResponse, name))
 
     async def tokenize(
-        self, model: str, texts: Sequence[str], *, add_special_tokens: bool = True
+        self, model: str, texts: Sequence[str], *, add_special_tokens: bool = True, prepend_bos: bool | None = None
     ) -> tuple[TokenizedRow, ...]:
-        request = calls.tokenize_request(model, texts, add_special_tokens)
+        request = calls.tokenize_request(model, texts, add_special_tokens, prepend_bos)
         response = await self._unary("Tokenize", request, service_pb2.TokenizeResponse, model)
         return calls.read_rows(response, len(texts))
+
+    async def render_chats(self, model: str, chats: Sequence[Sequence[ChatMessage]]) -> tuple[str, ...]:
+        request = calls.render_request(model, chats)
+        response = await self._unary("Tokenize", request, service_pb2.TokenizeResponse, model)
+        return calls.read_rendered(response, len(chats))
 
     async def token_strings(self, model: str, ids: Sequence[int]) -> TokenizedRow:
         request = calls.token_strings_request(model, ids)

@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 
 from patchbay.errors import DeadlineExceededError, UnavailableError
 from patchbay.ir.card import ModelCard
-from patchbay.ir.events import Event, ExecuteOptions, ModelSummary, TokenizedRow
+from patchbay.ir.events import ChatMessage, Event, ExecuteOptions, ModelSummary, TokenizedRow
 from patchbay.ir.graph import Graph
 from patchbay.transport import calls
 from patchbay.transport.base import Transport
@@ -103,10 +103,14 @@ class LocalTransport(Transport):
         return calls.read_card(await self._call(self._servicer.GetModel, calls.get_model_request(name)))
 
     async def tokenize(
-        self, model: str, texts: Sequence[str], *, add_special_tokens: bool = True
+        self, model: str, texts: Sequence[str], *, add_special_tokens: bool = True, prepend_bos: bool | None = None
     ) -> tuple[TokenizedRow, ...]:
-        request = calls.tokenize_request(model, texts, add_special_tokens)
+        request = calls.tokenize_request(model, texts, add_special_tokens, prepend_bos)
         return calls.read_rows(await self._call(self._servicer.Tokenize, request), len(texts))
+
+    async def render_chats(self, model: str, chats: Sequence[Sequence[ChatMessage]]) -> tuple[str, ...]:
+        response = await self._call(self._servicer.Tokenize, calls.render_request(model, chats))
+        return calls.read_rendered(response, len(chats))
 
     async def token_strings(self, model: str, ids: Sequence[int]) -> TokenizedRow:
         request = calls.token_strings_request(model, ids)

@@ -12,7 +12,7 @@ import torch
 
 from patchbay.errors import InvalidRequestError, RequestRangeError
 from patchbay.ir.card import ModelCard
-from patchbay.ir.events import ModelSummary, TokenizedRow
+from patchbay.ir.events import ChatMessage, ModelSummary, TokenizedRow
 from patchbay.ir.limits import Limits
 from patchbay.ir.params import NONE
 from patchbay_server.models.parameters import Parameter
@@ -62,18 +62,67 @@ class HostedModel:
         params = () if policy == NONE else self.card.params
         return replace(self, card=replace(self.card, weights=policy, params=params))
 
-    def tokenize(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> tuple[TokenizedRow, ...]:
+    def tokenize(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True, prepend_bos: bool | None = None
+    ) -> tuple[TokenizedRow, ...]:
         """Token ids, strings and character offsets of each text.
 
+        Args:
+            texts: the texts.
+            add_special_tokens: whether the tokenizer adds what it adds by itself.
+            prepend_bos: whether each row begins with one beginning-of-sequence token, whatever the tokenizer does by
+                itself; None leaves it to the tokenizer.
+
         Raises:
-            InvalidRequestError: the model has no tokenizer.
+            InvalidRequestError: the model has no tokenizer, or its tokenizer knows no such token.
         """
         if self.tokenizer is None:
             raise InvalidRequestError(
                 f"{self.card.name!r} is hosted without a tokenizer: give token ids instead of text"
             )
         with self._tokenizer_lock:  # the fast tokenizers' padding state is not safe to share between threads
-            return tuple(self._tokenize_one(text, add_special_tokens) for text in texts)
+            rows = tuple(self._tokenize_one(text, add_special_tokens) for text in texts)
+        return rows if prepend_bos is None else tuple(self._with_bos(row, prepend_bos) for row in rows)
+
+    def _with_bos(self, row: TokenizedRow, wanted: bool) -> TokenizedRow:
+        bos = self.tokenizer.bos_token_id
+        if bos is None:  # BERT and its kin begin with a token of their own name
+            bos = self.tokenizer.cls_token_id
+        if bos is None:
+            raise InvalidRequestError(
+                f"the tokenizer of {self.card.name!r} knows no beginning-of-sequence token; leave prepend_bos out"
+            )
+        if (row.ids[:1] == (bos,)) is wanted:
+            return row
+        if wanted:
+            shown = self.tokenizer.decode([bos])
+            return TokenizedRow((bos, *row.ids), (shown, *row.strings), ((0, 0), *row.offsets), (True, *row.special))
+        return TokenizedRow(row.ids[1:], row.strings[1:], row.offsets[1:], row.special[1:])
+
+    def render_chats(self, chats: Sequence[Sequence[ChatMessage]]) -> tuple[str, ...]:
+        """Each conversation as a text, by the tokenizer's chat template, special tokens written out.
+
+        A conversation that does not end with the assistant is followed by what opens the assistant's turn.
+
+        Raises:
+            InvalidRequestError: the tokenizer has no chat template, or its template refuses the messages.
+        """
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise InvalidRequestError(
+                f"{self.card.name!r} has no chat template; give a text that is already in the form the model wants"
+            )
+        texts = []
+        for messages in chats:
+            plain = [{"role": m.role, "content": m.content} for m in messages]
+            answered = bool(messages) and messages[-1].role == "assistant"
+            try:
+                with self._tokenizer_lock:
+                    text = self.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=not answered)
+            except Exception as error:  # templates are programs of the model's authors: they raise what they like
+                reason = str(error).partition("\n")[0]
+                raise InvalidRequestError(f"the chat template refuses these messages: {reason}") from error
+            texts.append(str(text))
+        return tuple(texts)
 
     def token_strings(self, ids: Sequence[int]) -> TokenizedRow:
         """The text of each token id; offsets are all (0, 0).

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Protocol
 
 from patchbay.ir.card import ModelCard
-from patchbay.ir.events import Cost, Event, ExecuteOptions, ModelSummary, TokenizedRow, Usage
+from patchbay.ir.events import ChatMessage, Cost, Event, ExecuteOptions, ModelSummary, TokenizedRow, Usage
 from patchbay.ir.graph import Graph
 
 
@@ -25,8 +25,13 @@ class Backend(Protocol):
     def card(self) -> ModelCard:
         """The model's card."""
 
-    async def tokenize(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> tuple[TokenizedRow, ...]:
+    async def tokenize(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True, prepend_bos: bool | None = None
+    ) -> tuple[TokenizedRow, ...]:
         """Tokenize texts with the model's own tokenizer; one row per text, in order."""
+
+    async def render_chats(self, chats: Sequence[Sequence[ChatMessage]]) -> tuple[str, ...]:
+        """Conversations as texts, by the tokenizer's chat template."""
 
     async def token_strings(self, ids: Sequence[int]) -> TokenizedRow:
         """The text of each token id, as the model's tokenizer shows it."""
@@ -91,8 +96,13 @@ class Hosted(Protocol):
     def summary(self) -> ModelSummary:
         """The model's line in ListModels."""
 
-    def tokenize(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> tuple[TokenizedRow, ...]:
+    def tokenize(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True, prepend_bos: bool | None = None
+    ) -> tuple[TokenizedRow, ...]:
         """Tokenize texts; blocks."""
+
+    def render_chats(self, chats: Sequence[Sequence[ChatMessage]]) -> tuple[str, ...]:
+        """Conversations as texts; blocks."""
 
     def token_strings(self, ids: Sequence[int]) -> TokenizedRow:
         """The text of each token id; blocks."""

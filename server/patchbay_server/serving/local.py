@@ -33,6 +33,7 @@ from patchbay.errors import (
 )
 from patchbay.ir.card import ModelCard
 from patchbay.ir.events import (
+    ChatMessage,
     Done,
     Event,
     ExecuteOptions,
@@ -214,13 +215,21 @@ class LocalBackend:
         if since is not None and time.perf_counter() - since > self._deadline_s + STUCK_AFTER_S:
             raise UnavailableError("the engine is stuck; the replica is being replaced", retry_after_s=5.0)
 
-    async def tokenize(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> tuple[TokenizedRow, ...]:
+    async def tokenize(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True, prepend_bos: bool | None = None
+    ) -> tuple[TokenizedRow, ...]:
         """Tokenize texts with the model's own tokenizer; one row per text, in order."""
-        if sum(map(len, texts)) <= INLINE_CHARACTERS:
-            return self._hosted.tokenize(texts, add_special_tokens=add_special_tokens)
-        loop = asyncio.get_running_loop()
         call = functools.partial(self._hosted.tokenize, texts, add_special_tokens=add_special_tokens)
+        if prepend_bos is not None:
+            call = functools.partial(call, prepend_bos=prepend_bos)
+        if sum(map(len, texts)) <= INLINE_CHARACTERS:
+            return call()
+        loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._beside, call)
+
+    async def render_chats(self, chats: Sequence[Sequence[ChatMessage]]) -> tuple[str, ...]:
+        """Conversations as texts, by the tokenizer's chat template."""
+        return await asyncio.get_running_loop().run_in_executor(self._beside, self._hosted.render_chats, chats)
 
     async def token_strings(self, ids: Sequence[int]) -> TokenizedRow:
         """The text of each token id, as the model's tokenizer shows it."""

@@ -28,7 +28,7 @@ from patchbay.errors import (
     ProtocolError,
     ServiceError,
 )
-from patchbay.ir.events import Event, ExecuteOptions
+from patchbay.ir.events import ChatMessage, Event, ExecuteOptions, TokenizedRow
 from patchbay.ir.graph import Graph
 from patchbay.v1 import events_pb2, service_pb2
 from patchbay.wire.cards import encode_card, encode_summary
@@ -193,11 +193,20 @@ class Servicer:
         backend = self._catalog.get(decode_model(request.model, "model"))
         texts = list(request.texts)
         check_texts(texts)
-        rows = list(await backend.tokenize(texts, add_special_tokens=not request.omit_special_tokens)) if texts else []
+        rows: list[TokenizedRow] = []
+        if texts:
+            bos = request.prepend_bos if request.HasField("prepend_bos") else None
+            special = not request.omit_special_tokens
+            rows = list(await backend.tokenize(texts, add_special_tokens=special, prepend_bos=bos))
+        rendered: tuple[str, ...] = ()
+        if request.conversations:
+            chats = [[ChatMessage(m.role, m.content) for m in c.messages] for c in request.conversations]
+            check_texts([part for messages in chats for m in messages for part in (m.role, m.content)])
+            rendered = await backend.render_chats(chats)
         if request.ids:
             check_ids(len(request.ids))
             rows.append(await backend.token_strings(list(request.ids)))
-        return service_pb2.TokenizeResponse(texts=[encode_row(row) for row in rows])
+        return service_pb2.TokenizeResponse(texts=[encode_row(row) for row in rows], rendered=rendered)
 
 
 def _public(error: Exception, method: str) -> PatchbayError:
