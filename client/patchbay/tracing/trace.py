@@ -21,7 +21,6 @@ from patchbay.results import Price, Results, RunUsage, map_tree
 from patchbay.tokens import label_of
 from patchbay.tracing.arrays import as_array, to_array, to_data
 from patchbay.tracing.builder import GraphBuilder, TracedGraph
-from patchbay.tracing.namespaces import Callable as ModelCallable
 from patchbay.tracing.generation import (
     GeneratingRun,
     How,
@@ -31,24 +30,25 @@ from patchbay.tracing.generation import (
     strings_of,
     take_generated,
 )
+from patchbay.tracing.namespaces import Callable as ModelCallable
 from patchbay.tracing.params import TraceParams
 from patchbay.tracing.proxy import Created, Proxy, lift, not_saved
 from patchbay.tracing.runs import Run
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
     from typing_extensions import Unpack
-    from patchbay.model import AsyncModel, Model, ModelCore, Outcome, RunInputs
+
     from patchbay.ir.graph import Generation
+    from patchbay.model import AsyncModel, Model, ModelCore, Outcome, RunInputs
     from patchbay.tracing.namespaces import SiteTree
 
 #: What `Trace.run` takes: a text, token ids, `Tokens`, an integer array, or a list of any of the first three (rows).
 Input = Any
 ProgressCallback = Callable[[Event], None]
-
 #: Called with a step and one token id per row (-1 for rows that have stopped).
 StreamCallback = Callable[[int, list[int]], Any]
+
 
 class BaseTrace(abc.ABC):
     """A graph under construction, and its results once it has run.
@@ -109,9 +109,9 @@ class BaseTrace(abc.ABC):
         kind = Run if generation is None else GeneratingRun
         run = kind(self, self.builder.add_run(data), rows, single)
         self.runs.append(run)
-        return run
         if isinstance(run, GeneratingRun):
             self.want(run.generated, f"run{run.index}.generated")
+        return run
 
     def call(self, name: str, value: object) -> Proxy:
         """`value` put through a module of the model that its card lists as callable, such as ``"unembed"``."""
@@ -173,12 +173,12 @@ class BaseTrace(abc.ABC):
             return next(n for i in range(2, len(self._trees) + 3) if (n := f"{base}_{i}") not in self._trees)
         return next(n for i in range(1, len(self._trees) + 2) if (n := f"value_{i}") not in self._trees)
 
-    def _want(self, node: int, name: str) -> None:
     def want(self, value: Proxy, name: str) -> str:
         """Ask for a value that is no result of the user's; returns the name that it is sent under."""
         self._want(value._node, name)
         return self._outputs[value._node]
 
+    def _want(self, node: int, name: str) -> None:
         if node in self._outputs:
             return  # sent once; every name gets an array of its own
         unique = name
@@ -353,14 +353,12 @@ class SyncTrace(BaseTrace):
 
         Raises:
             TraceError: not an input; ids outside the vocabulary; too long.
+            InvalidRequestError: the model has no chat template, or no such token.
         """
         self._check_open()
             InvalidRequestError: the model has no chat template, or no such token.
         given = self._core.known_inputs_of(inputs) or self._model.wait(self._core.inputs_of(inputs))
         return self._add_run(given, label)
-
-    def execute(self) -> None:
-        """Verifies and runs the graph; leaving the ``with`` block does this.
 
     def generate(
         self, inputs: Input, *, max_new_tokens: int, label: str | None = None, **how: Unpack[How]
@@ -372,6 +370,9 @@ class SyncTrace(BaseTrace):
         run = self._add_run(given, label, generation)
         assert isinstance(run, GeneratingRun)
         return run
+
+    def execute(self) -> None:
+        """Verifies and runs the graph; leaving the ``with`` block does this.
 
         Raises:
             GraphError: the graph breaks a rule: raised before anything is sent, or by the server.
@@ -385,11 +386,11 @@ class SyncTrace(BaseTrace):
                 lambda emit: self._core.execute(graph, self._options, self._timeout_s, emit), self._progress
             )
             self._finish(graph, outcome)
+            if ids := generated_ids(self):
+                take_generated(self, ids, self._model.wait(strings_of(self._core, ids)))
         except GraphError as error:
             self._fail(error)
             raise self._located(error, graph) from None
-            if ids := generated_ids(self):
-                take_generated(self, ids, self._model.wait(strings_of(self._core, ids)))
         except BaseException as error:
             self._fail(error)
             raise
@@ -436,9 +437,6 @@ class RunTrace(SyncTrace):
         self._leave(failed=kind is not None)
 
 
-class AsyncBase(BaseTrace):
-    """A trace whose waiting is awaited."""
-
 class GenerateTrace(SyncTrace):
     """One generating run: ``with model.generate(text, max_new_tokens=20) as run``.
 
@@ -461,6 +459,9 @@ class GenerateTrace(SyncTrace):
         self._leave(failed=kind is not None)
 
 
+class AsyncBase(BaseTrace):
+    """A trace whose waiting is awaited."""
+
     def __init__(self, model: AsyncModel, **kwargs: Any) -> None:
         super().__init__(model.core, **kwargs)
 
@@ -469,10 +470,6 @@ class GenerateTrace(SyncTrace):
         self._check_open()
         return self._add_run(await self._core.inputs_of(inputs), label)
 
-    async def execute(self) -> None:
-        """Verifies and runs the graph; see `SyncTrace.execute`."""
-        graph = self._prepare()
-        if graph is None:
     async def generate(
         self, inputs: Input, *, max_new_tokens: int, label: str | None = None, **how: Unpack[How]
     ) -> GeneratingRun:
@@ -483,16 +480,20 @@ class GenerateTrace(SyncTrace):
         assert isinstance(run, GeneratingRun)
         return run
 
+    async def execute(self) -> None:
+        """Verifies and runs the graph; see `SyncTrace.execute`."""
+        graph = self._prepare()
+        if graph is None:
             return
         try:
             outcome = await self._core.execute(graph, self._options, self._timeout_s, self._progress)
             self._finish(graph, outcome)
+            if ids := generated_ids(self):
+                take_generated(self, ids, await strings_of(self._core, ids))
         except GraphError as error:
             self._fail(error)
             raise self._located(error, graph) from None
         except BaseException as error:
-            if ids := generated_ids(self):
-                take_generated(self, ids, await strings_of(self._core, ids))
             self._fail(error)
             raise
 
