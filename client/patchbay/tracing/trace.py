@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from patchbay.errors import GraphError, ProtocolError, TraceError, ValueNotReadyError
+from patchbay.inputs import WithBos
 from patchbay.ir.events import Event, ExecuteOptions, Usage
 from patchbay.ir.graph import Output
 from patchbay.ir.graph import Run as GraphRun
@@ -341,7 +342,7 @@ class SyncTrace(BaseTrace):
         super().__init__(model.core, **kwargs)
         self._model = model
 
-    def run(self, inputs: Input, *, label: str | None = None) -> Run:
+    def run(self, inputs: Input, *, label: str | None = None, prepend_bos: bool | None = None) -> Run:
         """Adds a forward over `inputs`.
 
         Args:
@@ -350,13 +351,14 @@ class SyncTrace(BaseTrace):
                 integer array, or `Tokens`; or, for models with other inputs (`model.card.inputs`), a dict of arrays by
                 name, token ids or text under ``"text"``: ``{"pixel_values": image}``.
             label: what to call it in errors and printed graphs; the text by default.
+            prepend_bos: whether texts begin with the beginning-of-sequence token; None leaves it to the tokenizer.
 
         Raises:
             TraceError: not an input; ids outside the vocabulary; too long.
             InvalidRequestError: the model has no chat template, or no such token.
         """
         self._check_open()
-            InvalidRequestError: the model has no chat template, or no such token.
+        inputs = inputs if prepend_bos is None else WithBos(inputs, prepend_bos)
         given = self._core.known_inputs_of(inputs) or self._model.wait(self._core.inputs_of(inputs))
         return self._add_run(given, label)
 
@@ -465,9 +467,10 @@ class AsyncBase(BaseTrace):
     def __init__(self, model: AsyncModel, **kwargs: Any) -> None:
         super().__init__(model.core, **kwargs)
 
-    async def run(self, inputs: Input, *, label: str | None = None) -> Run:
+    async def run(self, inputs: Input, *, label: str | None = None, prepend_bos: bool | None = None) -> Run:
         """Adds a forward over `inputs`; see `SyncTrace.run`."""
         self._check_open()
+        inputs = inputs if prepend_bos is None else WithBos(inputs, prepend_bos)
         return self._add_run(await self._core.inputs_of(inputs), label)
 
     async def generate(
