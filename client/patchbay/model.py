@@ -9,13 +9,14 @@ import operator
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from patchbay.errors import ProtocolError, TraceError
+from patchbay.inputs import Chat, Text, WithBos, chat_of
 from patchbay.ir.card import InputSpec, ModelCard
 from patchbay.ir.events import Done, Event, ExecuteOptions, TensorValue, Usage
 from patchbay.ir.ops.spec import TensorSpec
@@ -72,7 +73,8 @@ class ModelCore:
     def __init__(self, connection: Connection, card: ModelCard) -> None:
         self.card = card
         self._connection = connection
-        self._texts: OrderedDict[tuple[str, bool], Tokens] = OrderedDict()
+        self._texts: OrderedDict[Text, Tokens] = OrderedDict()
+        self._chats: OrderedDict[Chat, str] = OrderedDict()
         self._strings: dict[int, str] = {}  # at most the vocabulary
 
     @cached_property
@@ -84,32 +86,52 @@ class ModelCore:
 
     # --- tokens ---------------------------------------------------------------------------------------------------
 
-    async def tokenize(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[Tokens]:
-        """Tokens of each text; texts seen before cost nothing, the others one call together."""
+    async def tokenize(self, texts: Sequence[Text]) -> list[Tokens]:
+        """Tokens of each text; texts seen before cost nothing, the others one call for each way of tokenizing."""
+        await self._render({t.chat for t in texts if t.chat is not None and t.chat not in self._chats})
+        texts = [self._rendered(t) for t in texts]
         cache = self._texts
-        found: dict[str, Tokens] = {}
-        new: list[str] = []
+        found: dict[Text, Tokens] = {}
+        new: dict[tuple[bool, bool | None], list[Text]] = {}
         for text in dict.fromkeys(texts):
-            key = (text, add_special_tokens)
-            if key in cache:
-                cache.move_to_end(key)
-                found[text] = cache[key]
+            if text in cache:
+                cache.move_to_end(text)
+                found[text] = cache[text]
             else:
-                new.append(text)
-        if new:
+                new.setdefault((text.special, text.prepend_bos), []).append(text)
+        for (special, prepend_bos), group in new.items():
             transport = await self._connection.transport()
-            rows = await transport.tokenize(self.card.name, new, add_special_tokens=add_special_tokens)
-            if len(rows) != len(new):
-                raise ProtocolError(f"the server tokenized {len(rows)} texts of {len(new)}")
-            for text, row in zip(new, rows, strict=True):
-                found[text] = cache[(text, add_special_tokens)] = Tokens.from_row(text, row)
-            while len(cache) > _CACHED_TEXTS:
-                cache.popitem(last=False)
+            plain = [t.text for t in group]
+            how: dict[str, Any] = {"add_special_tokens": special}
+            if prepend_bos is not None:
+                how["prepend_bos"] = prepend_bos
+            rows = await transport.tokenize(self.card.name, plain, **how)
+            if len(rows) != len(group):
+                raise ProtocolError(f"the server tokenized {len(rows)} texts of {len(group)}")
+            for text, row in zip(group, rows, strict=True):
+                found[text] = cache[text] = Tokens.from_row(text.text, row)
+        while len(cache) > _CACHED_TEXTS:
+            cache.popitem(last=False)
         return [found[text] for text in texts]
+
+    async def _render(self, chats: Collection[Chat]) -> None:
+        """Ask for the texts of conversations."""
+        if chats:
+            ordered = list(chats)
+            transport = await self._connection.transport()
+            self._chats.update(zip(ordered, await transport.render_chats(self.card.name, ordered), strict=True))
+            while len(self._chats) > _CACHED_TEXTS:
+                self._chats.popitem(last=False)
+
+    def _rendered(self, text: Text) -> Text:
+        """A conversation's text, which already holds its special tokens."""
+        if text.chat is None:
+            return text
+        return Text(self._chats[text.chat], special=False, prepend_bos=text.prepend_bos)
 
     async def token_id(self, text: str) -> int:
         """The id of a text that is exactly one token."""
-        (tokens,) = await self.tokenize([text], add_special_tokens=False)
+        (tokens,) = await self.tokenize([Text(text, special=False)])
         ids = [i for i, special in zip(tokens.ids, tokens.special, strict=True) if not special]
         if len(ids) != 1:
             pieces = ", ".join(map(repr, tokens.strings)) or "none"
@@ -130,19 +152,21 @@ class ModelCore:
     async def inputs_of(self, inputs: Input) -> RunInputs:
         """`inputs` as rows of tokens and named arrays, checked against the card."""
         given, single, named = self._split(inputs)
-        texts = await self.tokenize([g for g in given if isinstance(g, str)])
+        texts = await self.tokenize([g for g in given if isinstance(g, Text)])
         return self._run_inputs(given, texts, single, named)
 
     def known_inputs_of(self, inputs: Input) -> RunInputs | None:
         """Like `inputs_of`, when nothing needs to be asked for: the runs of a sweep read the same few texts."""
         given, single, named = self._split(inputs)
-        texts = [self._texts.get((g, True)) for g in given if isinstance(g, str)]
+        if any(g.chat is not None and g.chat not in self._chats for g in given if isinstance(g, Text)):
+            return None
+        texts = [self._texts.get(self._rendered(g)) for g in given if isinstance(g, Text)]
         known = [t for t in texts if t is not None]
         return self._run_inputs(given, known, single, named) if len(known) == len(texts) else None
 
     def _run_inputs(
         self,
-        given: Sequence[str | Tokens],
+        given: Sequence[Text | Tokens],
         texts: Sequence[Tokens],
         single: bool,
         named: tuple[tuple[str, TensorData], ...],
@@ -153,22 +177,31 @@ class ModelCore:
             raise TraceError(f"the inputs of a run have one entry per row each, but their rows differ: {counts}")
         return RunInputs(rows, single, named)
 
-    def _split(self, inputs: Input) -> tuple[list[str | Tokens], bool, tuple[tuple[str, TensorData], ...]]:
+    def _split(self, inputs: Input) -> tuple[list[Text | Tokens], bool, tuple[tuple[str, TensorData], ...]]:
+        if isinstance(inputs, WithBos):
+            given, single, named = self._split(inputs.inputs)
+            if not any(isinstance(g, Text) for g in given):
+                raise TraceError("prepend_bos concerns texts; token ids begin with what they begin with")
+            return [replace(g, prepend_bos=inputs.prepend) if isinstance(g, Text) else g for g in given], single, named
         if not isinstance(inputs, Mapping):
             if not self.card.takes_tokens:
                 wanted = ", ".join(spec.name for spec in self.card.inputs)
                 raise TraceError(f"{self.card.name!r} takes no tokens; give a dict of its inputs: {wanted}")
+            self._check_complete(())
             return (*split_rows(inputs), ())
         rest = dict(inputs)
         tokens = rest.pop(TOKENS, None)
         if (tokens is not None) != self.card.takes_tokens:
             says = f"needs {TOKENS!r}" if self.card.takes_tokens else "takes no tokens"
             raise TraceError(f"{self.card.name!r} {says}; it has the inputs {[s.name for s in self.card.inputs]}")
-        for spec in self.card.inputs:
-            if spec.required and spec.name not in rest:
-                raise TraceError(f"{self.card.name!r} needs the input {spec.name!r} [{_shown(spec)}]: {spec.doc}")
         named = tuple((name, self._named_input(name, rest[name])) for name in sorted(rest))
+        self._check_complete(rest)
         return (*(([], False) if tokens is None else split_rows(tokens)), named)
+
+    def _check_complete(self, given: Collection[str]) -> None:
+        for spec in self.card.inputs:
+            if spec.required and spec.name not in given:
+                raise TraceError(f"{self.card.name!r} needs the input {spec.name!r} [{_shown(spec)}]: {spec.doc}")
 
     def _named_input(self, name: str, value: object) -> TensorData:
         import numpy as np
@@ -192,10 +225,10 @@ class ModelCore:
             raise TraceError(f"the input {name!r} holds numbers outside 0 to {spec.below - 1}")
         return to_data(array)
 
-    def _checked(self, given: Sequence[str | Tokens], texts: Sequence[Tokens]) -> list[Tokens]:
+    def _checked(self, given: Sequence[Text | Tokens], texts: Sequence[Tokens]) -> list[Tokens]:
         """`given` with its texts replaced by their tokens, each row checked against the card."""
         tokenized = iter(texts)
-        rows = [next(tokenized) if isinstance(g, str) else g for g in given]
+        rows = [next(tokenized) if isinstance(g, Text) else g for g in given]
         for number, row in enumerate(rows):
             self._check_row(row, f"row {number}" if len(rows) > 1 else "the input")
         return rows
@@ -283,7 +316,7 @@ def _shown(spec: InputSpec) -> str:
     return ", ".join(map(str, spec.dims))
 
 
-def split_rows(inputs: Input) -> tuple[list[str | Tokens], bool]:
+def split_rows(inputs: Input) -> tuple[list[Text | Tokens], bool]:
     """The rows of anything that a run takes, texts still as they are; and whether it was one row, not a list of rows.
 
     Raises:
@@ -305,15 +338,20 @@ def split_rows(inputs: Input) -> tuple[list[str | Tokens], bool]:
         if not rows:
             raise TraceError("a run needs at least one row; this list is empty")
     raise TraceError(
-        "a run takes a text, a list of texts, token ids, a list of lists of ids, an integer array or Tokens,"
+        "a run takes a text, a list of texts, a conversation (a list of {'role': ..., 'content': ...}), token ids, a"
+        " list of lists of ids, an integer array or Tokens,"
         f" not {type(inputs).__name__} {repr(inputs)[:80]}"
     )
 
 
-def _row(item: object) -> str | Tokens | None:
-    """One row: a text, tokens, or a sequence of ids; None when it is something else (a list of rows, perhaps)."""
-    if isinstance(item, (str, Tokens)):
+def _row(item: object) -> Text | Tokens | None:
+    """One row: a text, a conversation, tokens or a sequence of ids; None when it is something else (rows, perhaps)."""
+    if isinstance(item, str):
+        return Text(item)
+    if isinstance(item, Tokens):
         return item
+    if (chat := chat_of(item)) is not None:
+        return Text("", chat=chat)
     if getattr(item, "ndim", None) == 1 and hasattr(item, "tolist"):
         item = item.tolist()
     if isinstance(item, (list, tuple, range)) and item and all(_is_id(i) for i in item):
@@ -378,15 +416,28 @@ class Model(BaseModel):
         return self._portal.run(make(None)) if on_event is None else self._portal.run_with_events(make, on_event)
 
     @overload
-    def tokenize(self, text: str, *, add_special_tokens: bool = True) -> Tokens: ...
+    def tokenize(
+        self, text: str, *, add_special_tokens: bool = True, prepend_bos: bool | None = None
+    ) -> Tokens: ...
 
     @overload
-    def tokenize(self, text: list[str] | tuple[str, ...], *, add_special_tokens: bool = True) -> list[Tokens]: ...
+    def tokenize(
+        self, text: list[str] | tuple[str, ...], *, add_special_tokens: bool = True, prepend_bos: bool | None = None
+    ) -> list[Tokens]: ...
 
-    def tokenize(self, text: str | Sequence[str], *, add_special_tokens: bool = True) -> Tokens | list[Tokens]:
-        """Tokens of a text (or of each of several): ids, strings, offsets."""
-        texts = [text] if isinstance(text, str) else list(text)
-        rows = self.wait(self.core.tokenize(texts, add_special_tokens=add_special_tokens))
+    def tokenize(
+        self, text: str | Sequence[str], *, add_special_tokens: bool = True, prepend_bos: bool | None = None
+    ) -> Tokens | list[Tokens]:
+        """Tokens of a text (or of each of several): ids, strings, offsets.
+
+        Args:
+            text: the text, or several.
+            add_special_tokens: whether the tokenizer adds what it adds by itself.
+            prepend_bos: whether each begins with the beginning-of-sequence token; None leaves it to the tokenizer.
+        """
+        how = {"special": add_special_tokens, "prepend_bos": prepend_bos}
+        texts = [Text(t, **how) for t in ([text] if isinstance(text, str) else text)]
+        rows = self.wait(self.core.tokenize(texts))
         return rows[0] if isinstance(text, str) else rows
 
     def token_strings(self, ids: Iterable[int]) -> list[str]:
@@ -448,6 +499,7 @@ class Model(BaseModel):
         self,
         inputs: Input,
         *,
+        prepend_bos: bool | None = None,
         deterministic: bool = False,
         disabled: Sequence[str] = (),
         timeout_s: float | None = None,
@@ -458,6 +510,7 @@ class Model(BaseModel):
         self,
         inputs: Input | None = None,
         *,
+        prepend_bos: bool | None = None,
         deterministic: bool = False,
         disabled: Sequence[str] = (),
         timeout_s: float | None = None,
@@ -467,6 +520,7 @@ class Model(BaseModel):
 
         Args:
             inputs: of the one run (see `Trace.run`); left out, the block makes its runs with ``t.run(...)``.
+            prepend_bos: whether its texts begin with the beginning-of-sequence token; None leaves it to the tokenizer.
             deterministic: run alone and one run at a time, bit for bit like the same forwards done by hand.
             disabled: names of the engine's optimisations to leave out.
             timeout_s: seconds the execution may take; the client's own by default.
@@ -475,6 +529,8 @@ class Model(BaseModel):
         from patchbay.tracing import trace as tracing
 
         options = ExecuteOptions(deterministic=deterministic, disabled=tuple(disabled))
+        if inputs is not None and prepend_bos is not None:
+            inputs = WithBos(inputs, prepend_bos)
         kind = tracing.Trace if inputs is None else tracing.RunTrace
         return kind(self, options=options, timeout_s=timeout_s, progress=progress, first=inputs)
 
@@ -537,15 +593,28 @@ class AsyncModel(BaseModel):
     """A model whose calls are awaited."""
 
     @overload
-    async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> Tokens: ...
+    async def tokenize(
+        self, text: str, *, add_special_tokens: bool = True, prepend_bos: bool | None = None
+    ) -> Tokens: ...
 
     @overload
-    async def tokenize(self, text: list[str] | tuple[str, ...], *, add_special_tokens: bool = True) -> list[Tokens]: ...
+    async def tokenize(
+        self, text: list[str] | tuple[str, ...], *, add_special_tokens: bool = True, prepend_bos: bool | None = None
+    ) -> list[Tokens]: ...
 
-    async def tokenize(self, text: str | Sequence[str], *, add_special_tokens: bool = True) -> Tokens | list[Tokens]:
-        """Tokens of a text (or of each of several): ids, strings, offsets."""
-        texts = [text] if isinstance(text, str) else list(text)
-        rows = await self.core.tokenize(texts, add_special_tokens=add_special_tokens)
+    async def tokenize(
+        self, text: str | Sequence[str], *, add_special_tokens: bool = True, prepend_bos: bool | None = None
+    ) -> Tokens | list[Tokens]:
+        """Tokens of a text (or of each of several): ids, strings, offsets.
+
+        Args:
+            text: the text, or several.
+            add_special_tokens: whether the tokenizer adds what it adds by itself.
+            prepend_bos: whether each begins with the beginning-of-sequence token; None leaves it to the tokenizer.
+        """
+        how = {"special": add_special_tokens, "prepend_bos": prepend_bos}
+        texts = [Text(t, **how) for t in ([text] if isinstance(text, str) else text)]
+        rows = await self.core.tokenize(texts)
         return rows[0] if isinstance(text, str) else rows
 
     async def token_strings(self, ids: Iterable[int]) -> list[str]:
@@ -587,7 +656,32 @@ class AsyncModel(BaseModel):
         self,
         inputs: Input,
         *,
+        prepend_bos: bool | None = None,
         deterministic: bool = False,
+        disabled: Sequence[str] = (),
+        timeout_s: float | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> AsyncRunTrace: ...
+
+    def trace(
+        self,
+        inputs: Input | None = None,
+        *,
+        prepend_bos: bool | None = None,
+        deterministic: bool = False,
+        disabled: Sequence[str] = (),
+        timeout_s: float | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> AsyncTrace | AsyncRunTrace:
+        """A trace for ``async with``; see `Model.trace`. `progress` is called in the event loop."""
+        from patchbay.tracing import trace as tracing
+
+        options = ExecuteOptions(deterministic=deterministic, disabled=tuple(disabled))
+        if inputs is not None and prepend_bos is not None:
+            inputs = WithBos(inputs, prepend_bos)
+        kind = tracing.AsyncTrace if inputs is None else tracing.AsyncRunTrace
+        return kind(self, options=options, timeout_s=timeout_s, progress=progress, first=inputs)
+
     def generate(
         self,
         inputs: Input,
@@ -623,27 +717,6 @@ class AsyncModel(BaseModel):
         return tracing.AsyncGenerateTrace(
             self, how=how, stream=stream, options=options, timeout_s=timeout_s, progress=progress, first=inputs
         )
-
-        disabled: Sequence[str] = (),
-        timeout_s: float | None = None,
-        progress: ProgressCallback | None = None,
-    ) -> AsyncRunTrace: ...
-
-    def trace(
-        self,
-        inputs: Input | None = None,
-        *,
-        deterministic: bool = False,
-        disabled: Sequence[str] = (),
-        timeout_s: float | None = None,
-        progress: ProgressCallback | None = None,
-    ) -> AsyncTrace | AsyncRunTrace:
-        """A trace for ``async with``; see `Model.trace`. `progress` is called in the event loop."""
-        from patchbay.tracing import trace as tracing
-
-        options = ExecuteOptions(deterministic=deterministic, disabled=tuple(disabled))
-        kind = tracing.AsyncTrace if inputs is None else tracing.AsyncRunTrace
-        return kind(self, options=options, timeout_s=timeout_s, progress=progress, first=inputs)
 
 
 def describe_model(card: ModelCard) -> str:
