@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from patchbay.results import Results
     from patchbay.saving import load_graph, save_graph
     from patchbay.tokens import Tokens
-    from patchbay.tracing import AsyncTrace, Proxy, Run, Trace, grad
+    from patchbay.tracing import AsyncTrace, Proxy, Run, Trace, function, grad
 
 __all__ = [
     "AsyncClient",
@@ -51,6 +51,7 @@ __all__ = [
     "connect",
     "connect_async",
     "errors",
+    "function",
     "grad",
     "load_graph",
     "local",
@@ -78,6 +79,7 @@ _HOMES = {
     "TraceError": "errors",
     "connect": "client",
     "connect_async": "client",
+    "function": "tracing",
     "grad": "tracing",
     "load_graph": "saving",
     "local": "client",

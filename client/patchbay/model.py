@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 import re
 import warnings
@@ -13,7 +14,7 @@ from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, 
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
 
 from patchbay.errors import ProtocolError, TraceError
 from patchbay.inputs import Chat, Text, WithBos, chat_of
@@ -25,11 +26,14 @@ from patchbay.results import Price, Results, RunUsage
 from patchbay.tokens import Tokens
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from patchbay.client import Connection
     from patchbay.ir.graph import Graph, TensorData
     from patchbay.portal import Portal
     from patchbay.tracing.namespaces import SiteTree
     from patchbay.tracing.params import ModelParams
+    from patchbay.tracing.runs import Run
     from patchbay.tracing.trace import (
         AsyncGenerateTrace,
         AsyncRunTrace,
@@ -43,6 +47,8 @@ if TYPE_CHECKING:
     )
 
 T = TypeVar("T")
+#: A function of a `Run`, applied to every run of an edited model.
+Edit: TypeAlias = "Callable[[Run], object]"
 _CACHED_TEXTS = 4096
 #: Under this name a dict of inputs holds the text or token ids.
 TOKENS = "text"
@@ -368,6 +374,22 @@ class BaseModel:
 
     def __init__(self, core: ModelCore) -> None:
         self.core = core
+        self.edits: tuple[Edit, ...] = ()
+
+    def edited(self, edit: Edit) -> Self:
+        """A model whose every trace applies `edit` to each run before anything else; this one stays as it is.
+
+        Edits stack: ``model.edited(a).edited(b)`` applies `a`, then `b`. They live in this client; the server's model
+        is not touched. Graphs that are run as they are (`run`) carry no edits.
+
+        Args:
+            edit: a function of a run that reads and writes its sites; what it returns is left alone.
+        """
+        if not callable(edit):
+            raise TraceError(f"an edit is a function of a run, not {type(edit).__name__}")
+        other = copy.copy(self)
+        other.edits = (*self.edits, edit)
+        return other
 
     @property
     def card(self) -> ModelCard:
@@ -387,7 +409,12 @@ class BaseModel:
         return ModelParams(self.core.card)
 
     def __repr__(self) -> str:
-        return describe_model(self.core.card)
+        shown = describe_model(self.core.card)
+        if not self.edits:
+            return shown
+        from patchbay.tracing.trace import edit_name
+
+        return f"{shown}\n  edited by: {', '.join(map(edit_name, self.edits))}"
 
 
 class Model(BaseModel):
@@ -416,9 +443,7 @@ class Model(BaseModel):
         return self._portal.run(make(None)) if on_event is None else self._portal.run_with_events(make, on_event)
 
     @overload
-    def tokenize(
-        self, text: str, *, add_special_tokens: bool = True, prepend_bos: bool | None = None
-    ) -> Tokens: ...
+    def tokenize(self, text: str, *, add_special_tokens: bool = True, prepend_bos: bool | None = None) -> Tokens: ...
 
     @overload
     def tokenize(

@@ -30,6 +30,7 @@ PUBLIC = [
     "connect",
     "connect_async",
     "errors",
+    "function",
     "grad",
     "load_graph",
     "local",

@@ -17,6 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from patchbay.ir.fragments import Fragment, fold
 from patchbay.ir.graph import Generation, Graph, Node, Run, TensorData
 from patchbay.ir.sites import is_module_site
 
@@ -51,6 +52,7 @@ def render(
     specs: Sequence[object] | None = None,
     locations: Sequence[str | None] | None = None,
     max_nodes: int | None = None,
+    fragments: Sequence[Fragment | None] | None = None,
 ) -> str:
     """`graph` as text.
 
@@ -59,21 +61,31 @@ def render(
         specs: the spec of each node, shown at the right when given.
         locations: ``file:line`` of each node, shown as a comment when given.
         max_nodes: leave out the middle of longer graphs; None shows everything.
+        fragments: the named part that each node belongs to; every part is shown as one line.
     """
     runs, nodes, outputs = len(graph.runs), len(graph.nodes), len(graph.outputs)
     lines = [f"graph of {_count(runs, 'run')}, {_count(nodes, 'node')}, {_count(outputs, 'output')}"]
     shown_runs = _elide(range(runs), max_nodes)
     lines += ["  ..." if i is None else f"  run {i}: {describe_run(graph.runs[i])}" for i in shown_runs]
-    left = {i: statement(graph, i) for i in _elide(range(nodes), max_nodes) if i is not None}
-    middle = {i: show_spec(specs[i]) if specs is not None and specs[i] != () else "" for i in left}
+    folded = fold(graph, fragments) if fragments is not None else {}
+    hidden = {n for line in folded.values() for n in line.nodes} - set(folded)
+    shown = [i for i in range(nodes) if i not in hidden]
+    if folded:
+        lines[0] += f", {_count(len(folded), 'named part')}"
+    left = {i: statement(graph, i) for n in _elide(range(len(shown)), max_nodes) if n is not None for i in [shown[n]]}
+    left |= {i: line.statement for i, line in folded.items() if i in left}
+    middle = {i: _show_specs(specs, folded[i].gives if i in folded else (i,)) for i in left}
     first = min(max(map(len, left.values()), default=0), _MAX_COLUMN)
     second = min(max(map(len, middle.values()), default=0), _MAX_COLUMN)
-    for i in _elide(range(nodes), max_nodes):
-        if i is None:
-            lines.append(f"  ... ({nodes - len(left)} more nodes)")
+    for n in _elide(range(len(shown)), max_nodes):
+        if n is None:
+            lines.append(f"  ... ({len(shown) - len(left)} more nodes)")
             continue
+        i = shown[n]
         place = f"  # {locations[i]}" if locations is not None and locations[i] else ""
         lines.append(f"  {left[i]:<{first}}  {middle[i]:<{second}}{place}".rstrip())
+        if i in folded:
+            lines += [f"    in {folded[i].fragment}: {statement(graph, w)}" for w in folded[i].writes]
     lines += [f"  return {o.name} = %{o.node}" for o in graph.outputs]
     return "\n".join(lines)
 
@@ -159,6 +171,10 @@ def show_tensor(data: TensorData) -> str:
 def show_spec(spec: object) -> str:
     """``float32[1, 6, 64]``; several for operations with several results."""
     return ", ".join(map(repr, spec)) if isinstance(spec, tuple) else repr(spec)
+
+
+def _show_specs(specs: Sequence[object] | None, nodes: Sequence[int]) -> str:
+    return "" if specs is None else ", ".join(show_spec(specs[i]) for i in nodes if specs[i] != ())
 
 
 def describe_run(run: Run) -> str:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from patchbay.errors import CausalityError, DTypeError, GraphError, TraceError
 from patchbay.ir.card import ModelCard
+from patchbay.ir.fragments import Fragment
 from patchbay.ir.graph import Attr, Graph, Node, Output, Run, TensorData
 from patchbay.ir.ops.spec import TensorSpec, ValueSpec
 from patchbay.ir.render import expression, render, show_index, show_spec, site_path
@@ -36,6 +38,7 @@ class TracedGraph(Graph):
 
     specs: tuple[ValueSpec, ...]
     places: tuple[Place, ...]
+    fragments: tuple[Fragment | None, ...]
     model: str
     revision: str
 
@@ -45,12 +48,14 @@ class TracedGraph(Graph):
         specs: Sequence[ValueSpec],
         places: Sequence[Place],
         *,
+        fragments: Sequence[Fragment | None] | None = None,
         model: str = "",
         revision: str = "",
     ) -> None:
         super().__init__(graph.runs, graph.nodes, graph.outputs)
         object.__setattr__(self, "specs", tuple(specs))
         object.__setattr__(self, "places", tuple(places))
+        object.__setattr__(self, "fragments", (None,) * len(graph.nodes) if fragments is None else tuple(fragments))
         object.__setattr__(self, "model", model)
         object.__setattr__(self, "revision", revision)
 
@@ -67,7 +72,11 @@ class TracedGraph(Graph):
     __hash__ = Graph.__hash__
 
     def __str__(self) -> str:
-        return render(self, specs=self.specs, locations=self.locations)
+        return self.text()
+
+    def text(self, *, expand: bool = False) -> str:
+        """The graph as text: every named part (`patchbay.function`) as one line, or, expanded, node by node."""
+        return render(self, specs=self.specs, locations=self.locations, fragments=None if expand else self.fragments)
 
     __repr__ = __str__
 
@@ -88,6 +97,9 @@ class GraphBuilder:
         self.specs: list[ValueSpec] = []
         self.closed: str | None = None
         self._places: list[Place] = []
+        self._fragments: list[Fragment | None] = []
+        self._fragment: Fragment | None = None
+        self._uses = 0
         self._constants: dict[object, int] = {}
         self._last_write: dict[tuple[int, str], int] = {}
         self._draft = Graph()
@@ -126,6 +138,7 @@ class GraphBuilder:
         while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
             frame = frame.f_back  # type: ignore[assignment]
         self._places.append(None if frame is None else (frame.f_code, frame.f_lineno))
+        self._fragments.append(self._fragment)
         if op == "site.write":
             self._last_write[(run, attrs["site"])] = position  # type: ignore[index]
         return position
@@ -146,6 +159,19 @@ class GraphBuilder:
             found = self._constants[key] = self.add("const", (), {"scalar": value})
         return found
 
+    @contextmanager
+    def fragment(self, name: str, version: str = "") -> Iterator[None]:
+        """Nodes that are made inside belong to one use of the function `name`; uses inside a use are part of it."""
+        if self._fragment is not None:
+            yield
+            return
+        self._uses += 1
+        self._fragment = Fragment(name, version, self._uses)
+        try:
+            yield
+        finally:
+            self._fragment = None
+
     def written_since(self, run: int, site: str, node: int) -> bool:
         """Whether the site was written after `node` was made."""
         return self._last_write.get((run, site), -1) > node
@@ -165,7 +191,7 @@ class GraphBuilder:
         keep = self._needed(outputs) if prune else list(range(len(self.nodes)))
         runs = tuple(self.runs)
         if len(keep) == len(self.nodes):
-            return self._traced(Graph(runs, tuple(self.nodes), tuple(outputs)), self.specs, self._places)
+            return self._traced(Graph(runs, tuple(self.nodes), tuple(outputs)), range(len(self.nodes)))
         where = dict(zip(keep, range(len(keep)), strict=True))
         nodes: list[Node] = []
         for i in keep:
@@ -174,10 +200,17 @@ class GraphBuilder:
                 node = Node(node.op, tuple(where[a] for a in node.args), node.attrs, node.run)
             nodes.append(node)
         graph = Graph(runs, tuple(nodes), tuple(Output(o.name, where[o.node]) for o in outputs))
-        return self._traced(graph, [self.specs[i] for i in keep], [self._places[i] for i in keep])
+        return self._traced(graph, keep)
 
-    def _traced(self, graph: Graph, specs: Sequence[ValueSpec], places: Sequence[Place]) -> TracedGraph:
-        return TracedGraph(graph, specs, places, model=self.card.name, revision=self.card.revision)
+    def _traced(self, graph: Graph, kept: Sequence[int]) -> TracedGraph:
+        return TracedGraph(
+            graph,
+            [self.specs[i] for i in kept],
+            [self._places[i] for i in kept],
+            fragments=[self._fragments[i] for i in kept],
+            model=self.card.name,
+            revision=self.card.revision,
+        )
 
     def _needed(self, outputs: Sequence[Output]) -> list[int]:
         needed = bytearray(len(self.nodes))

@@ -41,8 +41,15 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from patchbay.ir.graph import Generation
-    from patchbay.model import AsyncModel, Model, ModelCore, Outcome, RunInputs
+    from patchbay.model import AsyncModel, Edit, Model, ModelCore, Outcome, RunInputs
     from patchbay.tracing.namespaces import SiteTree
+
+
+def edit_name(edit: Edit) -> str:
+    """What an edit of a model is called in printed graphs."""
+    name = getattr(edit, "name", None) or getattr(edit, "__name__", None)
+    return name if isinstance(name, str) else type(edit).__name__
+
 
 #: What `Trace.run` takes: a text, token ids, `Tokens`, an integer array, or a list of any of the first three (rows).
 Input = Any
@@ -74,6 +81,7 @@ class BaseTrace(abc.ABC):
         self.sent_bytes = 0
         self.received_bytes = 0
         self._core = core
+        self._edits: tuple[Edit, ...] = ()
         self._options = options
         self._timeout_s = timeout_s
         self._progress = progress
@@ -110,6 +118,9 @@ class BaseTrace(abc.ABC):
         kind = Run if generation is None else GeneratingRun
         run = kind(self, self.builder.add_run(data), rows, single)
         self.runs.append(run)
+        for edit in self._edits:
+            with self.builder.fragment(edit_name(edit)):
+                edit(run)
         if isinstance(run, GeneratingRun):
             self.want(run.generated, f"run{run.index}.generated")
         return run
@@ -340,6 +351,7 @@ class SyncTrace(BaseTrace):
 
     def __init__(self, model: Model, **kwargs: Any) -> None:
         super().__init__(model.core, **kwargs)
+        self._edits = model.edits
         self._model = model
 
     def run(self, inputs: Input, *, label: str | None = None, prepend_bos: bool | None = None) -> Run:
@@ -466,6 +478,7 @@ class AsyncBase(BaseTrace):
 
     def __init__(self, model: AsyncModel, **kwargs: Any) -> None:
         super().__init__(model.core, **kwargs)
+        self._edits = model.edits
 
     async def run(self, inputs: Input, *, label: str | None = None, prepend_bos: bool | None = None) -> Run:
         """Adds a forward over `inputs`; see `SyncTrace.run`."""
