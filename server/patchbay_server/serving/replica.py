@@ -25,6 +25,8 @@ from patchbay_server.transport.servicer import Servicer
 HEALTH_SERVICES = ("", "patchbay.v1.PatchbayService")
 #: How often a watched health is looked at.
 WATCH_S = 5.0
+#: Watches at a time: each holds one of the replica's calls for as long as it likes, and nobody is asked for a key.
+MAX_WATCHES = 16
 
 
 def authenticator_of(config: Config) -> Authenticator:
@@ -50,6 +52,7 @@ class GrpcMethods:
     _servicer: Servicer
     #: Raises ServiceError when this replica cannot serve.
     _check: Callable[[], None]
+    _watches = 0
 
     async def ListModels(self, request: Any, grpc_context: Any) -> Any:
         """See `Servicer.ListModels`."""
@@ -78,15 +81,23 @@ class GrpcMethods:
         return health_pb2.HealthCheckResponse(status=self._health())
 
     async def Watch(self, request: Any, grpc_context: Any) -> AsyncIterator[Any]:
-        """grpc.health.v1: the same, whenever it changes."""
-        told: int | None = None
-        while True:
-            known = request.service in HEALTH_SERVICES
-            status = self._health() if known else health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
-            if status != told:
-                told = status
-                yield health_pb2.HealthCheckResponse(status=status)
-            await asyncio.sleep(WATCH_S)
+        """grpc.health.v1: the same, whenever it changes; for `MAX_WATCHES` callers at a time."""
+        if self._watches >= MAX_WATCHES:
+            grpc_context.set_code(grpc.StatusCode.RESOURCE_EXHAUSTED)
+            grpc_context.set_details(f"{MAX_WATCHES} callers watch already; ask with Check")
+            return
+        self._watches += 1
+        try:
+            told: int | None = None
+            while True:
+                known = request.service in HEALTH_SERVICES
+                status = self._health() if known else health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+                if status != told:
+                    told = status
+                    yield health_pb2.HealthCheckResponse(status=status)
+                await asyncio.sleep(WATCH_S)
+        finally:
+            self._watches -= 1
 
     def _health(self) -> int:
         try:
