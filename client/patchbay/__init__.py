@@ -94,7 +94,11 @@ def __getattr__(name: str) -> Any:
     elif name in _MODULES:
         value = importlib.import_module(f"patchbay.{name}")
     else:
-        raise AttributeError(f"module 'patchbay' has no attribute {name!r}")
+        import difflib  # only for a mistake
+
+        near = difflib.get_close_matches(name, __dir__(), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise AttributeError(f"module 'patchbay' has no attribute {name!r}{hint}")
     globals()[name] = value
     return value
 

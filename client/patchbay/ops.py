@@ -6,15 +6,18 @@ Every function takes proxies, and beside them numpy arrays, lists and numbers. `
 
 from __future__ import annotations
 
+import difflib as _difflib
 import math as _math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from patchbay.ir.dtypes import DTYPES as _DTYPES
 from patchbay.tracing.functions import functions as _functions
 
-if TYPE_CHECKING:
 
-    def __getattr__(name: str) -> Any: ...
+def __getattr__(name: str) -> Any:
+    near = _difflib.get_close_matches(name, __all__, n=3)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "dir(patchbay.ops) lists what there is"
+    raise AttributeError(f"patchbay.ops has no {name!r}; {hint}")
 
 
 #: The array API's constants.

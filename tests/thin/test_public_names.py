@@ -6,6 +6,8 @@ import inspect
 import subprocess
 import sys
 
+import pytest
+
 import patchbay as pb
 
 PUBLIC = [
@@ -55,8 +57,13 @@ def test_every_public_name_loads_and_is_documented() -> None:
 
 
 def test_unknown_names_are_attribute_errors() -> None:
-    """As for any module."""
+    """As for any module; a near miss names the right one."""
     assert not hasattr(pb, "no_such_name")
+    with pytest.raises(AttributeError, match="did you mean 'connect'"):
+        getattr(pb, "conect")  # noqa: B009
+    with pytest.raises(AttributeError, match="did you mean 'softmax'"):
+        getattr(pb.ops, "sofmax")  # noqa: B009
+    assert not hasattr(pb.ops, "no_such_operation")
 
 
 def run_python(code: str) -> str:
