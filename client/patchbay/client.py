@@ -248,4 +248,6 @@ def local(hf_model: Any, tokenizer: Any = None, *, example: Mapping[str, Any] | 
 
         return LocalTransport(servicer)
 
-    return Client(make, timeout_s=None, name="this process").model(name)
+    client = Client(make, timeout_s=None, name="this process")
+    weakref.finalize(client, servicer.close)  # the engine's thread holds the model for as long as it runs
+    return client.model(name)

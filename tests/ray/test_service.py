@@ -214,9 +214,11 @@ async def test_keys_made_and_revoked_while_serving(service: Served) -> None:
 
 
 async def test_unknown_model(transport: GrpcTransport) -> None:
-    """A model that nobody hosts is NOT_FOUND by name, from the ingress or from us."""
-    with pytest.raises(NotFoundError, match="nobody"):
+    """A model that nobody hosts is NOT_FOUND, with the names of those that are: the ingress alone knows none."""
+    with pytest.raises(NotFoundError, match=f"hosts no model 'nobody'; it hosts: .*{TINY}"):
         await transport.get_model("nobody")
+    with pytest.raises(NotFoundError, match=f"did you mean '{TINY}'"):
+        await transport.get_model(f"{TINY}y")
 
 
 async def test_cancelling_reaches_the_engine(transport: GrpcTransport) -> None:

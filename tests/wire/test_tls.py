@@ -58,3 +58,15 @@ async def test_an_untrusted_certificate_or_no_tls(tls_port: int, scheme: str) ->
     with pytest.raises(UnavailableError, match="gRPC says"):
         await transport.list_models()
     await transport.close()
+
+
+async def test_tls_to_a_plain_port() -> None:
+    """grpcs:// to a server without TLS says that this is the matter, not that nobody answers."""
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    port = server.add_insecure_port("localhost:0")
+    await server.start()
+    transport = GrpcTransport(f"grpcs://localhost:{port}")
+    with pytest.raises(UnavailableError, match="does the server speak TLS"):
+        await transport.list_models()
+    await transport.close()
+    await server.stop(0)

@@ -301,6 +301,34 @@ async def test_every_status_code_is_translated(code: grpc.StatusCode) -> None:
             assert caught.value.__suppress_context__
 
 
+async def test_a_model_without_an_application() -> None:
+    """Where the ingress knows no application of a model's name, `control` is asked which models there are."""
+
+    async def ingress(request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        if dict(context.invocation_metadata() or ())["application"] != "control":
+            await context.abort(grpc.StatusCode.NOT_FOUND, "Application 'demoo' not found. Ping ListApplications.")
+        set_error(context, NotFoundError("no model 'demoo'; did you mean 'demo'?", reason="MODEL_NOT_FOUND"))
+        return b""
+
+    async with _server(GetModel=ingress) as address, _connected(address) as transport:
+        with pytest.raises(NotFoundError, match="did you mean 'demo'") as caught:
+            await transport.get_model("demoo")
+        assert caught.value.reason == "MODEL_NOT_FOUND"
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE])
+async def test_a_stream_that_is_broken_off(code: grpc.StatusCode) -> None:
+    """A replica that dies while it runs a graph is told as that, not as a request that the user cancelled."""
+
+    async def dying(request: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+        yield serialize(service_pb2.ExecuteResponse(started={}))
+        await context.abort(code, "Stream removed (RST_STREAM (Received RST_STREAM with error code 8))")
+
+    async with _server(Execute=dying) as address, _connected(address) as transport:
+        with pytest.raises(UnavailableError, match="broke off the call.*Run it again"):
+            await _collect(transport)
+
+
 async def test_nobody_listens() -> None:
     """When nothing answers, the error says where, and what to try next."""
     async with _connected("127.0.0.1:1") as transport:

@@ -19,6 +19,7 @@ from patchbay._version import __version__
 from patchbay.errors import (
     InternalServerError,
     InvalidRequestError,
+    NotFoundError,
     PatchbayError,
     ProtocolError,
     ServiceError,
@@ -54,6 +55,8 @@ CONTROL_APPLICATION = "control"
 
 _TLS_SCHEMES = ("https://", "grpcs://")
 _PLAIN_SCHEMES = ("http://", "grpc://")
+#: How gRPC words the end of a stream that its server did not end.
+_BROKEN_OFF = ("RST_STREAM", "Stream removed")
 _DETAILS_KEY = "grpc-status-details-bin"
 
 _SERVICE_CONFIG = {
@@ -139,7 +142,14 @@ class GrpcTransport(Transport):
 
     async def get_model(self, name: str) -> ModelCard:
         request = calls.get_model_request(name)
-        return calls.read_card(await self._unary("GetModel", request, service_pb2.GetModelResponse, name))
+        try:
+            answer = await self._unary("GetModel", request, service_pb2.GetModelResponse, name)
+        except NotFoundError as error:
+            if error.reason:
+                raise
+            # The ingress of Ray Serve has no application of that name; `control` can say which models there are.
+            answer = await self._unary("GetModel", request, service_pb2.GetModelResponse, CONTROL_APPLICATION)
+        return calls.read_card(answer)
 
     async def tokenize(
         self, model: str, texts: Sequence[str], *, add_special_tokens: bool = True, prepend_bos: bool | None = None
@@ -269,10 +279,22 @@ class GrpcTransport(Transport):
                 # Details that contradict the status were not made for it.
                 if not isinstance(told, ServiceError) or told.code == code:
                     return told
+        if code in ("CANCELLED", "UNAVAILABLE") and any(sign in details for sign in _BROKEN_OFF):
+            # Seen behind HAProxy when a replica dies; a call that this side cancels does not come by here.
+            return service_error(
+                "UNAVAILABLE",
+                f"{self._address} broke off the call: the server or the replica that ran it was lost or restarted. Run"
+                f" it again; `patchbay doctor` says whether the server is back. (gRPC says: {details})",
+            )
         return service_error(code, self._explain(code, details, timeout_s))
 
     def _explain(self, code: str, details: str, timeout_s: float | None) -> str:
         match code:
+            case "UNAVAILABLE" if self._tls and "handshake" in details.lower():
+                return (
+                    f"no TLS connection to {self._address}: does the server speak TLS there (if not, leave out grpcs:),"
+                    f" and is the issuer of its certificate trusted (tls_roots=)? (gRPC says: {details})"
+                )
             case "UNAVAILABLE":
                 return (
                     f"no Patchbay server answers at {self._address}. Is it running (`patchbay serve`), and is the "

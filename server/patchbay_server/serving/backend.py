@@ -6,9 +6,11 @@ Serve replica.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+import difflib
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, Protocol
 
+from patchbay.errors import NotFoundError
 from patchbay.ir.card import ModelCard
 from patchbay.ir.events import ChatMessage, Cost, Event, ExecuteOptions, ModelSummary, TokenizedRow, Usage
 from patchbay.ir.graph import Graph
@@ -106,3 +108,11 @@ class Hosted(Protocol):
 
     def token_strings(self, ids: Sequence[int]) -> TokenizedRow:
         """The text of each token id; blocks."""
+
+
+def no_such_model(name: str, hosted: Iterable[str]) -> NotFoundError:
+    """The error for a model that is none of those that are hosted; names the nearest, or all."""
+    names = list(hosted)
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"it hosts: {', '.join(names) or 'none'}"
+    return NotFoundError(f"this server hosts no model {name!r}; {hint}", reason="MODEL_NOT_FOUND")

@@ -13,7 +13,7 @@ from ray import serve
 from patchbay.errors import NotFoundError
 from patchbay.ir.events import ModelSummary
 from patchbay_server.config import Config
-from patchbay_server.serving.backend import Backend
+from patchbay_server.serving.backend import Backend, no_such_model
 from patchbay_server.serving.ray import CONTROL, replica_options
 from patchbay_server.serving.replica import GrpcMethods, servicer_of, set_up_logging
 
@@ -56,9 +56,7 @@ class ServeCatalog:
                 f"the model {name!r} is another application of this port: send `application: {name}` as metadata",
                 reason="WRONG_APPLICATION",
             )
-        raise NotFoundError(
-            f"this server hosts no model {name!r}; it hosts: {', '.join(self._models)}", reason="MODEL_NOT_FOUND"
-        )
+        raise no_such_model(name, self._models)
 
 
 class ControlReplica(GrpcMethods):

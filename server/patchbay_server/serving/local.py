@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import difflib
 import functools
 import logging
 import os
@@ -27,7 +26,6 @@ from patchbay.errors import (
     AbortedError,
     DeadlineExceededError,
     InternalServerError,
-    NotFoundError,
     PatchbayError,
     UnavailableError,
 )
@@ -48,7 +46,7 @@ from patchbay.ir.events import (
 from patchbay.ir.graph import Graph
 from patchbay_server.config import Config, LimitsConfig
 from patchbay_server.scheduling import AdmissionLimits, Scheduler, Ticket
-from patchbay_server.serving.backend import Backend, ExecutionEngine, Hosted
+from patchbay_server.serving.backend import Backend, ExecutionEngine, Hosted, no_such_model
 
 if TYPE_CHECKING:
     from patchbay_server.transport.servicer import Servicer
@@ -426,9 +424,7 @@ class LocalCatalog:
         """
         backend = self._backends.get(name)
         if backend is None:
-            near = difflib.get_close_matches(name, self._backends, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it hosts: {', '.join(self._backends) or 'none'}"
-            raise NotFoundError(f"this server hosts no model {name!r}; {hint}", reason="MODEL_NOT_FOUND")
+            raise no_such_model(name, self._backends)
         return backend
 
 
@@ -437,7 +433,8 @@ def local_servicer(
 ) -> Servicer:
     """A servicer for a transformers model that the caller already holds; `patchbay.local` calls it in-process.
 
-    The process's torch settings are left alone, and no key is asked for; the weights are the caller's to read.
+    Its engine thread, and with it the model, stays until the servicer is closed. The process's torch settings are left
+    alone, and no key is asked for; the weights are the caller's to read.
     """
     from patchbay.ir.params import DOWNLOADABLE
     from patchbay_server.models.loader import host
@@ -446,7 +443,8 @@ def local_servicer(
 
     hosted = host(hf_model, tokenizer, name=name, example=example).with_weights(DOWNLOADABLE)
     limits = LimitsConfig()
-    return Servicer(LocalCatalog({name: LocalBackend(hosted, limits)}), AllowAll(), limits)
+    backend = LocalBackend(hosted, limits)
+    return Servicer(LocalCatalog({name: backend}), AllowAll(), limits, on_close=backend.close)
 
 
 def backends_of(config: Config, hosted: Sequence[Hosted], *, exit_on_device_failure: bool) -> dict[str, LocalBackend]:

@@ -72,11 +72,18 @@ class Servicer:
         catalog: the models.
         authenticator: whose a request is.
         request_limits: what requests and graphs are held to; `patchbay_server.config.LimitsConfig` fits.
+        on_close: what `close` calls: lets go of the models, where they are this servicer's alone.
     """
 
     def __init__(
-        self, catalog: Catalog, authenticator: Authenticator, request_limits: RequestLimits | None = None
+        self,
+        catalog: Catalog,
+        authenticator: Authenticator,
+        request_limits: RequestLimits | None = None,
+        *,
+        on_close: Callable[[], None] = lambda: None,
     ) -> None:
+        self.close = on_close
         self._catalog = catalog
         self._authenticator = authenticator
         self._limits: RequestLimits = FixedLimits() if request_limits is None else request_limits
