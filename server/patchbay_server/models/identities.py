@@ -13,7 +13,7 @@ import torch
 
 from patchbay_server.models.beginnings import beginning
 from patchbay_server.models.binding import Binding, BlockShape, close
-from patchbay_server.models.binding.compare import is_linear
+from patchbay_server.models.binding.compare import is_linear, tolerance
 from patchbay_server.models.checks import Check, Identity, Values, bare, factor_between
 from patchbay_server.models.sums import stream_identities
 from patchbay_server.models.taps import InputTap, NormTap, OutputTap, ResultTap
@@ -87,7 +87,7 @@ class _Table:
             def again(c: Check, by: Callable[[torch.Tensor], torch.Tensor]) -> bool:
                 with torch.no_grad():
                     raw, shown = head(by(c.now[last])), c.now["logits"]
-                return close(raw, shown) or rises_with(raw.float(), shown.float())
+                return close(raw, shown) or rises_with(raw, shown)
 
             with torch.no_grad():
                 exact = close(head(module(self.values[last])), self.values["logits"])
@@ -341,7 +341,7 @@ class _Table:
             repeats = b.shape[2] // a.shape[2]
             a = a.repeat_interleave(repeats, 2)
             if a.shape == b.shape and close(a[:, 0].sort(-1).values, b[:, 0].sort(-1).values):
-                lengths = close(a.float().norm(dim=-1), b.float().norm(dim=-1))
+                lengths = close(a.float().norm(dim=-1).to(a.dtype), b.float().norm(dim=-1).to(b.dtype))
                 sentence = "position 0 is not rotated, and every other position keeps its length"
                 yield Identity(sentence, (source, rotated), (), lambda c, lengths=lengths: lengths)  # type: ignore[misc]
             yield Identity(
@@ -356,7 +356,7 @@ class _Table:
         def holds(c: Check) -> bool:
             groups = c.now[q].shape[2] // c.now[k].shape[2]
             keys = c.now[k].repeat_interleave(groups, dim=2)
-            return scores_from(torch.einsum("bqhe,bkhe->bhqk", c.now[q], keys).float(), c.now[scores].float())
+            return scores_from(torch.einsum("bqhe,bkhe->bhqk", c.now[q], keys), c.now[scores])
 
         sentence = (
             "scores = one increasing function of the products of queries and keys, plus the same bias in every row"
@@ -458,9 +458,9 @@ class _Table:
 
         def recurs(v: Check) -> bool:
             states, _ = space.states(v.now[x], v.now[dt], v.now[b])
-            if state in v.now and not close(states.flatten(2, 3), v.now[state].float()):
+            if state in v.now and not close(states.flatten(2, 3), v.now[state].to(v.now[x].dtype)):
                 return False
-            return close(space.readout(states, v.now[c], v.now[x]), v.now[y].float())
+            return close(space.readout(states, v.now[c], v.now[x]), v.now[y].to(v.now[x].dtype))
 
         names = (x, dt, b, c, y, state) if self.has(state) else (x, dt, b, c, y)
         sentence = "the recurrence written out with A and D gives the same"
@@ -479,22 +479,23 @@ def scores_from(products: torch.Tensor, scores: torch.Tensor) -> bool:
         scores: the same, masked entries at -inf or at the dtype's lowest number.
     """
     seen = torch.isfinite(scores) & (scores > -1e30)
-    x, y = products[seen], scores[seen]
-    if rises_with(x, y):
+    if rises_with(products[seen], scores[seen]):
         return True
-    rows = products.shape[0]
+    rows, allowed = products.shape[0], tolerance(products.dtype, scores.dtype)
     if rows < 2 or not bool((seen == seen[:1]).all()):
         return False
-    dx, dy = (products[1:] - products[:1])[seen[1:]], (scores[1:] - scores[:1])[seen[1:]]
+    x, y = products.float(), scores.float()
+    dx, dy = (x[1:] - x[:1])[seen[1:]], (y[1:] - y[:1])[seen[1:]]
     factor = (dx * dy).sum() / (dx * dx).sum().clamp_min(1e-30)
-    return bool(factor > 0 and (dx * factor - dy).abs().max() <= 1e-4 * y.abs().max())
+    return bool(factor > 0 and (dx * factor - dy).abs().max() <= 4 * allowed * y[seen].abs().max())
 
 
 def rises_with(x: torch.Tensor, y: torch.Tensor) -> bool:
     """Whether `y` is `x` times one positive factor, or rises with it all the way (a soft cap)."""
-    x, y = x.flatten(), y.flatten()
-    factor = (x * y).sum() / (x * x).sum().clamp_min(1e-30)
-    if factor > 0 and close(x * factor, y):
+    allowed = tolerance(x.dtype, y.dtype)
+    given, shown = x.float().flatten(), y.float().flatten()
+    factor = (given * shown).sum() / (given * given).sum().clamp_min(1e-30)
+    if factor > 0 and close((given * factor).to(x.dtype), shown.to(y.dtype)):
         return True
-    rise = y[x.argsort()].diff()
-    return bool((rise >= -1e-5 * y.abs().max()).all())
+    rise = shown[given.argsort()].diff()
+    return bool((rise >= -allowed * shown.abs().max()).all())

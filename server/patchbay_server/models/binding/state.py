@@ -175,7 +175,7 @@ def _satisfied(space: StateSpace, parts: _Parts) -> bool:
     try:
         x, dt, b, c, y = (_canonical(v, layout) for v, _, layout in (parts.x, parts.dt, parts.b, parts.c, parts.y))
         states, _ = space.states(x, dt, b)
-        return close(space.readout(states, c, x), y.float())
+        return close(space.readout(states, c, x), y.to(x.dtype))
     except (RuntimeError, AssertionError):  # extents that do not fit: not these values
         return False
 
