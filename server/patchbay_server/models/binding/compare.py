@@ -58,7 +58,7 @@ def norm_form(call: Call) -> NormForm | None:
             form = NormForm(centered, eps, offset)
             again = form.finish(call.module, form.normalize(value, form.scale_of(value)))
             if close(again, output):
-                found.append((float((again.float() - output.float()).abs().mean()), form))
+                found.append((float((again.float() - output.float()).detach().abs().mean()), form))
     return min(found, key=lambda pair: pair[0])[1] if found else None
 
 
