@@ -61,7 +61,7 @@ def test_models(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_card(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
-    """The card folds the layers into one line each, names what is absent, and --sites lists everything."""
+    """The card folds layers into one line and names what is absent; --sites lists everything, --proofs the proofs."""
     assert cli.main(["card", TINY, "--url", served.target]) == 0
     short = capsys.readouterr().out
     assert re.search(r"blocks\.\{0-1\}\.attn\.pattern +\[rows, 4, query, key\] +float32 +read, write", short)
@@ -71,6 +71,9 @@ def test_card(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
     whole = capsys.readouterr().out
     assert "blocks.1.attn.pattern" in whole
     assert "module:" in whole
+    assert "embed = first resid_pre" not in short + whole
+    assert cli.main(["card", TINY, "--proofs", "--url", served.target]) == 0
+    assert re.search(r"^  blocks\.0\.resid_pre\n    .*embed = first resid_pre", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_errors_are_one_kind_line(served: Served, capsys: pytest.CaptureFixture[str]) -> None:

@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     card = commands.add_parser("card", help="show a model's widths and sites")
     card.add_argument("model", metavar="MODEL", help="name of the model, as `patchbay models` shows it")
     card.add_argument("--sites", action="store_true", help="list every site, of every layer and module")
+    card.add_argument("--proofs", action="store_true", help="say how each site was proved when the model was loaded")
     _add_target(card)
     card.set_defaults(run=_card)
 

@@ -58,16 +58,18 @@ def models(args: argparse.Namespace) -> int:
 
 def card(args: argparse.Namespace) -> int:
     """A model's widths, limits and sites."""
-    print(render(ask(args, lambda transport: transport.get_model(args.model)), every_site=args.sites))
+    found = ask(args, lambda transport: transport.get_model(args.model))
+    print(render(found, every_site=args.sites, proofs=args.proofs))
     return 0
 
 
-def render(model: ModelCard, *, every_site: bool = False) -> str:
+def render(model: ModelCard, *, every_site: bool = False, proofs: bool = False) -> str:
     """A card as text.
 
     Args:
         model: the card.
         every_site: list each site by itself, modules included; else the sites of all layers share a line.
+        proofs: say below each site how it was proved when the model was loaded.
     """
     head = f"{model.name}: {model.family}, {count(model.n_params)} parameters, {model.dtype.name}"
     facts = [
@@ -86,14 +88,17 @@ def render(model: ModelCard, *, every_site: bool = False) -> str:
     present = [s for s in model.sites if s.absent is None]
     absent = [s for s in model.sites if s.absent is not None]
     parts = [head, table(facts, indent="  "), ""]
+    head_of = ("SITE", "SHAPE", "DTYPE", "ACCESS", "WHAT IT IS")
+    named = [s for s in present if not s.name.startswith("module:")]
     if every_site:
-        head_of = ("SITE", "SHAPE", "DTYPE", "ACCESS", "WHAT IT IS", "PROVED AT LOAD")
-        parts.append(table([(*_site(s), s.proof) for s in present], head=head_of))
+        parts.append(table([_site(s) for s in present], head=head_of))
     else:
-        named = [s for s in present if not s.name.startswith("module:")]
-        parts.append(table(_per_layer_kind(named), head=("SITE", "SHAPE", "DTYPE", "ACCESS", "WHAT IT IS")))
+        parts.append(table(_per_layer_kind(named), head=head_of))
         modules = len(present) - len(named)
         parts.append(f"\n{len(named)} sites and {modules} module inputs and outputs; --sites lists them all")
+    if proofs:
+        parts.append("\nproved when it was loaded:")
+        parts += [f"  {name}\n    {proof}" for name, proof in _per_layer_proofs(named)]
     if absent:
         parts.append("\nnot offered by this model:")
         parts.append(table(_reasons(absent), indent="  "))
@@ -109,10 +114,23 @@ def _per_layer_kind(sites: list[SiteSpec]) -> list[tuple[str, ...]]:
     """One line for sites that differ in their layer's number only, in forward order."""
     groups: dict[tuple[str, ...], list[int]] = {}
     for site in sites:
-        layer = re.match(r"(.*?\bblocks)\.(\d+)\.(.*)", site.name)
-        pattern = f"{layer[1]}.{{i}}.{layer[3]}" if layer else site.name
-        groups.setdefault(_site(site, pattern), []).append(int(layer[2]) if layer else -1)
+        pattern, layer = _of_layer(site.name)
+        groups.setdefault(_site(site, pattern), []).append(layer)
     return [(row[0].replace("{i}", _span(layers)), *row[1:]) for row, layers in groups.items()]
+
+
+def _per_layer_proofs(sites: list[SiteSpec]) -> list[tuple[str, str]]:
+    groups: dict[tuple[str, str], list[int]] = {}
+    for site in sites:
+        pattern, layer = _of_layer(site.name)
+        groups.setdefault((pattern, site.proof), []).append(layer)
+    return [(name.replace("{i}", _span(layers)), proof) for (name, proof), layers in groups.items() if proof]
+
+
+def _of_layer(name: str) -> tuple[str, int]:
+    """A site's name with ``{i}`` for its layer, and the layer; -1 for a site of none."""
+    found = re.match(r"(.*?\bblocks)\.(\d+)\.(.*)", name)
+    return (f"{found[1]}.{{i}}.{found[3]}", int(found[2])) if found else (name, -1)
 
 
 def _span(layers: list[int]) -> str:
