@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
 from patchbay.errors import ProtocolError, TraceError
 from patchbay.inputs import Chat, Text, WithBos, chat_of
 from patchbay.ir.card import InputSpec, ModelCard
-from patchbay.ir.events import Done, Event, ExecuteOptions, TensorValue, Usage
+from patchbay.ir.events import Done, Event, ExecuteOptions, TensorValue, TokenizedRow, Usage
 from patchbay.ir.ops.spec import TensorSpec
 from patchbay.ir.sites import is_module_site
 from patchbay.results import Price, Results, RunUsage
@@ -154,6 +154,14 @@ class ModelCore:
                 raise ProtocolError("the server named other token ids than it was asked for")
             self._strings.update(zip(row.ids, row.strings, strict=True))
         return [self._strings[i] for i in ids]
+
+    async def decode(self, ids: Sequence[int]) -> TokenizedRow:
+        """The text of each token id, and of all together."""
+        transport = await self._connection.transport()
+        row = await transport.token_strings(self.card.name, ids)
+        if row.ids != tuple(ids):
+            raise ProtocolError("the server named other token ids than it was asked for")
+        return row
 
     async def inputs_of(self, inputs: Input) -> RunInputs:
         """`inputs` as rows of tokens and named arrays, checked against the card."""

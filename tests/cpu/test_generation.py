@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +15,22 @@ import torch
 
 import patchbay as pb
 from patchbay.client import AsyncClient
-from patchbay.errors import CausalityError, GraphError, IndexOutOfRangeError, LimitExceededError, TraceError
+from patchbay.errors import (
+    CausalityError,
+    GraphError,
+    IndexOutOfRangeError,
+    LimitExceededError,
+    RequestCancelledError,
+    TraceError,
+)
+from patchbay.ir.generation import unroll
+from patchbay.ir.graph import Generation, Graph, Node, Output
+from patchbay.ir.graph import Run as GraphRun
 from patchbay.model import Model
 from patchbay.tracing.generation import GeneratingRun
 from patchbay.transport.local import LocalTransport
+from patchbay_server.engine import Engine
+from patchbay_server.models.loader import host
 from patchbay_server.serving.local import local_servicer
 from tests.tiny import D_MODEL, VOCAB, build, places
 
@@ -428,3 +442,94 @@ def test_async() -> None:
         return ids_of(run) + ids_of(other)
 
     assert asyncio.run(main()) == [by_hand("gpt2", IDS)[0]] * 2
+
+
+# --- text, files, other ways of serving -----------------------------------------------------------------------------
+
+
+@cache
+def demo() -> Model:
+    from patchbay_server.models.loader import load
+
+    hosted = load("demo")
+    return pb.local(hosted.model, hosted.tokenizer)
+
+
+def test_the_pages_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/generation.md prints what it says it prints."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "generation.md").read_text(encoding="utf-8")
+    pairs = re.findall(r"<!-- checked -->\n```python\n(.*?)```\n\n```text\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {"pb": pb, "model": demo()}
+    for code, printed in pairs:
+        exec(compile(code, "generation.md", "exec"), names)
+        assert capsys.readouterr().out == printed
+    assert len(pairs) == text.count("```python") == 3
+
+
+def test_text_is_decoded_as_a_whole() -> None:
+    """The text of several tokens has the tokenizer's own spaces; special tokens are left out of it."""
+    with demo().generate("I watched the film and it was terrible. I felt", max_new_tokens=12) as run:
+        pass
+    assert " " in run.text.strip()
+    assert "<eos>" not in run.text
+    assert len(run.output.strings) == len(run.output.ids)
+
+
+def test_a_saved_graph_generates_the_same(tmp_path: Path) -> None:
+    """A graph with generating runs, saved, loaded and run, gives the same values."""
+    with model_of("llama").generate([IDS, SHORT], max_new_tokens=6, temperature=0.9, stop=[3, [4, 5]]) as run:
+        run.steps[2].blocks[1].resid_post += VECTOR
+        run.all_steps.logits.save("logits")
+        pb.save_graph(run.graph, tmp_path / "g.pb")
+    loaded = pb.load_graph(tmp_path / "g.pb")
+    assert loaded.runs == run.graph.runs
+    again = model_of("llama").run(loaded)
+    np.testing.assert_array_equal(again["logits"], run.results.logits)
+    np.testing.assert_array_equal(again["run0.generated"], run.generated.value)
+
+
+def test_writing_out_twice_changes_nothing() -> None:
+    """A graph whose steps are written out stays as it is, so that it can be planned once more."""
+    with model_of("gpt2").generate(IDS, max_new_tokens=4) as run:
+        run.blocks[0].resid_post += VECTOR
+        run.all_steps.logits.save("logits")
+        once = unroll(run.graph).graph
+    assert len(once.nodes) > len(run.graph.nodes)
+    assert unroll(once).graph == once
+
+
+def test_over_grpc(tmp_path: Path) -> None:
+    """Over a socket: the same tokens, text, streamed steps and errors at the user's line."""
+    from tests.e2e.served import MODEL_NAME, SERVED, twin
+
+    heard: list[int] = []
+    with SERVED["grpc.aio"](tmp_path) as served:
+        model = served.client.model(MODEL_NAME)
+        ids = model.tokenize("the capital of france is").ids
+        prompt, stream = "the capital of france is", lambda step, tokens: heard.extend(tokens)
+        with model.generate(prompt, max_new_tokens=6, stream=stream) as run:
+            pass
+        with pytest.raises(GraphError) as caught, model.generate(prompt, max_new_tokens=6) as bad:
+            bad.blocks[0].resid_post.save()
+    theirs = twin().generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False)[0, len(ids) :].tolist()
+    assert list(run.output.ids) == heard == theirs
+    assert run.text.split() == [s for s in run.output.strings if not s.startswith("<pad>")]
+    assert "test_generation.py" in str(caught.value.location)
+
+
+def test_cancelled_between_steps() -> None:
+    """A cancelled request stops inside generation, at a layer."""
+    hosted = host(build("gpt2"))
+    engine, layers = Engine(hosted), 0
+    run = GraphRun((tuple(IDS),), generation=Generation(STEPS, eos=False))
+    plan = engine.prepare(Graph((run,), (Node("run.tokens", (), {"step": STEPS}, 0),), (Output("t", 0),)))
+
+    def cancelled() -> bool:
+        nonlocal layers
+        layers += 1
+        return layers > 12
+
+    with pytest.raises(RequestCancelledError):
+        engine.run(plan, lambda event: None, cancelled)
+    assert layers == 13
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in hosted.model.modules())

@@ -135,12 +135,14 @@ class TokenizedRow:
         strings: the text of each token as the tokenizer shows it.
         offsets: half-open character span of each token in the text; (0, 0) for tokens that stand for no text.
         special: True for tokens that the tokenizer added (BOS and the like).
+        text: for a row that was asked for by its ids: the text that they make together, special tokens left out.
     """
 
     ids: tuple[int, ...]
     strings: tuple[str, ...]
     offsets: tuple[tuple[int, int], ...]
     special: tuple[bool, ...]
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)

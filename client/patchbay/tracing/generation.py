@@ -6,6 +6,7 @@ A site of the run itself means every forward: the prompt's, then one for each to
 
 from __future__ import annotations
 
+import asyncio
 import operator
 import secrets
 import warnings
@@ -90,15 +91,12 @@ class Generated:
     Attributes:
         ids: token ids, a stop included where one ended the row.
         strings: the text of each; empty where the model is hosted without a tokenizer.
+        text: what they make together, special tokens left out.
     """
 
     ids: tuple[int, ...]
     strings: tuple[str, ...] = ()
-
-    @property
-    def text(self) -> str:
-        """The strings, joined."""
-        return "".join(self.strings)
+    text: str = ""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -265,22 +263,25 @@ def generated_ids(trace: BaseTrace) -> list[list[tuple[int, ...]]]:
     return [[tuple(int(i) for i in row if i >= 0) for row in trace.value_of(run.generated)] for run in runs]
 
 
-async def strings_of(core: ModelCore, rows: list[list[tuple[int, ...]]]) -> dict[int, str] | None:
-    """The text of every id; None where the model has no tokenizer."""
-    ids = sorted({i for run in rows for row in run for i in row})
+async def texts_of(core: ModelCore, runs: list[list[tuple[int, ...]]]) -> list[list[Generated]]:
+    """The ids with their texts, where the model has a tokenizer."""
     try:
-        return dict(zip(ids, await core.token_strings(ids), strict=True)) if ids else {}
+        return [list(await asyncio.gather(*(_text_of(core, row) for row in rows))) for rows in runs]
     except InvalidRequestError:
-        return None
+        return [[Generated(row) for row in rows] for rows in runs]
 
 
-def take_generated(trace: BaseTrace, rows: list[list[tuple[int, ...]]], strings: dict[int, str] | None) -> None:
+async def _text_of(core: ModelCore, ids: tuple[int, ...]) -> Generated:
+    row = await core.decode(ids)
+    return Generated(ids, row.strings, row.text)
+
+
+def take_generated(trace: BaseTrace, generated: list[list[Generated]]) -> None:
     """Give every generating run its output; warn of steps that were asked for and never came."""
     runs = [run for run in trace.runs if isinstance(run, GeneratingRun)]
-    for run, ids in zip(runs, rows, strict=True):
-        shown = [Generated(row, () if strings is None else tuple(strings[i] for i in row)) for row in ids]
-        object.__setattr__(run, "_output", tuple(shown))
-        made = max(map(len, ids))
+    for run, rows in zip(runs, generated, strict=True):
+        object.__setattr__(run, "_output", tuple(rows))
+        made = max(map(len, rows))
         steps = [n.attrs.get("step") for n in trace.builder.nodes if n.run == run.index and n.op in ACCESSES]
         late = sorted({s for s in steps if isinstance(s, int) and made <= s < run.generation.max_new_tokens})
         if late:

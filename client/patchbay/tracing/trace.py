@@ -28,8 +28,8 @@ from patchbay.tracing.generation import (
     generated_ids,
     generation_of,
     streaming,
-    strings_of,
     take_generated,
+    texts_of,
 )
 from patchbay.tracing.namespaces import Callable as ModelCallable
 from patchbay.tracing.params import TraceParams
@@ -401,7 +401,7 @@ class SyncTrace(BaseTrace):
             )
             self._finish(graph, outcome)
             if ids := generated_ids(self):
-                take_generated(self, ids, self._model.wait(strings_of(self._core, ids)))
+                take_generated(self, self._model.wait(texts_of(self._core, ids)))
         except GraphError as error:
             self._fail(error)
             raise self._located(error, graph) from None
@@ -505,7 +505,7 @@ class AsyncBase(BaseTrace):
             outcome = await self._core.execute(graph, self._options, self._timeout_s, self._progress)
             self._finish(graph, outcome)
             if ids := generated_ids(self):
-                take_generated(self, ids, await strings_of(self._core, ids))
+                take_generated(self, await texts_of(self._core, ids))
         except GraphError as error:
             self._fail(error)
             raise self._located(error, graph) from None

@@ -15,6 +15,7 @@ def encode_row(row: TokenizedRow) -> service_pb2.TokenizedText:
         starts=[start for start, _ in row.offsets],
         ends=[end for _, end in row.offsets],
         special=row.special,
+        text=row.text.encode("utf-8", "replace").decode("utf-8"),
     )
 
 
@@ -31,4 +32,5 @@ def decode_row(message: service_pb2.TokenizedText, field: str) -> TokenizedRow:
         strings=tuple(message.strings),
         offsets=tuple(zip(message.starts, message.ends, strict=True)),
         special=tuple(message.special),
+        text=message.text,
     )

@@ -125,7 +125,7 @@ class HostedModel:
         return tuple(texts)
 
     def token_strings(self, ids: Sequence[int]) -> TokenizedRow:
-        """The text of each token id; offsets are all (0, 0).
+        """The text of each token id, and of all together; offsets are all (0, 0).
 
         Raises:
             InvalidRequestError: the model has no tokenizer.
@@ -141,9 +141,9 @@ class HostedModel:
         special = frozenset(self.tokenizer.all_special_ids)
         with self._tokenizer_lock:
             known = {i: self.tokenizer.decode([i]) for i in set(ids)}
-        return TokenizedRow(
-            tuple(ids), tuple(known[i] for i in ids), ((0, 0),) * len(ids), tuple(i in special for i in ids)
-        )
+            text = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        shown = tuple(known[i] for i in ids)
+        return TokenizedRow(tuple(ids), shown, ((0, 0),) * len(ids), tuple(i in special for i in ids), text)
 
     def _tokenize_one(self, text: str, add_special_tokens: bool) -> TokenizedRow:
         fast = bool(getattr(self.tokenizer, "is_fast", False))
