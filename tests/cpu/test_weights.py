@@ -117,7 +117,7 @@ def test_direct_logit_attribution(family: str) -> None:
     model = model_of(family)
     w = {n: v.numpy() for n, v in by_hand(family).items()}
     with model.trace(IDS) as run:
-        unembed = run.trace.params["unembed.W_U"]
+        unembed = run.params["unembed.W_U"]
         direction = unembed[:, 3] - unembed[:, 5]
         parts = [run.blocks[0].resid_pre]
         for block in run.blocks:
@@ -125,7 +125,7 @@ def test_direct_logit_attribution(family: str) -> None:
         stacked = pb.ops.stack(parts)[:, 0, -1]  # [parts, d_model]
         if family == "gpt2":
             stacked = stacked - stacked.mean(-1, keepdims=True)
-        scaled = stacked / run.ln_final.scale[0, -1] * run.trace.params["ln_final.w"]
+        scaled = stacked / run.ln_final.scale[0, -1] * run.params["ln_final.w"]
         logits = run.logits[0, -1]
         run.save(each=scaled @ direction, total=logits[3] - logits[5])
     each = run.results["each"]
@@ -168,13 +168,13 @@ def test_gradients_pass_through_weights() -> None:
     u = by_hand("llama")["unembed.W_U"].numpy()
     with model.trace(IDS) as run:
         h = run.ln_final.normalized
-        metric = (h[0, -1] @ run.trace.params["unembed.W_U"])[7]
+        metric = (h[0, -1] @ run.params["unembed.W_U"])[7]
         run.save(g=pb.grad(metric, wrt=h))
     np.testing.assert_allclose(run.results["g"][0, -1], u[:, 7], rtol=1e-6)
     with model.trace(IDS) as run:
-        w = run.trace.params["unembed.W_U"]
+        w = run.params["unembed.W_U"]
         changed = pb.ops.set_index(w, (0, 0), 5.0)
-        run.save(changed=changed, w=run.trace.params["unembed.W_U"])
+        run.save(changed=changed, w=run.params["unembed.W_U"])
     assert run.results["changed"][0, 0] == 5.0
     assert run.results["w"].tobytes() == np.ascontiguousarray(u).tobytes()
 
@@ -202,7 +202,7 @@ def test_a_parameter_is_no_output_unless_downloadable(way: str) -> None:
     """By default graphs use weights and cannot ask for them: refused on the client, and by a server that is asked."""
     model = model_of("llama")
     with model.trace(IDS) as run:
-        run.save(out=WAYS_OUT[way](run.trace.params["unembed.W_U"]))
+        run.save(out=WAYS_OUT[way](run.params["unembed.W_U"]))
         graph = run.graph
     used, engine = restricted("used-in-graph")
     with pytest.raises(GraphError, match="not download"):
@@ -216,7 +216,7 @@ def test_used_in_graph_lets_graphs_compute() -> None:
     """What is computed with a weight may be asked for under the default policy, not under `none`."""
     model = model_of("llama")
     with model.trace(IDS) as run:
-        run.save(out=run.blocks[0].resid_post @ run.trace.params["unembed.W_U"])
+        run.save(out=run.blocks[0].resid_post @ run.params["unembed.W_U"])
         graph = run.graph
     used, engine = restricted("used-in-graph")
     assert used.card.weights == "used-in-graph" and len(used.card.params) > 20

@@ -22,6 +22,7 @@ from patchbay.ir.events import (
 )
 from patchbay.ir.graph import Graph, Node, Output, Run, TensorData
 from patchbay.ir.limits import Limits
+from patchbay.ir.params import POLICIES, ParamSpec
 
 dtypes = st.sampled_from(list(DTYPES.values()))
 int64s = st.integers(-(2**63), 2**63 - 1)
@@ -108,6 +109,9 @@ inputs = st.builds(
     doc=texts,
 )
 callables = st.builds(CallableSpec, name=names, d_in=counts, d_out=counts, dtype=dtypes, doc=texts)
+params = st.builds(
+    ParamSpec, name=names, shape=st.lists(st.integers(0, 99), max_size=3).map(tuple), dtype=dtypes, doc=texts
+)
 limits = st.builds(Limits, **dict.fromkeys(Limits.__dataclass_fields__, big_counts))
 cards = st.builds(
     ModelCard,
@@ -131,6 +135,8 @@ cards = st.builds(
     takes_tokens=st.booleans(),
     ragged=st.booleans(),
     inputs=st.lists(inputs, max_size=2).map(tuple),
+    params=st.lists(params, max_size=3).map(tuple),
+    weights=st.sampled_from(POLICIES),
     limits=limits,
     attributes=st.dictionaries(texts, texts, max_size=3),
 )

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from patchbay.results import Results, RunUsage
     from patchbay.tracing.builder import TracedGraph
+    from patchbay.tracing.params import TraceParams
     from patchbay.tracing.trace import BaseTrace
 
 #: Names of a run that are no sites.
@@ -26,6 +27,7 @@ OWN = frozenset(
         "label",
         "mask",
         "module",
+        "params",
         "position",
         "results",
         "rows",
@@ -136,6 +138,11 @@ class Run(SiteNamespace):
             UnknownSiteError: the model has no such module; the message names the nearest.
         """
         return module_sites(self._trace, self._run_index, path)
+
+    @property
+    def params(self) -> TraceParams:
+        """The model's weights by name; see `Trace.params`."""
+        return self._trace.params
 
     # --- the trace, for runs that are the whole of it ---------------------------------------------------------------
 
