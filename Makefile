@@ -30,7 +30,7 @@ LOCK_PINS := torch==2.13.0
 
 .PHONY: help
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: venv
 venv: $(STAMP) ## make .venv with everything, from constraints.txt (once; again when they change)
@@ -140,8 +140,25 @@ lock: ## resolve constraints.txt anew, for every supported Python and platform
 	  --no-header --no-annotate --no-emit-index-url --no-emit-find-links --constraint - >>constraints.txt.new
 	@mv constraints.txt.new constraints.txt; echo "constraints.txt: $$(grep -c == constraints.txt) pins"
 
+# TransformerLens pins and brings much that nothing else needs: it gets an environment of its own.
+TL_VENV := .venv-transformerlens
+TL_STAMP := $(TL_VENV)/.installed-4.3.0
+
+$(TL_STAMP): constraints.txt
+	@python=$$($(find_python)); echo "making $(TL_VENV) (TransformerLens beside Patchbay; some minutes)"; \
+	"$$python" -m venv --clear $(TL_VENV); \
+	$(TL_VENV)/bin/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) torch==2.13.0 transformer-lens==4.3.0 \
+	  >$(TL_VENV)/install.log 2>&1 || { tail -n 25 $(TL_VENV)/install.log >&2; exit 1; }; \
+	$(TL_VENV)/bin/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e . \
+	  >>$(TL_VENV)/install.log 2>&1 || { tail -n 25 $(TL_VENV)/install.log >&2; exit 1; }; \
+	touch $@
+
+.PHONY: compare-transformerlens
+compare-transformerlens: $(TL_STAMP) ## compare every site name shared with TransformerLens on the same weights
+	@$(TL_VENV)/bin/python benchmarks/sites_against_transformerlens.py
+
 .PHONY: clean
 clean: ## remove everything that make made here
-	rm -rf $(VENV) $(PROTO_VENV) $(LOCK_VENV) .tools build dist demo-report.html \
+	rm -rf $(VENV) $(PROTO_VENV) $(LOCK_VENV) $(TL_VENV) .tools build dist demo-report.html \
 	  .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
