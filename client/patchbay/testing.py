@@ -20,7 +20,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
-from patchbay.errors import NotFoundError, UnavailableError
+from patchbay.errors import GraphError, NotFoundError, UnavailableError
 from patchbay.ir.card import CallableSpec, ModelCard, SiteSpec
 from patchbay.ir.dtypes import float32
 from patchbay.ir.events import (
@@ -122,6 +122,8 @@ class FakeModel:
         from patchbay.ir.verify import verify
         from patchbay.wire.tensors import from_numpy
 
+        if any(run.generation for run in graph.runs):
+            raise GraphError("the fake model generates no tokens")
         verified = verify(graph, self.card)
         cost = price(graph, verified.specs)
         if options.dry_run:

@@ -51,7 +51,11 @@ class Tokens:
         return f"Tokens({len(self)}: {pieces})"
 
     def position(self, substring: str, *, occurrence: int | None = None) -> int:
-        """Index of the last token that overlaps `substring`.
+        """Index of the last token that overlaps `substring`; see `positions`."""
+        return self.positions(substring, occurrence=occurrence)[-1]
+
+    def positions(self, substring: str, *, occurrence: int | None = None) -> list[int]:
+        """Indices of the tokens that overlap `substring`.
 
         Args:
             substring: part of `text`.
@@ -79,7 +83,7 @@ class Tokens:
         hits = [i for i, (a, b) in enumerate(self.offsets) if a < end and b > start]
         if not hits:
             raise TraceError(f"no token of {self.text!r} overlaps {substring!r}; its tokens: {self}")
-        return hits[-1]
+        return hits
 
 
 def _occurrences(text: str, substring: str) -> Iterator[int]:

@@ -27,10 +27,11 @@ from patchbay.ir.generation import unroll
 from patchbay.ir.graph import Generation, Graph, Node, Output
 from patchbay.ir.graph import Run as GraphRun
 from patchbay.model import Model
+from patchbay.testing import fake_client
 from patchbay.tracing.generation import GeneratingRun
 from patchbay.transport.local import LocalTransport
 from patchbay_server.engine import Engine
-from patchbay_server.models.loader import host
+from patchbay_server.models.loader import host, load
 from patchbay_server.serving.local import local_servicer
 from tests.tiny import D_MODEL, VOCAB, build, places
 
@@ -449,8 +450,6 @@ def test_async() -> None:
 
 @cache
 def demo() -> Model:
-    from patchbay_server.models.loader import load
-
     hosted = load("demo")
     return pb.local(hosted.model, hosted.tokenizer)
 
@@ -463,7 +462,7 @@ def test_the_pages_examples(capsys: pytest.CaptureFixture[str]) -> None:
     for code, printed in pairs:
         exec(compile(code, "generation.md", "exec"), names)
         assert capsys.readouterr().out == printed
-    assert len(pairs) == text.count("```python") == 3
+    assert len(pairs) == text.count("```python") == 4
 
 
 def test_text_is_decoded_as_a_whole() -> None:
@@ -533,3 +532,32 @@ def test_cancelled_between_steps() -> None:
         engine.run(plan, lambda event: None, cancelled)
     assert layers == 13
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in hosted.model.modules())
+
+
+def test_log_probability_of_a_continuation() -> None:
+    """`run.logprob` sums the log-probabilities of the tokens of a continuation, for rows of any length."""
+    texts = ["The capital of France is Paris.", "My teacher said that France has a capital called Paris."]
+    with demo().trace() as t:
+        many, one = t.run(texts), t.run(texts[0])
+        t.save(many=many.logprob("Paris."), one=one.logprob("France is Paris"))
+        with pytest.raises(TraceError, match="nothing stands before"):
+            t.run(demo().tokenize("Paris is", add_special_tokens=False)).logprob("Paris")
+    hosted = load("demo")
+
+    def by_plain_forward(text: str, part: str) -> float:
+        tokens = demo().tokenize(text)
+        with torch.no_grad():
+            shares = hosted.model(torch.tensor([tokens.ids])).logits[0].log_softmax(-1)
+        return sum(float(shares[i - 1, tokens.ids[i]]) for i in tokens.positions(part))
+
+    np.testing.assert_allclose(t.results.many, [by_plain_forward(text, "Paris.") for text in texts], atol=1e-4)
+    np.testing.assert_allclose(t.results.one, by_plain_forward(texts[0], "France is Paris"), atol=1e-4)
+
+
+def test_the_fake_server_says_that_it_generates_nothing() -> None:
+    """Without a model behind it, generation is refused in words."""
+    with (
+        pytest.raises(GraphError, match="generates no tokens"),
+        fake_client().model("fake").generate("a b", max_new_tokens=2),
+    ):
+        pass

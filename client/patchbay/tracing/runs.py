@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from patchbay.errors import TraceError
 from patchbay.ir.sites import Address, canonical
 from patchbay.tokens import Tokens
 from patchbay.tracing.namespaces import ModuleSites, SiteNamespace, module_sites, read_site
@@ -25,6 +26,7 @@ OWN = frozenset(
         "graph",
         "index",
         "label",
+        "logprob",
         "mask",
         "module",
         "params",
@@ -119,6 +121,38 @@ class Run(SiteNamespace):
         import numpy as np
 
         return np.array(found, dtype=np.int64)
+
+    def logprob(self, substring: str, *, occurrence: int | None = None) -> Proxy:
+        """How likely the model finds `substring` where it stands: the log-probabilities of its tokens, each after all
+        that is before it, summed.
+
+        ``t.run("The capital of France is Paris").logprob(" Paris")`` is that of a continuation of several tokens.
+
+        Args:
+            substring: part of every row's text.
+            occurrence: which one, when it stands there several times.
+
+        Returns:
+            A number for a run over one text, an array [rows] for a list of texts.
+
+        Raises:
+            TraceError: as `position`; or the text begins with it, so that nothing predicts it.
+        """
+        from patchbay import ops
+
+        rows: list[int] = []
+        places: list[int] = []
+        ids: list[int] = []
+        for row, tokens in enumerate(self._row_tokens):
+            hits = tokens.positions(substring, occurrence=occurrence)
+            if hits[0] == 0:
+                raise TraceError(f"nothing stands before {substring!r} in row {row}, so nothing predicts it")
+            rows += [row] * len(hits)
+            places += [self.seq - len(tokens) + hit - 1 for hit in hits]
+            ids += [tokens.ids[hit] for hit in hits]
+        predicted = ops.log_softmax(self.logits[rows, places], axis=-1)[list(range(len(ids))), ids]  # [tokens]
+        sums = [predicted[rows.index(row) : rows.index(row) + rows.count(row)].sum() for row in range(self.rows)]
+        return sums[0] if self._single else ops.stack(sums)
 
     # --- sites by other means -------------------------------------------------------------------------------------
 

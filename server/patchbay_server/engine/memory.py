@@ -14,7 +14,7 @@ from patchbay.ir.limits import Limits
 from patchbay.ir.ops import spec as op_spec
 from patchbay.ir.ops.spec import TensorSpec
 from patchbay.ir.price import value_bytes
-from patchbay_server.engine.plan import Compute, Generated, Plan, Read, Step
+from patchbay_server.engine.plan import Compute, Forward, Generated, Pass, Plan, Read, Step
 
 
 def held_to(plan: Plan, limits: Limits) -> Plan:
@@ -61,7 +61,8 @@ def _peak_bytes(plan: Plan) -> int:
 
 def _steps(plan: Plan) -> Iterator[Step]:
     for each in plan.passes:
-        for part in (each, *each.steps):
+        parts: tuple[Pass | Forward, ...] = (each, *each.steps)
+        for part in parts:
             for moment in (part.before, *part.sites.values()):
                 yield from moment.steps
     yield from plan.after.steps
