@@ -561,3 +561,17 @@ def test_the_fake_server_says_that_it_generates_nothing() -> None:
         fake_client().model("fake").generate("a b", max_new_tokens=2),
     ):
         pass
+
+
+def test_an_edited_model_generates_with_its_edit() -> None:
+    """An edit of a model happens at every step of what it generates."""
+
+    def steer(run: Any) -> None:
+        run.blocks[1].resid_post += VECTOR
+
+    def edit(part: torch.Tensor, step: int, made: list[int]) -> None:
+        part += torch.tensor(VECTOR)
+
+    with model_of("llama").edited(steer).generate(IDS, max_new_tokens=STEPS, eos=False) as run:
+        pass
+    assert ids_of(run) == [by_hand("llama", IDS, [("blocks.1.resid_post", edit)])[0]]

@@ -272,3 +272,17 @@ def test_graph_errors_are_graph_errors_everywhere() -> None:
     """The classes asserted above are all GraphErrors, so that one except clause catches them."""
     classes = (CausalityError, IndexOutOfRangeError, LimitExceededError, ShapeError)
     assert all(issubclass(c, GraphError) for c in classes)
+
+
+def test_text_is_generated_under_intervention(model: Model) -> None:
+    """Greedy tokens are transformers' own; a ban on one of them holds; tokens stream step by step."""
+    ids, heard = torch.tensor([tokens_of(FRANCE)]), []
+    with model.generate(FRANCE, max_new_tokens=6, stream=lambda step, tokens: heard.append(tokens[0])) as run:
+        pass
+    theirs = twin().generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :].tolist()
+    assert list(run.output.ids) == heard == theirs
+    with model.generate(FRANCE, max_new_tokens=6) as banned:
+        banned.logits[..., theirs[0]] = -1e9
+        states = banned.all_steps.blocks[1].resid_post.save()
+    assert theirs[0] not in banned.output.ids
+    assert states.value.shape == (6, 1, D_MODEL)
