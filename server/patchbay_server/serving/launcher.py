@@ -24,6 +24,10 @@ from patchbay_server.serving import environment, processes
 
 #: Time for a node to stop in order, beyond what running requests are given.
 STOP_S = 30.0
+#: The node's program; it imports Ray, so that this process need not.
+NODE = (sys.executable, "-m", "patchbay_server.serving.node")
+#: How often a node is started that gives up before its models are loaded, because the machine is too busy for Ray.
+START_ATTEMPTS = 3
 
 
 @dataclass
@@ -35,12 +39,14 @@ class Launch:
         failure: why it did not, or stopped by itself; None after an orderly stop.
         log: the node's log; None when it was removed, after an orderly stop or because nothing was logged.
         killed: processes that had to be ended by force.
+        again: whether what failed may well succeed at a second try.
     """
 
     ready: bool = False
     failure: str | None = None
     log: Path | None = None
     killed: int = 0
+    again: bool = False
 
 
 def run(config: Config, *, progress: Callable[[str], None], ready: Callable[[Path], None]) -> Launch:
@@ -51,13 +57,22 @@ def run(config: Config, *, progress: Callable[[str], None], ready: Callable[[Pat
         progress: called with what is being done while the service starts.
         ready: called once, when the service answers, with the folder that holds its logs.
     """
-    launch = Launch()
     processes.adopt_orphans()
+    for _ in range(START_ATTEMPTS - 1):
+        launch = _launch(config, progress, ready)
+        if not launch.again:
+            return launch
+        progress("starting Ray again: this machine was too busy for it")
+    return _launch(config, progress, ready)
+
+
+def _launch(config: Config, progress: Callable[[str], None], ready: Callable[[Path], None]) -> Launch:
+    launch = Launch()
     folder = _make_folder(config)
     launch.log = folder / "node.log"
     with open(launch.log, "wb") as log:
         node = subprocess.Popen(
-            [sys.executable, "-m", "patchbay_server.serving.node"],
+            NODE,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -73,7 +88,7 @@ def run(config: Config, *, progress: Callable[[str], None], ready: Callable[[Pat
             node.kill()
         node.wait()
         launch.killed = processes.end_descendants()
-        if launch.failure is None or not launch.log.stat().st_size:
+        if launch.failure is None or launch.again or not launch.log.stat().st_size:
             shutil.rmtree(folder, ignore_errors=True)
             launch.log = None
     return launch
@@ -104,6 +119,8 @@ def _follow(
             ready(folder)
         elif "failed" in message:
             launch.failure = message["failed"]
+        elif "too slow" in message:
+            launch.failure, launch.again = message["too slow"], True
     # The pipe is closed: the node has stopped, or its last steps are under way.
     try:
         status = node.wait(STOP_S + config.ray.drain_s)

@@ -79,6 +79,9 @@ class _Node:
             self._starting = False
             self._say("ready")
             self._stop.wait()
+        except serving.SlowStartError as error:
+            self._say("too slow", str(error))
+            return 1
         except serving.StartError as error:
             self._say("failed", str(error))
             return 1

@@ -52,6 +52,8 @@ _OTHER_CALLS = 256
 #: Starts of a replica before its application counts as failed.
 _START_ATTEMPTS = 2
 _POLL_S = 0.1
+#: What ray.init says when it gives up on its own node; it waits 30 s, and has no setting for it.
+_RAYS_OWN_TIMEOUT = "timed out during startup"
 #: Exceptions whose messages are sentences for people.
 _OURS = re.compile(r"\b(patchbay\.errors\.\w+|ConfigError|KeyStoreError): ")
 _RAISED = re.compile(r"([a-z]\w*\.)*[A-Z]\w*(Error|Exception)\b")
@@ -59,6 +61,10 @@ _RAISED = re.compile(r"([a-z]\w*\.)*[A-Z]\w*(Error|Exception)\b")
 
 class StartError(Exception):
     """The service did not come up; the message is for the operator."""
+
+
+class SlowStartError(StartError):
+    """Ray gave up on its own node, which a busy machine had not let start yet."""
 
 
 class ModelReplica(GrpcMethods):
@@ -157,16 +163,21 @@ def start(config: Config, ports: NodePorts, folder: Path, progress: Callable[[st
     deadline = time.monotonic() + config.ray.start_timeout_s
     progress("starting Ray")
     reserved = 1 + sum(m.replicas * m.num_cpus for m in config.models)
-    ray.init(
-        address="local",
-        # Reservations, not measurements: the node must offer at least what the models ask for.
-        num_cpus=max(2, int(-(-reserved // 1))),
-        include_dashboard=False,
-        object_store_memory=config.ray.object_store_bytes,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-        _temp_dir=str(folder),
-    )
+    try:
+        ray.init(
+            address="local",
+            # Reservations, not measurements: the node must offer at least what the models ask for.
+            num_cpus=max(2, int(-(-reserved // 1))),
+            include_dashboard=False,
+            object_store_memory=config.ray.object_store_bytes,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            _temp_dir=str(folder),
+        )
+    except Exception as error:
+        if _RAYS_OWN_TIMEOUT in str(error):
+            raise SlowStartError("Ray's node did not come up within Ray's own 30 s; the machine is too busy") from error
+        raise
     progress("starting the gRPC ingress")
     serve.start(
         proxy_location="HeadOnly",
