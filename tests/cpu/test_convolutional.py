@@ -177,3 +177,25 @@ def test_unknown_modules_are_named() -> None:
     """A path that is not there is refused with the nearest ones."""
     with _served().trace({"image": _images()}) as run, pytest.raises(UnknownSiteError, match="mixed3a"):
         run.module("mixed3c")
+
+
+def test_a_model_that_refuses_made_up_inputs_says_how_to_go_on() -> None:
+    """Where a model takes something else than its configuration tells, the error names it and asks for an example."""
+    served = pb.local(_Picky(), example={"x": torch.ones(1, 4)})
+    assert "module:inner.output" in served.card
+    says = r"_Picky failed on made-up inputs \(x \[2, 3\]\).*only four"
+    with pytest.raises(FailedPreconditionError, match=says) as error:
+        pb.local(_Picky(), example={"x": torch.ones(1, 3)})
+    assert "Give an example" in str(error.value)
+
+
+class _Picky(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-1] != 4:
+            raise AttributeError("only four")
+        out: torch.Tensor = self.inner(x)
+        return out

@@ -168,7 +168,8 @@ class ModelInputs:
         if self.main == "input_features":
             inputs["input_features"] = torch.randn(extents.rows, *self._feature_shape(), generator=generator)
         if self.encoder_decoder:
-            inputs[DECODER_TOKENS] = self._tokens(extents.rows, extents.dec_seq, generator, set())
+            padding = {getattr(self.text, "pad_token_id", None)} - {None}
+            inputs[DECODER_TOKENS] = self._tokens(extents.rows, extents.dec_seq, generator, padding)
         return {
             name: value.to(self.device, self.dtype if value.is_floating_point() else None)
             for name, value in inputs.items()

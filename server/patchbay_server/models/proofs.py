@@ -17,7 +17,7 @@ import torch
 
 from patchbay_server.models.binding import Binding, close
 from patchbay_server.models.checks import Check, Identity, Values
-from patchbay_server.models.identities import identities
+from patchbay_server.models.identities import identities, joints
 from patchbay_server.models.inputs import forward
 from patchbay_server.models.taps import Handle, Tap
 
@@ -90,9 +90,14 @@ def prove(model: torch.nn.Module, binding: Binding, inputs: Mapping[str, torch.T
     taps = {name: site.tap for name, site in binding.sites.items()}
     with torch.no_grad():
         plain = forward(model, inputs)
+        again = forward(model, inputs)
+    if not torch.equal(plain, again):
+        for name in taps:
+            proof.failed[name] = "the model's forward is random: two on the same input differ"
+        return proof
     values, tapped = read_all(model, taps, inputs)
     proof.order = {name: i for i, name in enumerate(values)}
-    proof.forwards = 2
+    proof.forwards = 3
     if not torch.equal(plain, tapped):
         _blame_readers(model, taps, inputs, plain, proof)
     for name in taps:
@@ -101,8 +106,9 @@ def prove(model: torch.nn.Module, binding: Binding, inputs: Mapping[str, torch.T
     checks = [i for i in identities(model, binding, values, inputs) if all(n in values for n in i.names)]
     for identity in checks:
         if identity.plain:
-            proof.judge(identity.holds(Check(values, values, frozenset())), identity.sentence, *identity.names)
+            proof.judge(_holds(identity, Check(values, values, frozenset())), identity.sentence, *identity.names)
     _prove_writes(model, binding, inputs, values, plain, checks, proof)
+    _prove_joints(model, binding, inputs, values, proof)
     for name in taps:
         if name not in proof.proved:
             proof.failed.setdefault(name, "no identity reaches it")
@@ -167,13 +173,34 @@ def _prove_writes(
             _judge_write(name, check, checks, reaches, proof)
 
 
+def _prove_joints(
+    model: torch.nn.Module, binding: Binding, inputs: Mapping[str, torch.Tensor], values: Values, proof: Proof
+) -> None:
+    streams = {n: values[n] for shape in binding.blocks if (n := f"{shape.prefix}.resid_pre") in values}
+    for together in joints(binding, values):
+        good = [j for j in together if not any(n in proof.failed or n in proof.read_only for n in j.writes)]
+        writes = {name: value for joint in good for name, value in joint.writes.items()}
+        if not writes:
+            continue
+        taps = {n: binding.sites[n].tap for n in values if n in binding.sites}
+        after, _ = write_and_read(model, taps, inputs, {**streams, **writes})
+        proof.forwards += 1
+        for joint in good:
+            if joint.holds(after):
+                proof.judge(True, joint.sentence, *joint.names)
+            elif joint.needed:
+                proof.judge(False, joint.sentence, *(n for n in joint.names if not n.endswith("post")))
+
+
 def _judge_write(name: str, check: Check, checks: list[Identity], reaches: bool, proof: Proof) -> None:
     starting = [i for i in checks if name in i.sources and all(n in check.now for n in i.names)]
-    broken = next((i for i in starting if not i.holds(check)), None)
+    broken = next((i for i in starting if not _holds(i, check)), None)
     for identity in starting:
-        if not identity.plain and identity.holds(check):
+        if not identity.plain and _holds(identity, check):
             proof.judge(True, identity.sentence, *identity.names)
-    if broken is not None:
+    if broken is not None and broken.essential:
+        proof.failed[name] = broken.sentence
+    elif broken is not None:
         proof.read_only[name] = f"writing it was seen to break an identity: {broken.sentence}"
     elif not starting and not reaches:
         proof.read_only[name] = "writing it was seen to change nothing"
@@ -181,6 +208,14 @@ def _judge_write(name: str, check: Check, checks: list[Identity], reaches: bool,
         proof.judge(True, "holds under writes too", name)
     elif name in proof.proved:
         proof.judge(True, "a written value changes the output", name)
+
+
+def _holds(identity: Identity, check: Check) -> bool:
+    """Whether an identity holds; values whose shapes do not even fit together break it."""
+    try:
+        return identity.holds(check)
+    except (RuntimeError, ValueError, IndexError):
+        return False
 
 
 __all__ = ["Proof", "close", "prove", "read_all", "write_and_read"]
