@@ -32,7 +32,7 @@ from patchbay.errors import (
     UnsupportedError,
 )
 from patchbay.ir.dtypes import float32
-from patchbay.ir.events import Done, Event, ExecuteOptions, Progress, Queued, Started, TensorValue, Usage
+from patchbay.ir.events import ChatMessage, Done, Event, ExecuteOptions, Progress, Queued, Started, TensorValue, Usage
 from patchbay.ir.graph import Graph, Node, Output, Run, TensorData
 from patchbay.transport.base import Transport
 from patchbay.transport.grpc import GrpcTransport, split_target
@@ -67,6 +67,22 @@ async def test_models_cards_and_tokens(service: Service) -> None:
     for special in (True, False):
         rows = await service.transport.tokenize("fake", texts, add_special_tokens=special)
         assert rows == service.backend.model.tokenize(texts, special)
+
+
+async def test_render_chats(service: Service) -> None:
+    """Conversations come back as texts, in order, through every transport."""
+    chats = [[ChatMessage("system", "be brief"), ChatMessage("user", "hé")], [ChatMessage("user", "")]]
+    texts = await service.transport.render_chats("fake", chats)
+    assert texts == service.backend.model.render_chats(chats)
+    with pytest.raises(ProtocolError, match="lone surrogates"):
+        await service.transport.render_chats("fake", [[ChatMessage("user", "\ud800")]])
+
+
+async def test_prepend_bos(service: Service) -> None:
+    """The switch reaches the tokenizer, and its absence is not a value."""
+    for flag, ids in ((True, 2), (False, 1), (None, 2)):
+        (row,) = await service.transport.tokenize("fake", ["cat"], prepend_bos=flag)
+        assert len(row.ids) == ids
 
 
 async def test_token_strings(service: Service) -> None:
