@@ -120,8 +120,10 @@ class Price(Cost):
         return cls(**{f.name: getattr(cost, f.name) for f in fields(Cost)})
 
     def __repr__(self) -> str:
+        # How many forwards the runs share is the planner's business: worked out here, the number is not known.
+        passes = f"{_count(self.passes, 'pass', 'passes')} over " if self.passes else ""
         return (
-            f"{self.flops:,} FLOPs, {_count(self.passes, 'pass', 'passes')} over {_count(self.tokens, 'token')},"
+            f"{self.flops:,} FLOPs, {passes}{_count(self.tokens, 'token')},"
             f" peak {show_bytes(self.peak_bytes)}, results {show_bytes(self.result_bytes)}"
         )
 

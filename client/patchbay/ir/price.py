@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+from patchbay.ir.card import ModelCard
 from patchbay.ir.events import Cost
 from patchbay.ir.graph import Graph
 from patchbay.ir.ops import spec as op_spec
@@ -44,3 +46,11 @@ def price(graph: Graph, specs: Sequence[ValueSpec]) -> Cost:
     results = sum(value_bytes(specs[output.node]) for output in graph.outputs)
     tokens = sum(run.rows * run.positions for run in graph.runs)
     return Cost(flops=flops, peak_bytes=peak, result_bytes=results, tokens=tokens)
+
+
+def with_forwards(cost: Cost, card: ModelCard) -> Cost:
+    """`cost` with the model's own work added: two operations per parameter and token (Kaplan et al. 2020, 2.1).
+
+    The limit ``max_flops`` is on the graph's own operations; forwards are bounded by ``max_tokens``.
+    """
+    return replace(cost, flops=cost.flops + 2 * card.n_params * cost.tokens)

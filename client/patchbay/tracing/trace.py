@@ -16,7 +16,7 @@ from patchbay.ir.events import Event, ExecuteOptions, Usage
 from patchbay.ir.graph import Output
 from patchbay.ir.graph import Run as GraphRun
 from patchbay.ir.ops.spec import TensorSpec
-from patchbay.ir.price import price
+from patchbay.ir.price import price, with_forwards
 from patchbay.ir.verify import verify
 from patchbay.results import Price, Results, RunUsage, map_tree
 from patchbay.tokens import label_of
@@ -232,7 +232,7 @@ class BaseTrace(abc.ABC):
         """
         graph = self.graph
         self._verified(graph)
-        return Price.of(price(graph, graph.specs))
+        return Price.of(with_forwards(price(graph, graph.specs), self.builder.card))
 
     # --- running --------------------------------------------------------------------------------------------------
 

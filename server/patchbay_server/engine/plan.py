@@ -14,6 +14,7 @@ from patchbay.ir.graph import Generation, Graph, Node, Run, TensorData
 from patchbay.ir.limits import Limits
 from patchbay.ir.ops import spec as op_spec
 from patchbay.ir.ops.spec import ValueSpec
+from patchbay.ir.price import price, with_forwards
 from patchbay.ir.schedule import BEFORE, Schedule, is_read, positions, schedule, span
 from patchbay.ir.verify import verify
 from patchbay_server.engine.optimize import PASSES, optimize
@@ -253,11 +254,8 @@ def make_plan(graph: Graph, card: ModelCard, limits: Limits, options: ExecuteOpt
     builder = _Builder(small, card, timeline, groups, options)
     passes, after = builder.build()
     specs = tuple(verified.flat_specs[o] for o in rewritten.origin)
-    cost = replace(
-        _price(small, specs),
-        tokens=sum(p.positions for p in passes),
-        passes=sum(p.forwards for p in passes),
-    )
+    tokens, forwards = sum(p.positions for p in passes), sum(p.forwards for p in passes)
+    cost = with_forwards(replace(price(small, specs), tokens=tokens, passes=forwards), card)
     return Plan(
         graph=small,
         origin=tuple(verified.origin[o] for o in rewritten.origin),
@@ -270,12 +268,6 @@ def make_plan(graph: Graph, card: ModelCard, limits: Limits, options: ExecuteOpt
         last_grad=builder.last_grad(),
         specs=specs,
     )
-
-
-def _price(graph: Graph, specs: Sequence[Any]) -> Cost:
-    from patchbay.ir.price import price
-
-    return price(graph, specs)
 
 
 def _group_runs(graph: Graph, card: ModelCard, timeline: Schedule, budget: int) -> list[tuple[int, tuple[int, ...]]]:
