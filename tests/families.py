@@ -28,7 +28,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(
         ("intermediate_size", "ffn_dim", "n_inner", "shared_expert_intermediate_size", "ffn_hidden_size"), 24
     ),
-    **dict.fromkeys(("moe_intermediate_size", "shared_intermediate_size", "expert_intermediate_size"), 12),
+    **dict.fromkeys(("moe_intermediate_size", "shared_intermediate_size", "expert_intermediate_size"), 16),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"), 2),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len"), 64),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -352,6 +352,49 @@ def test_every_writable_site_can_be_differentiated(family: str) -> None:
             handle.remove()
         (gradient,) = torch.autograd.grad(output.float().logsumexp(-1).sum(), leaf)
         assert torch.isfinite(gradient).all() and gradient.abs().max() > 0, site.name
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt_neox", "gptj", "gemma2", "bloom", "mixtral", "gpt_oss", "mamba", "jamba"]
+)
+def test_bfloat16_weights_lose_no_site(family: str) -> None:
+    """A model in bfloat16 proves the same sites as in float32."""
+    card = host(build(family).to(torch.bfloat16), name=family).card
+    assert facts(card)["proved"] == facts(hosted_of(family).card)["proved"]
+    assert facts(card)["read_only"] == facts(hosted_of(family).card)["read_only"]
+
+
+@pytest.mark.parametrize(
+    ("site", "wrong", "why"),
+    [
+        ("mlp.pre", "mlp.pre_linear", "sign of post"),
+        ("attn.q", "attn.k", "attn.rot_q follows it|attn.rot_k follows it"),
+        ("attn.v", "attn.k", "pattern times v"),
+        ("attn_out", "mlp_out", r"attn_out = resid_mid"),
+        ("attn.z", "attn_in", "pattern times v|W_O|never reaches|not fit"),
+    ],
+)
+def test_a_site_bound_to_another_tensor_is_found_out(
+    site: str, wrong: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When two taps of one layer are exchanged, the identities fail and the names are not offered."""
+    from patchbay_server.models import loader
+
+    derive = loader.derive
+
+    def exchanged(model: torch.nn.Module, recording: Any) -> Any:
+        binding = derive(model, recording)
+        a, b = binding.sites[f"blocks.1.{site}"], binding.sites[f"blocks.1.{wrong}"]
+        binding.sites[a.name], binding.sites[b.name] = replace(a, tap=b.tap), replace(b, tap=a.tap)
+        return binding
+
+    monkeypatch.setattr(loader, "derive", exchanged)
+    # As many keys as queries, and heads as wide as the model: shapes alone must not give the mistake away.
+    card = host(build("llama", num_key_value_heads=4)).card
+    refused = [s for s in card.sites if s.absent is not None and s.name in (f"blocks.1.{site}", f"blocks.1.{wrong}")]
+    assert refused, "an exchanged site was offered"
+    assert any(re.search(why, s.absent or "") for s in refused), [s.absent for s in refused]
+    assert f"blocks.0.{site}" in card
 
 
 def test_result_and_expert_shares_are_computed_only_when_asked() -> None:

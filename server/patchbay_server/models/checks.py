@@ -43,6 +43,7 @@ class Identity:
         sources: those of them from which the rest follows: it must hold too when one of these was written.
         holds: the check.
         plain: whether it says anything when nothing was written.
+        essential: whether a site from which nothing follows as it should is not what it is called.
     """
 
     sentence: str
@@ -50,6 +51,7 @@ class Identity:
     sources: tuple[str, ...]
     holds: Callable[[Check], bool]
     plain: bool = True
+    essential: bool = False
 
 
 def factor_between(a: torch.Tensor, b: torch.Tensor) -> float | None:

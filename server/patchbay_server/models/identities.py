@@ -7,6 +7,7 @@ of one forward as they were after any write, and those of the plain forward.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -82,7 +83,12 @@ class _Table:
     def _logits(self, norm: str, last: str) -> Iterator[Identity]:
         unembed, final = self.binding.unembed, self.binding.ln_final
         if unembed is not None and final is not None:
-            head, module = self.model.get_submodule(unembed), self.model.get_submodule(final)
+            matrix, module = self.model.get_submodule(unembed), self.model.get_submodule(final)
+            weight = next(matrix.parameters())
+
+            def head(stream: torch.Tensor) -> torch.Tensor:
+                out: torch.Tensor = matrix(stream.to(weight.dtype))  # a stream kept in float32 is cast before it
+                return out
 
             def again(c: Check, by: Callable[[torch.Tensor], torch.Tensor]) -> bool:
                 with torch.no_grad():
@@ -350,6 +356,7 @@ class _Table:
                 (source,),
                 lambda c, source=source: c.follows(source, rotated),  # type: ignore[misc]
                 plain=False,
+                essential=True,
             )
 
     def _products(self, q: str, k: str, scores: str) -> Iterator[Identity]:
@@ -381,23 +388,14 @@ class _Table:
         yield Identity("down-projection of post = mlp.out", (post, out), (post,), projected)
         if self.has(pre):
             sources = (pre, linear) if self.has(linear) else (pre,)
-            yield from self._nonlinearity(p, sources, post)
+            yield from self._nonlinearity(sources, post)
 
-    def _nonlinearity(self, p: str, sources: tuple[str, ...], post: str) -> Iterator[Identity]:
-        values = [self.values[s] for s in sources]
-        name = "pre and pre_linear" if len(sources) == 2 else "pre"
-
-        def holds(c: Check) -> bool:
+    def _nonlinearity(self, sources: tuple[str, ...], post: str) -> Iterator[Identity]:
+        def moved(c: Check) -> bool:
             changed = [s for s in sources if s in c.written]
-            if not changed or any(not torch.equal(c.now[s], c.plain[s].roll(1, 0)) for s in changed):
-                return True
-            before, now = c.plain[post], c.now[post]
-            if len(changed) == len(sources):
-                return close(now, before.roll(1, 0))
-            return not torch.equal(now, before)
+            return not changed or not torch.equal(c.now[post], c.plain[post])
 
-        del values, p
-        yield Identity(f"post follows {name} row by row", sources, sources, holds, plain=False)
+        yield Identity("post is computed from it", sources, sources, moved, plain=False)
 
     def _experts(self, p: str) -> Iterator[Identity]:
         logits, weights, numbers, each, out = (
@@ -425,15 +423,17 @@ class _Table:
                 if weights not in c.written:
                     return True
                 left = c.now[each] * c.plain[weights].unsqueeze(-1)
-                return close(left, c.plain[each] * c.now[weights].unsqueeze(-1))
+                right = c.plain[each] * c.now[weights].unsqueeze(-1)
+                return close(left.to(c.now[each].dtype), right.to(c.now[each].dtype))
 
             yield Identity("each expert's share is proportional to its weight", (weights,), (weights,), proportional)
 
             def summed(c: Check) -> bool:
-                change = c.now[each].sum(2) - c.plain[each].sum(2)
                 if not c.written & {each, weights}:
                     return True
-                return close(c.plain[out] + change, c.now[out])
+                parts = [t.float() for t in (c.plain[out], c.now[each].sum(2), c.plain[each].sum(2), c.now[out])]
+                apart = (parts[0] + parts[1] - parts[2] - parts[3]).abs().max()
+                return bool(apart <= tolerance(c.now[out].dtype) * max(float(t.abs().max()) for t in parts))
 
             yield Identity("mlp.out changes by as much as the shares' sum", (each, out), (each, weights), summed)
             if close(self.values[each].sum(2), self.values[out]):
@@ -465,6 +465,71 @@ class _Table:
         names = (x, dt, b, c, y, state) if self.has(state) else (x, dt, b, c, y)
         sentence = "the recurrence written out with A and D gives the same"
         yield Identity(sentence, names, (x, dt, b, c), recurs)
+
+
+@dataclass(frozen=True)
+class Joint:
+    """An identity between what is written at several sites at once and what the model makes of it.
+
+    Attributes:
+        sentence: it, in words.
+        names: the sites that it is about.
+        writes: the values to write, by site.
+        holds: whether it held, given the values of the forward in which they were written.
+        needed: whether the sites are not what they are called when it does not hold.
+    """
+
+    sentence: str
+    names: tuple[str, ...]
+    writes: Values
+    holds: Callable[[Values], bool]
+    needed: bool = True
+
+
+def joints(binding: Binding, values: Values) -> Iterator[list[Joint]]:
+    """Identities for which several sites must be written at once; those of one list can share a forward."""
+    neurons, positions, signs = [], [], []
+    for shape in binding.blocks:
+        p = shape.prefix
+        pre, linear, post = (f"{p}.mlp.{n}" for n in ("pre", "pre_linear", "post"))
+        if pre in values and post in values:
+            neurons.append(_same_function([s for s in (pre, linear) if s in values], post, values))
+            if linear in values:
+                signs.append(_linear_side(pre, linear, post, values))
+        taken, out = f"{p}.mlp_in", f"{p}.mlp.out"
+        if taken in values and out in values and values[taken].ndim == 3 and values[taken].shape[1] > 1:
+            positions.append(_own_position(taken, out, values))
+    yield neurons
+    yield signs
+    yield positions
+
+
+def _same_function(sources: list[str], post: str, values: Values) -> Joint:
+    """Neurons that change places in what goes in change places in what comes out."""
+    what = "pre and pre_linear" if len(sources) == 2 else "pre"
+    writes = {s: values[s].roll(1, -1) for s in sources}
+    expected = values[post].roll(1, -1)
+    sentence = f"post is one function of {what}, the same for every neuron"
+    return Joint(sentence, (*sources, post), writes, lambda now: close(now[post], expected))
+
+
+def _linear_side(pre: str, linear: str, post: str, values: Values) -> Joint:
+    """The other sign on the linear side gives the other sign; this is what tells it from the side with the gate."""
+    sentence = "the sign of post changes with the sign of pre_linear"
+    return Joint(sentence, (pre, linear), {linear: -values[linear]}, lambda now: close(now[post], -values[post]))
+
+
+def _own_position(taken: str, out: str, values: Values) -> Joint:
+    """What comes out at a position does not change when the others go in changed."""
+    changed = values[taken].clone()
+    changed[:, 0] = changed[:, 0].roll(1, 0)
+    sentence = "mlp.out at a position depends on mlp_in at that position only"
+
+    def holds(now: Values) -> bool:
+        here = close(now[out][:, 1:], values[out][:, 1:])
+        return here and not torch.equal(now[out][:, 0], values[out][:, 0])
+
+    return Joint(sentence, (taken, out), {taken: changed}, holds, needed=False)
 
 
 def _short(name: str) -> str:
