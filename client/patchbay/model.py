@@ -468,8 +468,8 @@ class Model(BaseModel):
             add_special_tokens: whether the tokenizer adds what it adds by itself.
             prepend_bos: whether each begins with the beginning-of-sequence token; None leaves it to the tokenizer.
         """
-        how = {"special": add_special_tokens, "prepend_bos": prepend_bos}
-        texts = [Text(t, **how) for t in ([text] if isinstance(text, str) else text)]
+        given = [text] if isinstance(text, str) else text
+        texts = [Text(t, add_special_tokens, prepend_bos) for t in given]
         rows = self.wait(self.core.tokenize(texts))
         return rows[0] if isinstance(text, str) else rows
 
@@ -645,8 +645,8 @@ class AsyncModel(BaseModel):
             add_special_tokens: whether the tokenizer adds what it adds by itself.
             prepend_bos: whether each begins with the beginning-of-sequence token; None leaves it to the tokenizer.
         """
-        how = {"special": add_special_tokens, "prepend_bos": prepend_bos}
-        texts = [Text(t, **how) for t in ([text] if isinstance(text, str) else text)]
+        given = [text] if isinstance(text, str) else text
+        texts = [Text(t, add_special_tokens, prepend_bos) for t in given]
         rows = await self.core.tokenize(texts)
         return rows[0] if isinstance(text, str) else rows
 

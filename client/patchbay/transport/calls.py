@@ -42,14 +42,14 @@ def tokenize_request(
         ProtocolError: a text that UTF-8 cannot carry.
     """
     try:
-        return service_pb2.TokenizeRequest(
-            model=encode_model(model),
-            texts=list(texts),
-            omit_special_tokens=not add_special_tokens,
-            prepend_bos=prepend_bos,
+        request = service_pb2.TokenizeRequest(
+            model=encode_model(model), texts=list(texts), omit_special_tokens=not add_special_tokens
         )
     except UnicodeError:
         raise ProtocolError("a text holds lone surrogates, which UTF-8 cannot carry", field="texts") from None
+    if prepend_bos is not None:
+        request.prepend_bos = prepend_bos
+    return request
 
 
 def token_strings_request(model: str, ids: Sequence[int]) -> service_pb2.TokenizeRequest:
