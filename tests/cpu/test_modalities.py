@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import patchbay as pb
-from patchbay.errors import GraphError, TraceError
+from patchbay.errors import GraphError, TraceError, UnknownSiteError
 from tests.modalities import D_MODEL, FAMILIES, HEADS, PATCHES, VOCAB, build, given, inputs_of, reference
 
 ATOL = 1e-5
@@ -289,3 +289,21 @@ def test_image_tokens_must_match() -> None:
         served.trace({"text": [[5, 6, 7]], "pixel_values": pixels}) as run,
     ):
         run.logits.save()
+
+
+def test_prefixed_sites_by_every_spelling() -> None:
+    """Stacks are attributes of a run, other tools' spellings lead to them, and near misses are named."""
+    _, served = _hosted("t5")
+    with served.trace(given(inputs_of("t5"))) as run:
+        run.save(
+            attribute=run.encoder.blocks[-1].attn.z,
+            spelled=run.site("encoder.blocks[1].attn.hook_z"),
+            cross=run.decoder.blocks[0].cross_attn.pattern,
+        )
+        with pytest.raises(UnknownSiteError, match=r"did you mean 'decoder\.blocks\.0\.cross_attn\.pattern'"):
+            run.site("decoder.blocks.0.cros_attn.patern")
+        with pytest.raises(UnknownSiteError, match=r"did you mean 'encoder\.blocks\.0\.resid_pre'"):
+            run.site("blocks.0.resid_pre")
+    assert np.array_equal(run.results["attribute"], run.results["spelled"])
+    np.testing.assert_allclose(run.results["cross"].sum(-1), 1.0, atol=1e-5)
+    assert "decoder.blocks[i].cross_attn: q, k, v, attn_scores, pattern, z, result, out" in repr(served)
