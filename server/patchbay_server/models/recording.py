@@ -307,8 +307,9 @@ class _Recorder(TorchFunctionMode):
         extras: frozenset[str],
     ) -> None:
         q, k, v, z = (self.value_of(t) for t in (query, key, value, output))
-        parts = (t.detach().clone() for t in (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)))
-        call = AttentionCall(path, self.advance(), *parts, q, k, v, output.detach().clone(), z, extras)
+        rot_q, rot_k, heads_v = (t.detach().transpose(1, 2).clone() for t in (query, key, value))
+        heads_z = output.detach().clone()
+        call = AttentionCall(path, self.advance(), rot_q, rot_k, heads_v, q, k, v, heads_z, z, extras)
         self.recording.attention.append(call)
 
 

@@ -125,8 +125,9 @@ def _attention_by_softmax(block: Block) -> Iterator[Attended]:
         taps["z"] = OpTap(use.owner, use.place, None, z_layout)
         z = use.outputs[0]
         assert z.tensor is not None
-        values = operands[0][1], operands[1][1], value[1], z
-        yield Attended(op.owner, use.tick, *values, *parts, z_layout.split(z.tensor), taps)
+        (_, q), (_, k), (_, v) = *operands, value
+        rot_q, rot_k, heads_v = parts
+        yield Attended(op.owner, use.tick, q, k, v, z, rot_q, rot_k, heads_v, z_layout.split(z.tensor), taps)
 
 
 def _fused(op: Op, rows: int, seq: int) -> Iterator[Attended]:
@@ -140,7 +141,8 @@ def _fused(op: Op, rows: int, seq: int) -> Iterator[Attended]:
         names = ("rot_q", "rot_k", "v", "attn_scores", "pattern", "z")
         taps: dict[str, Tap] = {name: FusedTap(op.owner, op.place, name) for name in names}
         q, k, v = values
-        yield Attended(op.owner, op.tick, q, k, v, z, *parts, taps)
+        rot_q, rot_k, heads_v, heads_z = parts
+        yield Attended(op.owner, op.tick, q, k, v, z, rot_q, rot_k, heads_v, heads_z, taps)
 
 
 def _product_behind(value: Value) -> Op | None:

@@ -388,8 +388,11 @@ def _taken_by(block: Block, value: Value, before: Value) -> tuple[Call, Value] |
         if given is not None and block.map.once(call) and next(call.module.children(), None) is not None:
             return call, given
     linear = [c for c in block.map.calls if is_linear(c.module) and c.made is not None and c.given is not None]
-    used = [c for c in linear if c.made is not None and reaches(value, c.made, (before,))]
-    first = [c for c in used if not any(o is not c and reaches(c.given, o.made, (before,)) for o in used)]
+    used = [(c, c.given, c.made) for c in linear if c.made is not None and c.given is not None]
+    used = [(c, given, made) for c, given, made in used if reaches(value, made, (before,))]
+    first = [
+        c for c, given, _ in used if not any(o is not c and reaches(given, made, (before,)) for o, _, made in used)
+    ]
     if first and len({id(strip(c.given)) for c in first if c.given is not None}) == 1 and (g := wide(first[0])):
         return _around(block, first, g), g
     return None
