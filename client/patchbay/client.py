@@ -1,7 +1,7 @@
 """The way in: `connect` to a service, or `local` for a model in this process; both give the same models.
 
 A client holds one connection. `Client` blocks and keeps its event loop in a background thread; `AsyncClient` is for
-programs that have a loop of their own. What they do is written once, in `Connection` and `patchbay.model.ModelCore`.
+programs that have a loop of their own. What they do is written once, in `Connection` and `patchbay.core.ModelCore`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from patchbay.core import ModelCore
 from patchbay.credentials import find_api_key, find_target
 from patchbay.errors import MissingExtraError, TraceError
 from patchbay.ir.events import ModelSummary
-from patchbay.model import AsyncModel, Model, ModelCore
+from patchbay.model import AsyncModel, Model
 from patchbay.portal import Portal
 
 if TYPE_CHECKING:

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import patchbay as pb
+from patchbay.core import ModelCore
 from patchbay.errors import GraphError, UnknownSiteError
 from patchbay.ir.events import ExecuteOptions
 from patchbay.ir.params import POLICIES
 from patchbay.ir.verify import verify
-from patchbay.model import Model, ModelCore
+from patchbay.model import Model
 from patchbay.wire.cards import decode_card, encode_card
 from patchbay_server.config import LimitsConfig
 from patchbay_server.engine.engine import Engine

@@ -104,7 +104,7 @@ def test_the_cache_of_texts_is_bounded(
     model: Model, transport: CountingTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The texts used longest ago are forgotten first."""
-    monkeypatch.setattr("patchbay.model._CACHED_TEXTS", 2)
+    monkeypatch.setattr("patchbay.core._CACHED_TEXTS", 2)
     for text in ("a", "b", "a", "c", "a", "b"):
         model.tokenize(text)
     assert transport.tokenized == [["a"], ["b"], ["c"], ["b"]]

@@ -26,7 +26,7 @@ from patchbay.tracing.proxy import Proxy, lift
 from patchbay.tracing.runs import OWN, Run
 
 if TYPE_CHECKING:
-    from patchbay.model import ModelCore
+    from patchbay.core import ModelCore
     from patchbay.tracing.trace import BaseTrace
 
 #: What may end a row: a text, a token id, or a sequence of ids.

@@ -40,8 +40,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Unpack
 
+    from patchbay.core import ModelCore, Outcome, RunInputs
     from patchbay.ir.graph import Generation
-    from patchbay.model import AsyncModel, Edit, Model, ModelCore, Outcome, RunInputs
+    from patchbay.model import AsyncModel, Edit, Model
     from patchbay.tracing.namespaces import SiteTree
 
 
