@@ -124,7 +124,7 @@ def test_a_linear_probe_separates_two_topics(model: pb.Model) -> None:
 
 
 def test_ablating_heads_moves_a_similarity(model: pb.Model) -> None:
-    """Silencing some heads moves how alike two paraphrases are, others hardly; a head's effect equals the same edit by a hook."""
+    """Silencing some heads moves how alike two paraphrases are; a head's effect equals the same edit by a hook."""
     pair = ["The cat sleeps on the sofa.", "A kitten is napping on the couch."]
     layer = 2
     with model.trace() as t:
