@@ -364,6 +364,30 @@ def test_bfloat16_weights_lose_no_site(family: str) -> None:
     assert facts(card)["read_only"] == facts(hosted_of(family).card)["read_only"]
 
 
+VARIANTS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
+    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}, ("attn.q", "attn.k", "ln2.scale")),
+    ("falcon", {"alibi": True}, ("attn.pattern", "attn.q", "mlp_out")),
+    ("falcon", {"parallel_attn": False}, ("resid_mid", "attn.rot_q")),
+    ("gpt_neox", {"use_parallel_residual": False}, ("resid_mid", "ln2.normalized")),
+    ("opt", {"do_layer_norm_before": False}, ("resid_mid", "ln1.normalized", "mlp_out")),
+    ("stablelm", {"use_parallel_residual": True}, ("attn_out", "mlp_out")),
+    ("phi", {"qk_layernorm": True}, ("attn.q_normed", "attn.k")),
+    ("cohere", {"use_qk_norm": True}, ("attn.q_normed", "attn.k_normed", "attn.q")),
+    ("bloom", {"apply_residual_connection_post_layernorm": True}, ("resid_mid", "attn.pattern")),
+    ("granitemoehybrid", {"layer_types": ["mamba", "attention"]}, ("attn.pattern", "mlp.expert_out")),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "sites"), VARIANTS, ids=lambda v: next(iter(v), "") if v else "")
+def test_other_shapes_of_a_family_need_nothing_of_their_own(
+    family: str, changes: dict[str, Any], sites: tuple[str, ...]
+) -> None:
+    """Options that change how a family's blocks are built are followed too; nothing that was derived fails its proof."""
+    card = host(build(family, **changes), name=family).card
+    assert {f"blocks.1.{site}" for site in sites} <= {s.name for s in card.sites if s.absent is None}
+    assert not [s.name for s in card.sites if s.absent is not None and "not proved" in s.absent]
+
+
 @pytest.mark.parametrize(
     ("site", "wrong", "why"),
     [

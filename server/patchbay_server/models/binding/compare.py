@@ -13,6 +13,10 @@ def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     return a is not None and b is not None and a.shape == b.shape and torch.equal(a, b)
 
 
+#: What norms call the number that they add to the variance.
+_EPSILONS = ("variance_epsilon", "eps")
+
+
 def tolerance(*dtypes: torch.dtype) -> float:
     """How far two ways of computing a value may be apart, of its largest entry, in the coarsest of `dtypes`."""
     eps = max(torch.finfo(d).eps for d in dtypes)
@@ -35,7 +39,10 @@ def is_linear(module: torch.nn.Module) -> bool:
     """A leaf that multiplies by one weight matrix (torch's Linear, transformers' Conv1D and their quantized kin)."""
     weight = getattr(module, "weight", None)
     leaf = next(module.children(), None) is None
-    return leaf and isinstance(weight, torch.Tensor) and weight.ndim == 2 and not isinstance(module, torch.nn.Embedding)
+    if not leaf or not isinstance(weight, torch.Tensor) or weight.ndim != 2:
+        return False
+    gains = any(hasattr(module, n) for n in _EPSILONS)  # a norm with gains of its own for each head
+    return not gains and not isinstance(module, torch.nn.Embedding)
 
 
 def norm_form(call: Call) -> NormForm | None:
@@ -44,10 +51,10 @@ def norm_form(call: Call) -> NormForm | None:
     weight = getattr(call.module, "weight", None)
     if value is None or output is None or value.shape != output.shape or not value.is_floating_point():
         return None
-    if isinstance(weight, torch.Tensor) and weight.ndim != 1:
+    if isinstance(weight, torch.Tensor) and weight.shape != value.shape[value.ndim - weight.ndim :]:
         return None
     eps = next(
-        (float(e) for n in ("variance_epsilon", "eps") if isinstance(e := getattr(call.module, n, None), (int, float))),
+        (float(e) for n in _EPSILONS if isinstance(e := getattr(call.module, n, None), (int, float))),
         call.eps,
     )
     if eps is None:
