@@ -382,7 +382,7 @@ VARIANTS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
 def test_other_shapes_of_a_family_need_nothing_of_their_own(
     family: str, changes: dict[str, Any], sites: tuple[str, ...]
 ) -> None:
-    """Options that change how a family's blocks are built are followed too; nothing that was derived fails its proof."""
+    """Options that change how blocks are built are followed too; nothing that was derived fails its proof."""
     card = host(build(family, **changes), name=family).card
     assert {f"blocks.1.{site}" for site in sites} <= {s.name for s in card.sites if s.absent is None}
     assert not [s.name for s in card.sites if s.absent is not None and "not proved" in s.absent]
