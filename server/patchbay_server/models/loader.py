@@ -21,7 +21,7 @@ from patchbay_server.models.inputs import DECODER_TOKENS, MASK, TOKENS, ModelInp
 from patchbay_server.models.parameters import find_parameters
 from patchbay_server.models.proofs import Proof, prove, read_all
 from patchbay_server.models.recording import Recording, record
-from patchbay_server.models.taps import Tap
+from patchbay_server.models.taps import Tap, first_tensor
 
 log = logging.getLogger(__name__)
 
@@ -215,7 +215,9 @@ def _last_layer(model: torch.nn.Module, binding: Binding, inputs: Mapping[str, t
 
     def keep(module: torch.nn.Module, args: Any, output: Any) -> None:
         del module, args
-        seen.append(output[0] if isinstance(output, tuple) else output)
+        value = first_tensor(output)
+        assert value is not None
+        seen.append(value)
 
     handle = model.get_submodule(binding.layers[-1]).register_forward_hook(keep)
     try:
