@@ -76,6 +76,15 @@ def test_card(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"^  blocks\.0\.resid_pre\n    .*embed = first resid_pre", capsys.readouterr().out, re.MULTILINE)
 
 
+def test_prove(capsys: pytest.CaptureFixture[str]) -> None:
+    """A model is loaded in this process, and every site's proof is shown, absent ones with their reason."""
+    assert cli.main(["prove", "demo"]) == 0
+    shown = capsys.readouterr().out
+    assert "resid_pre + attn_out = resid_mid" in shown
+    assert "not offered by this model:\n  pos_embed" in shown
+    assert re.search(r"(\d{3}) sites proved, 1 absent; loaded and proved in [\d.]+ s\n$", shown)
+
+
 def test_errors_are_one_kind_line(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
     """No traceback: a sentence on stderr and status 1."""
     for arguments, expected in (

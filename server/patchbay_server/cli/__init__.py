@@ -51,7 +51,7 @@ def require_server(*names: str) -> None:
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise MissingExtraError(
-                f"`patchbay serve` needs the service's packages ({name} is missing): pip install 'patchbay[server]'"
+                f"hosting a model needs the service's packages ({name} is missing): pip install 'patchbay[server]'"
             )
 
 
@@ -81,6 +81,14 @@ def _parser() -> argparse.ArgumentParser:
     card.add_argument("--proofs", action="store_true", help="say how each site was proved when the model was loaded")
     _add_target(card)
     card.set_defaults(run=_card)
+
+    prove = commands.add_parser(
+        "prove", help="load a model here, without serving it, and show what was proved of its sites"
+    )
+    prove.add_argument("source", metavar="SOURCE", help="demo, a Hugging Face hub id, or a folder")
+    prove.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16 or float16")
+    prove.add_argument("--device", default="auto", help="auto, or a torch device")
+    prove.set_defaults(run=_prove)
 
     run = commands.add_parser("run", help="run a saved graph and print, or keep, what it gives")
     run.add_argument("graph", metavar="FILE", help="a graph that pb.save_graph wrote")
@@ -134,6 +142,13 @@ def _card(args: argparse.Namespace) -> int:
     from patchbay_server.cli.show import card
 
     return card(args)
+
+
+def _prove(args: argparse.Namespace) -> int:
+    require_server("torch", "transformers")
+    from patchbay_server.cli.show import prove
+
+    return prove(args)
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`patchbay models` and `patchbay card`: what a server hosts, and what can be read and written inside it."""
+"""`patchbay models`, `card` and `prove`: what a server hosts, and what can be read and written inside it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import dataclasses
 import re
+import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -60,6 +61,20 @@ def card(args: argparse.Namespace) -> int:
     """A model's widths, limits and sites."""
     found = ask(args, lambda transport: transport.get_model(args.model))
     print(render(found, every_site=args.sites, proofs=args.proofs))
+    return 0
+
+
+def prove(args: argparse.Namespace) -> int:
+    """Loads a model in this process and shows its card with the proof of every site, and what loading took."""
+    from patchbay_server.models.loader import load
+
+    started = time.perf_counter()
+    hosted = load(args.source, dtype=args.dtype, device=args.device)
+    print(render(hosted.card, proofs=True))
+    named = [s for s in hosted.card.sites if not s.name.startswith("module:")]
+    proved = sum(s.absent is None for s in named)
+    took = time.perf_counter() - started
+    print(f"\n{proved} sites proved, {len(named) - proved} absent; loaded and proved in {took:.1f} s")
     return 0
 
 
