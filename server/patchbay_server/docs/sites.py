@@ -32,7 +32,7 @@ from. Then each site is proved, on random tokens:
   between what was written and what the model made of it.
 
 A site that fails is declared absent with the reason; one that reads rightly but cannot be written says so. `patchbay
-card MODEL --sites` shows the identities that held for each site. `attn_out`, `mixer_out` and `mlp_out` are always what
+card MODEL --proofs` shows the identities that held for each site. `attn_out`, `mixer_out` and `mlp_out` are always what
 is *added to the stream*, after post-norms and residual factors; the modules' raw outputs are `attn.out`, `mixer.out`
 and `mlp.out`. Every module is reachable besides by its path: `module:model.layers.3.mlp.down_proj.input`.
 
