@@ -10,22 +10,24 @@ import patchbay as pb
 from tests.tiny import build
 
 
-def engines() -> int:
-    """How many engine threads of local models there are."""
-    return sum(thread.name == "patchbay-engine-local" for thread in threading.enumerate())
+def engines() -> set[threading.Thread]:
+    """The engine threads of local models, those of other tests among them."""
+    return {thread for thread in threading.enumerate() if thread.name == "patchbay-engine-local"}
 
 
 def test_a_local_model_is_let_go() -> None:
     """With the last reference to it the engine's thread ends, and the weights are freed."""
+    gc.collect()
     before = engines()
     hf = build("llama")
     freed = weakref.ref(hf)
     model = pb.local(hf)
     with model.trace([1, 2, 3]) as run:
         run.logits.save()
-    assert engines() == before + 1
+    (mine,) = engines() - before
     del model, run, hf
     gc.collect()
-    assert engines() == before
+    mine.join(timeout=60)
+    assert not mine.is_alive()
     gc.collect()
     assert freed() is None

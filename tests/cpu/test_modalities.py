@@ -301,7 +301,7 @@ def test_prefixed_sites_by_every_spelling() -> None:
             cross=run.decoder.blocks[0].cross_attn.pattern,
         )
         with pytest.raises(UnknownSiteError, match=r"did you mean 'decoder\.blocks\.0\.cross_attn\.pattern'"):
-            run.site("decoder.blocks.0.cros_attn.patern")
+            run.site("decoder.blocks.0.cros_attn.pattern")
         with pytest.raises(UnknownSiteError, match=r"did you mean 'encoder\.blocks\.0\.resid_pre'"):
             run.site("blocks.0.resid_pre")
     assert np.array_equal(run.results["attribute"], run.results["spelled"])

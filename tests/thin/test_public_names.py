@@ -60,7 +60,7 @@ def test_unknown_names_are_attribute_errors() -> None:
     """As for any module; a near miss names the right one."""
     assert not hasattr(pb, "no_such_name")
     with pytest.raises(AttributeError, match="did you mean 'connect'"):
-        getattr(pb, "conect")  # noqa: B009
+        getattr(pb, "connekt")  # noqa: B009
     with pytest.raises(AttributeError, match="did you mean 'softmax'"):
         getattr(pb.ops, "sofmax")  # noqa: B009
     assert not hasattr(pb.ops, "no_such_operation")
