@@ -176,6 +176,11 @@ class ModelCard:
         return {s.name: s for s in self.sites}
 
     @cached_property
+    def names_by_order(self) -> Mapping[int, str]:
+        """Names of the sites that the model offers, by their position in the forward."""
+        return {s.order: s.name for s in self.sites if s.absent is None}
+
+    @cached_property
     def _callables_by_name(self) -> Mapping[str, CallableSpec]:
         return {c.name: c for c in self.callables}
 

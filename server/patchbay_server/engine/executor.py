@@ -49,7 +49,6 @@ class Execution:
     ) -> None:
         self._hosted, self._plan, self._emit, self._cancelled = hosted, plan, emit, cancelled
         self._values: dict[int, Any] = {}
-        self._sequence_axes = {s.name: s.sequence_axes for s in hosted.card.sites}
         self._layers_run = 0
         self._reached: set[str] = set()
         #: Memory of the model's own tensors while one of its sites is visited; nothing that outlives the visit may
@@ -151,7 +150,7 @@ class Execution:
         self, decoding: Decoding, site: str, moment: Actions
     ) -> Callable[[torch.Tensor], torch.Tensor | None]:
         dims = self._hosted.card.site(site).dims
-        axes = tuple(i for i in self._sequence_axes[site] if decoding.step == 0 or dims[i] != "key")
+        axes = tuple(i for i in self._hosted.card.site(site).sequence_axes if decoding.step == 0 or dims[i] != "key")
 
         def handle(value: torch.Tensor) -> torch.Tensor | None:
             self._reached.add(site)
@@ -207,7 +206,7 @@ class Execution:
             raise RequestCancelledError("the request was cancelled")
 
     def _handler(self, each: Pass, site: str, moment: Actions) -> Callable[[torch.Tensor], torch.Tensor | None]:
-        axes = self._sequence_axes[site]
+        axes = self._hosted.card.site(site).sequence_axes
         stops = site == each.stop_at
 
         def handle(value: torch.Tensor) -> torch.Tensor | None:

@@ -350,7 +350,7 @@ class _Builder:
             for time in (*when, *self.resumed.get(i, ())):
                 events[time].append(i)
         moments = {time: self._actions(time, sorted(nodes), last_use) for time, nodes in events.items()}
-        site_at = {s.order: s.name for s in self.card.sites if s.absent is None}
+        site_at = self.card.names_by_order
         passes = []
         for p, (_, runs) in enumerate(self.groups):
             if self.graph.runs[runs[0]].generation is not None:
