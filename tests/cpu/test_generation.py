@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -452,17 +451,6 @@ def test_async() -> None:
 def demo() -> Model:
     hosted = load("demo")
     return pb.local(hosted.model, hosted.tokenizer)
-
-
-def test_the_pages_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    """docs/generation.md prints what it says it prints."""
-    text = (Path(__file__).resolve().parents[2] / "docs" / "generation.md").read_text(encoding="utf-8")
-    pairs = re.findall(r"<!-- checked -->\n```python\n(.*?)```\n\n```text\n(.*?)```", text, re.DOTALL)
-    names: dict[str, Any] = {"pb": pb, "model": demo()}
-    for code, printed in pairs:
-        exec(compile(code, "generation.md", "exec"), names)
-        assert capsys.readouterr().out == printed
-    assert len(pairs) == text.count("```python") == 4
 
 
 def test_text_is_decoded_as_a_whole() -> None:
