@@ -7,8 +7,8 @@ A block of ```python runs unless a comment on the line before it says otherwise:
 - ``<!-- checked -->``: runs, and what it prints must be the following ```text block exactly.
 
 A ```text block that follows a python block (with nothing but a blank line, or ``<!-- printed with a fake model -->``,
-between them) holds what it prints: each of its lines begins a printed line, in that order. So a page may leave out lines
-in between and what stands at the end of one. Places in programs (``experiment.py:3``) are taken for equal.
+between them) holds what it prints: each of its lines begins a printed line, in that order. So a page may leave out
+lines in between and what stands at the end of one. Places in programs (``experiment.py:3``) are taken for equal.
 """
 
 from __future__ import annotations

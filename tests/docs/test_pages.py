@@ -1,6 +1,6 @@
 """The pages of docs/ whose examples run: each prints what it says it prints.
 
-A new page is one line of `PAGES`; an example that needs more than a small model gets its own function beside the others.
+A new page is one line of `PAGES`; one that needs more than a small model gets its own function beside the others.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def worded() -> dict[str, Any]:
     words = ["<unk>", "The", "capital", "of", "France", "Italy", "is"]
     raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    return {"pb": pb, "model": pb.local(build("llama"), PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>"))}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")
+    return {"pb": pb, "model": pb.local(build("llama"), tokenizer)}
 
 
 def fake() -> dict[str, Any]:
@@ -52,7 +53,7 @@ def fake() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Page:
-    """A page, the namespace that it begins with, what that offers (see `pages`), and how many of its blocks must run."""
+    """A page, the namespace that it begins with, what that offers (see `pages`), and how many blocks must run."""
 
     name: str
     given: Callable[[], dict[str, Any]] = llama
