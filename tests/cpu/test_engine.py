@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,9 +19,11 @@ from patchbay.errors import (
 from patchbay.ir.dtypes import float32, int64
 from patchbay.ir.events import Event, ExecuteOptions, Progress, TensorValue, Usage
 from patchbay.ir.graph import Graph, Node, Output, Run, TensorData
-from patchbay_server.engine import Engine
+from patchbay_server.engine import Engine, forwards
 from patchbay_server.engine.executor import Execution
+from patchbay_server.engine.forwards import ForwardCall
 from patchbay_server.kernels import to_data, to_tensor
+from patchbay_server.models.hosted import HostedModel
 from patchbay_server.models.loader import host
 from tests.tiny import D_MODEL, N_LAYERS, VOCAB, build
 
@@ -426,15 +428,15 @@ def test_an_error_of_the_device_is_not_taken_for_one_of_the_graph(
 def test_out_of_memory_is_retried_one_run_at_a_time(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """When a shared forward does not fit, each run goes alone; every result is sent once."""
     widest: list[int] = []
-    inputs_of = Execution._inputs
+    inputs_of = forwards._inputs
 
-    def small_device(self: Execution, each: Any) -> dict[str, torch.Tensor]:
-        widest.append(each.rows)
-        if each.rows > 1:
+    def small_device(hosted: HostedModel, calls: Sequence[ForwardCall]) -> dict[str, torch.Tensor]:
+        widest.append(sum(call.rows for call in calls))
+        if widest[-1] > 1:
             raise torch.OutOfMemoryError("no room")
-        return inputs_of(self, each)
+        return inputs_of(hosted, calls)
 
-    monkeypatch.setattr(Execution, "_inputs", small_device)
+    monkeypatch.setattr(forwards, "_inputs", small_device)
     runs = (Run(IDS), Run(OTHER))
     found, usage, events = run(
         engine, Graph(runs, (read("logits", 0), read("logits", 1)), (Output("a", 0), Output("b", 1)))
@@ -447,11 +449,11 @@ def test_out_of_memory_is_retried_one_run_at_a_time(engine: Engine, monkeypatch:
 def test_out_of_memory_alone_is_refused_kindly(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """When one run alone does not fit either, the user hears what to do, and the next graph runs."""
 
-    def no_device(self: Execution, each: Any) -> dict[str, torch.Tensor]:
+    def no_device(hosted: HostedModel, calls: Sequence[ForwardCall]) -> dict[str, torch.Tensor]:
         raise torch.OutOfMemoryError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Execution, "_inputs", no_device)
+        patch.setattr(forwards, "_inputs", no_device)
         with pytest.raises(ResourceExhaustedError, match="fewer rows"):
             run(engine, graph(read("logits")))
     assert torch.equal(run(engine, graph(read("logits")))[0]["out"], plain())
@@ -503,3 +505,32 @@ def test_shapes_are_those_of_the_constants(engine: Engine) -> None:
     weight = constant(torch.eye(D_MODEL, VOCAB))
     out = run(engine, graph(read("blocks.0.resid_pre"), weight, Node("matmul", (0, 1))))[0]["out"]
     assert out.shape == (1, 5, VOCAB) and out.dtype == torch.float32 and float32.name == "float32"
+
+
+def test_calls_that_share_a_forward_see_and_change_their_own_rows_alone() -> None:
+    """Two plans of other lengths in one forward give what each gives alone; one that fails leaves the other right."""
+    engine = Engine(host(build("llama")))
+    long = (read("blocks.1.resid_post"), scalar(2.0), write(1, "blocks.1.resid_post", mode="mul"), read("logits"))
+    short = (read("blocks.0.resid_post"), Node("sum", (0,), {}))
+    beyond = Node("getitem", (0, 1), {"index": (("slice", None, None, None), ("array", 0))})
+    wrong = (read("embed"), constant(torch.tensor([99])), beyond, read("logits"), Node("add", (2, 2), {}))
+    plans = [
+        engine.prepare(Graph((Run(rows),), nodes, (Output("out", len(nodes) - 1),)))
+        for rows, nodes in ((IDS, long), ((IDS[0][:3],), short), (OTHER, wrong))
+    ]
+    events: list[list[Event]] = [[], [], []]
+    started = [engine.start(plan, seen.append).forwards() for plan, seen in zip(plans, events, strict=True)]
+    with torch.no_grad():
+        calls = [next(each) for each in started]
+        forwards.run_forward(engine.hosted, calls)
+        for each in started[:2]:
+            with pytest.raises(StopIteration):
+                next(each)
+        with pytest.raises(IndexOutOfRangeError):
+            next(started[2])
+    for plan, seen in zip(plans[:2], events, strict=False):
+        alone: list[Event] = []
+        engine.run(plan, alone.append)
+        (together,) = [to_tensor(e.value) for e in seen if isinstance(e, TensorValue)]
+        (expected,) = [to_tensor(e.value) for e in alone if isinstance(e, TensorValue)]
+        torch.testing.assert_close(together, expected, rtol=1e-5, atol=1e-5)

@@ -12,6 +12,7 @@ from patchbay.ir.events import Event, ExecuteOptions, TensorValue, Usage
 from patchbay.ir.graph import Graph
 from patchbay.ir.limits import Limits
 from patchbay_server.engine.executor import Execution
+from patchbay_server.engine.forwards import run_forward
 from patchbay_server.engine.generate import check_generates
 from patchbay_server.engine.memory import held_to
 from patchbay_server.engine.plan import OPTIMISATIONS, Plan, make_plan
@@ -51,8 +52,14 @@ class Engine:
         plan = make_plan(graph, self.hosted.card, self.limits, options, max_pass_tokens=self._max_pass_tokens)
         return held_to(plan, self.limits)
 
+    def start(
+        self, plan: Plan, emit: Callable[[Event], None], cancelled: Callable[[], bool] = lambda: False
+    ) -> Execution:
+        """An execution of `plan`, for who runs several at a time; nothing has happened yet."""
+        return Execution(self.hosted, plan, emit, cancelled)
+
     def run(self, plan: Plan, emit: Callable[[Event], None], cancelled: Callable[[], bool] = lambda: False) -> Usage:
-        """Run `plan`, handing Progress and TensorValue events to `emit` as they happen. Blocks.
+        """Run `plan` to its end, handing Progress and TensorValue events to `emit` as they happen. Blocks.
 
         Runs out of memory once: the plan is made anew with one run per forward; twice: the request is refused.
 
@@ -71,7 +78,7 @@ class Engine:
             emit(event)
 
         try:
-            return Execution(self.hosted, plan, emit_once, cancelled).run()
+            return self._to_the_end(self.start(plan, emit_once, cancelled))
         except torch.OutOfMemoryError:
             pass
         # Outside the except block, so that the traceback no longer holds the tensors that did not fit.
@@ -82,10 +89,21 @@ class Engine:
         )
         alone = replace(alone, origin=tuple(plan.origin[o] for o in alone.origin), received=plan.received)
         try:
-            return Execution(self.hosted, alone, emit_once, cancelled).run()
+            return self._to_the_end(self.start(alone, emit_once, cancelled))
         except torch.OutOfMemoryError:
             raise ResourceExhaustedError(
                 "the device ran out of memory, with one run per forward too; use fewer rows or shorter texts, or save "
                 "less",
                 reason="DEVICE_MEMORY",
             ) from None
+
+    def _to_the_end(self, execution: Execution) -> Usage:
+        with torch.no_grad():
+            forwards = execution.forwards()
+            while True:
+                try:
+                    call = next(forwards)
+                except StopIteration as end:
+                    usage: Usage = end.value
+                    return usage
+                run_forward(self.hosted, [call])

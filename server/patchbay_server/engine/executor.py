@@ -1,8 +1,8 @@
-"""Runs a plan: attaches its moments to the model's sites, forwards, and hands out results as they appear."""
+"""Runs a plan: asks for its forwards, does at their sites what the plan says, hands out results as they appear."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from patchbay.errors import GraphError, RequestCancelledError
 from patchbay.ir.events import Event, Progress, TensorValue, Usage
 from patchbay.ir.graph import TensorData
 from patchbay.ir.ops.spec import TensorSpec
+from patchbay_server.engine.forwards import ForwardCall, SiteCall
 from patchbay_server.engine.generate import Decoding
 from patchbay_server.engine.plan import (
     Actions,
@@ -30,15 +31,6 @@ from patchbay_server.engine.plan import (
 from patchbay_server.engine.rows import left_padded, own_rows, seen_rows, write_back
 from patchbay_server.kernels import index_get, index_put, to_data, to_tensor, to_torch_dtype
 from patchbay_server.models.hosted import HostedModel
-from patchbay_server.models.inputs import forward
-from patchbay_server.models.taps import Handle
-
-#: Token that fills rows up to the longest of their forward; causal rows never see it.
-_FILLER = 0
-
-
-class _Stop(Exception):  # noqa: N818 - a signal, not an error
-    """Everything that is needed has been seen; unwinds the forward."""
 
 
 class Execution:
@@ -50,7 +42,6 @@ class Execution:
         self._hosted, self._plan, self._emit, self._cancelled = hosted, plan, emit, cancelled
         self._values: dict[int, Any] = {}
         self._layers_run = 0
-        self._reached: set[str] = set()
         #: Memory of the model's own tensors while one of its sites is visited; nothing that outlives the visit may
         #: share it.
         self._borrowed: set[int] = set()
@@ -59,17 +50,24 @@ class Execution:
         self._gone: torch.Tensor | None = None
         self._forwards = self._positions = 0
 
-    def run(self) -> Usage:
-        """Run every pass.
+    @property
+    def exclusive(self) -> bool:
+        """Whether nothing else may run between its forwards: recording gradients is a state of the whole thread."""
+        return self._plan.last_grad is not None
+
+    def forwards(self) -> Generator[ForwardCall, None, Usage]:
+        """Every forward that the plan wants, one after the other; each must have been run when it is asked to go on.
+
+        The caller has switched gradients off. Returns what was used.
 
         Raises:
             GraphError: data that only running reveals as wrong (an index out of range, a singular matrix).
             RequestCancelledError: `cancelled` turned true.
         """
         plan = self._plan
-        with torch.no_grad(), _frozen_parameters(self._hosted.model, plan.last_grad is not None):
+        with _frozen_parameters(self._hosted.model, self.exclusive):
             for number, each in enumerate(plan.passes):
-                self._run_pass(each) if each.generation is None else self._run_generation(each)
+                yield from self._pass(each) if each.generation is None else self._generation(each)
                 self._emit(Progress(number + 1, len(plan.passes)))
             self._happen(plan.after)
         layers = len(self._hosted.layers) * self._forwards
@@ -87,46 +85,44 @@ class Execution:
 
     # --- one forward
 
-    def _run_pass(self, each: Pass) -> None:
+    def _pass(self, each: Pass) -> Generator[ForwardCall, None, None]:
         self._check_cancelled()
         self._happen(each.before)
-        self._forwards, self._positions = self._forwards + 1, self._positions + each.rows * each.seq
-        handlers = {site: self._handler(each, site, moment) for site, moment in each.sites.items()}
-        try:
-            with self._attached(each.sites, handlers):
-                forward(self._hosted.model, self._inputs(each))
-                self._check_reached(each, each.sites)
-        except _Stop:
-            pass
-        except GraphError:
-            raise
-        except ValueError as error:  # how models say that what they were given does not fit together
-            if not each.inputs:
-                raise
-            raise GraphError(f"the model does not take these inputs: {str(error).partition(chr(10))[0]}") from error
+        self._positions += each.rows * each.seq
+        yield from self._asked_for(
+            ForwardCall(
+                rows=each.rows,
+                seq=each.seq,
+                tokens=each.tokens,
+                inputs=each.inputs,
+                sites={site: self._site_call(site, moment) for site, moment in each.sites.items()},
+                stop_at=each.stop_at,
+                alone=self._plan.options.deterministic or self.exclusive or bool(each.inputs),
+                cancelled=self._cancelled,
+            ),
+            each,
+            each.sites,
+        )
 
-    @contextmanager
-    def _attached(
-        self, sites: Mapping[str, Actions], handlers: Mapping[str, Callable[[torch.Tensor], torch.Tensor | None]]
-    ) -> Iterator[None]:
-        """Every site's handler is on the model while the body runs."""
-        model = self._hosted.model
-        handles: list[Handle] = []
-        self._reached = set()
-        try:
-            for path in self._hosted.layers:
-                handles.append(model.get_submodule(path).register_forward_pre_hook(self._enter_layer))
-            for site, moment in sites.items():
-                writes = any(map(_changes_the_model, moment.steps))
-                handles.append(self._hosted.taps[site].attach(model, handlers[site], writes=writes))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def _asked_for(
+        self, call: ForwardCall, each: Pass, sites: Mapping[str, Actions]
+    ) -> Generator[ForwardCall, None, None]:
+        yield call
+        self._forwards += 1
+        self._layers_run += call.layers_run
+        if call.error is not None:
+            raise call.error
+        if call.stop_at is None or call.stop_at not in call.reached:
+            self._check_reached(each, sites, call.reached)
+
+    def _site_call(self, site: str, moment: Actions) -> SiteCall:
+        axes = self._hosted.card.site(site).sequence_axes
+        writes = any(map(_changes_the_model, moment.steps))
+        return SiteCall(lambda value: self._happen_at(value, axes, moment), writes)
 
     # --- a generating run
 
-    def _run_generation(self, each: Pass) -> None:
+    def _generation(self, each: Pass) -> Generator[ForwardCall, None, None]:
         self._check_cancelled()
         self._happen(each.before)
         self._decoding = decoding = Decoding(self._hosted, each)
@@ -137,26 +133,29 @@ class Execution:
                     self._absent(step)
                     continue
                 self._check_cancelled()
-                self._forwards += 1
-                self._positions += each.rows * (each.seq if decoding.step == 0 else 1)
+                seq = each.seq if decoding.step == 0 else 1
+                self._positions += each.rows * seq
                 self._gone = decoding.gone
-                with self._attached(step.sites, {s: self._step_handler(decoding, s, m) for s, m in step.sites.items()}):
-                    decoding.advance()
-                    self._check_reached(each, step.sites)
+                call = ForwardCall(
+                    rows=each.rows,
+                    seq=seq,
+                    tokens=each.tokens,
+                    inputs={},
+                    sites={site: self._step_call(decoding, site, moment) for site, moment in step.sites.items()},
+                    stop_at=None,
+                    alone=True,
+                    cancelled=self._cancelled,
+                    decoding=decoding,
+                )
+                yield from self._asked_for(call, each, step.sites)
         finally:
             self._decoding = self._gone = None
 
-    def _step_handler(
-        self, decoding: Decoding, site: str, moment: Actions
-    ) -> Callable[[torch.Tensor], torch.Tensor | None]:
+    def _step_call(self, decoding: Decoding, site: str, moment: Actions) -> SiteCall:
         dims = self._hosted.card.site(site).dims
         axes = tuple(i for i in self._hosted.card.site(site).sequence_axes if decoding.step == 0 or dims[i] != "key")
-
-        def handle(value: torch.Tensor) -> torch.Tensor | None:
-            self._reached.add(site)
-            return self._happen_at(value, axes, moment)
-
-        return decoding.seen_through(site, dims, handle)
+        handler = decoding.seen_through(site, dims, lambda value: self._happen_at(value, axes, moment))
+        return SiteCall(handler, any(map(_changes_the_model, moment.steps)))
 
     def _absent(self, step: Forward) -> None:
         """A step that no row lived to see: what it reads is zero, what it writes changes nothing."""
@@ -172,10 +171,10 @@ class Execution:
                 else:
                     self._happen(Actions((action,)))
 
-    def _check_reached(self, each: Pass, sites: Mapping[str, Actions]) -> None:
+    def _check_reached(self, each: Pass, sites: Mapping[str, Actions], reached: set[str]) -> None:
         """What a forward never came to has no value: an image tower, say, in a run without images."""
         for site, moment in sites.items():
-            if site not in self._reached and moment.steps:
+            if site not in reached and moment.steps:
                 reason = f"the forward never reached the site {site!r}"
                 optional = [s.name for s in self._hosted.card.inputs if not s.required and s.name not in each.inputs]
                 if optional:
@@ -183,40 +182,9 @@ class Execution:
                 first = next((step for step in moment.steps if isinstance(step, (Read, Write))), moment.steps[0])
                 raise self._named(GraphError(reason), first.node)
 
-    def _inputs(self, each: Pass) -> dict[str, torch.Tensor]:
-        device = self._hosted.device
-        inputs = {
-            name: torch.cat([to_tensor(value, device) for value in values]) for name, values in each.inputs.items()
-        }
-        if each.tokens:
-            rows = [[*row, *([_FILLER] * (each.seq - len(row)))] for row in each.tokens]
-            inputs["input_ids"] = torch.tensor(rows, dtype=torch.long, device=device)  # [rows, seq]
-            if not self._hosted.card.causal and any(len(row) < each.seq for row in each.tokens):
-                seen = [[1] * len(row) + [0] * (each.seq - len(row)) for row in each.tokens]
-                inputs["attention_mask"] = torch.tensor(seen, dtype=torch.long, device=device)
-        return inputs
-
-    def _enter_layer(self, module: torch.nn.Module, args: Any) -> None:
-        del module, args
-        self._check_cancelled()
-        self._layers_run += 1
-
     def _check_cancelled(self) -> None:
         if self._cancelled():
             raise RequestCancelledError("the request was cancelled")
-
-    def _handler(self, each: Pass, site: str, moment: Actions) -> Callable[[torch.Tensor], torch.Tensor | None]:
-        axes = self._hosted.card.site(site).sequence_axes
-        stops = site == each.stop_at
-
-        def handle(value: torch.Tensor) -> torch.Tensor | None:
-            self._reached.add(site)
-            new = self._happen_at(value, axes, moment)
-            if stops:
-                raise _Stop
-            return new
-
-        return handle
 
     # --- one moment
 

@@ -1,0 +1,217 @@
+"""Forwards of the model: one call or several stacked in one, each call's handlers seeing its own rows alone.
+
+An execution says what it wants as a `ForwardCall`; who drives executions decides which calls share a forward. What goes
+wrong in one call's handlers ends that call and no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+
+from patchbay.errors import GraphError, RequestCancelledError
+from patchbay.ir.graph import TensorData
+from patchbay_server.kernels import to_tensor
+from patchbay_server.models.hosted import HostedModel
+from patchbay_server.models.inputs import forward
+from patchbay_server.models.taps import Handle
+
+if TYPE_CHECKING:
+    from patchbay_server.engine.generate import Decoding
+
+#: Token that fills rows up to the longest of their forward; causal rows never see it.
+FILLER = 0
+
+#: What goes wrong with the device, and so with everybody's rows.
+_DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
+
+#: Called with a call's rows of a site's value; returns their replacement, or None.
+Handler: TypeAlias = "Callable[[torch.Tensor], torch.Tensor | None]"
+
+
+@dataclass(frozen=True, slots=True)
+class SiteCall:
+    """What a call does at one site.
+
+    Attributes:
+        handler: called with the call's rows of the value.
+        writes: whether the handler ever returns a replacement.
+    """
+
+    handler: Handler
+    writes: bool
+
+
+@dataclass(eq=False, slots=True)
+class ForwardCall:
+    """One forward that an execution wants, and what came of it.
+
+    Attributes:
+        rows, seq: extents of its batch; shorter rows are padded on the right.
+        tokens: one tuple of ids per row, unpadded; none where the model takes no tokens.
+        inputs: further inputs by name, one value per slot.
+        sites: what happens at each site, in forward order.
+        stop_at: the last site that anything needs; None runs the model to its end.
+        alone: whether it must not share a forward with another call.
+        cancelled: whether its request is gone.
+        decoding: the generating run whose next forward this is; None for a forward of its own.
+        reached: the sites that the forward came to.
+        layers_run: decoder layers that ran.
+        error: what ended the call early.
+    """
+
+    rows: int
+    seq: int
+    tokens: tuple[tuple[int, ...], ...]
+    inputs: Mapping[str, tuple[TensorData, ...]]
+    sites: Mapping[str, SiteCall]
+    stop_at: str | None
+    alone: bool
+    cancelled: Callable[[], bool]
+    decoding: Decoding | None = None
+    reached: set[str] = field(default_factory=set)
+    layers_run: int = 0
+    error: BaseException | None = None
+
+
+class _Stop(Exception):  # noqa: N818 - a signal, not an error
+    """Everything that is needed has been seen; unwinds the forward."""
+
+
+def run_forward(hosted: HostedModel, calls: Sequence[ForwardCall]) -> None:
+    """Run one forward for all of `calls`; what went wrong for one of them is its `error`.
+
+    Args:
+        hosted: the model.
+        calls: one, or several that may share: tokens alone, none of them `alone`, rows that do not change one another.
+
+    Raises:
+        BaseException: what is nobody's own fault, such as a device error.
+    """
+    try:
+        with _attached(hosted, calls):
+            if calls[0].decoding is not None:
+                calls[0].decoding.advance()
+            else:
+                forward(hosted.model, _inputs(hosted, calls))
+    except _Stop:
+        pass
+    except GraphError as error:
+        calls[0].error = calls[0].error or error
+    except ValueError as error:  # how models say that what they were given does not fit together
+        if not calls[0].inputs:
+            raise
+        refused = GraphError(f"the model does not take these inputs: {str(error).partition(chr(10))[0]}")
+        refused.__cause__ = error
+        calls[0].error = refused
+
+
+@contextmanager
+def _attached(hosted: HostedModel, calls: Sequence[ForwardCall]) -> Iterator[None]:
+    """Every site's handlers are on the model while the body runs."""
+    model = hosted.model
+    handles: list[Handle] = []
+
+    def enter_layer(module: torch.nn.Module, args: Any) -> None:
+        del module, args
+        for call in calls:
+            if call.error is None and call.cancelled():
+                call.error = RequestCancelledError("the request was cancelled")
+            if call.error is None:
+                call.layers_run += 1
+        if all(call.error is not None for call in calls):
+            raise _Stop
+
+    try:
+        for path in hosted.layers:
+            handles.append(model.get_submodule(path).register_forward_pre_hook(enter_layer))
+        for site, handler, writes in _handlers(hosted, calls):
+            handles.append(hosted.taps[site].attach(model, handler, writes=writes))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _handlers(hosted: HostedModel, calls: Sequence[ForwardCall]) -> Iterator[tuple[str, Handler, bool]]:
+    """Each site that any call visits, in forward order, with the one handler for all of them."""
+    order = hosted.card.site
+    stops = None
+    if all(call.stop_at is not None for call in calls):
+        stops = max((call.stop_at for call in calls if call.stop_at), key=lambda site: order(site).order)
+    if len(calls) == 1:
+        for site, what in calls[0].sites.items():
+            yield site, _alone(calls[0], site, what, stops=site == stops), what.writes
+        return
+    starts, start = [], 0
+    for call in calls:
+        starts.append(start)
+        start += call.rows
+    for site in sorted({site for call in calls for site in call.sites}, key=lambda site: order(site).order):
+        parts = [(c, c.sites[site], first) for c, first in zip(calls, starts, strict=True) if site in c.sites]
+        yield site, _together(parts, site, calls, stops=site == stops), any(what.writes for _, what, _ in parts)
+
+
+def _alone(call: ForwardCall, site: str, what: SiteCall, *, stops: bool) -> Handler:
+    def handle(value: torch.Tensor) -> torch.Tensor | None:
+        call.reached.add(site)
+        try:
+            new = what.handler(value)
+        except _DEVICE_ERRORS:
+            raise
+        except Exception as error:  # noqa: BLE001 - it is raised where the call was asked for
+            call.error = error
+            raise _Stop from None
+        if stops:
+            raise _Stop
+        return new
+
+    return handle
+
+
+def _together(
+    parts: Sequence[tuple[ForwardCall, SiteCall, int]], site: str, calls: Sequence[ForwardCall], *, stops: bool
+) -> Handler:
+    def handle(value: torch.Tensor) -> torch.Tensor | None:
+        result, owned = value, False
+        for call, what, first in parts:
+            if call.error is not None:
+                continue
+            call.reached.add(site)
+            own = slice(first, first + call.rows)
+            try:
+                new = what.handler(result[own])
+            except _DEVICE_ERRORS:
+                raise
+            except Exception as error:  # noqa: BLE001 - one request's failure is nobody else's
+                call.error = error
+                continue
+            if new is not None:
+                if not owned:
+                    result, owned = value.clone(), True
+                result[own] = new
+        if stops or all(call.error is not None for call in calls):
+            raise _Stop
+        return result if owned else None
+
+    return handle
+
+
+def _inputs(hosted: HostedModel, calls: Sequence[ForwardCall]) -> dict[str, torch.Tensor]:
+    device = hosted.device
+    inputs = {
+        name: torch.cat([to_tensor(value, device) for value in values]) for name, values in calls[0].inputs.items()
+    }
+    lengths = [row for call in calls for row in call.tokens]
+    if lengths:
+        seq = max(call.seq for call in calls)
+        rows = [[*row, *([FILLER] * (seq - len(row)))] for row in lengths]
+        inputs["input_ids"] = torch.tensor(rows, dtype=torch.long, device=device)  # [rows, seq]
+        if not hosted.card.causal and any(len(row) < seq for row in lengths):
+            seen = [[1] * len(row) + [0] * (seq - len(row)) for row in lengths]
+            inputs["attention_mask"] = torch.tensor(seen, dtype=torch.long, device=device)
+    return inputs
