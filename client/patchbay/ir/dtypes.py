@@ -86,7 +86,7 @@ def promote(a: DType, b: DType) -> DType:
     Raises:
         ValueError: an 8-bit float meets a different dtype (cast explicitly: no promotion is defined for them).
     """
-    if a == b:
+    if a is b or a == b:
         return a
     if a.is_low_precision or b.is_low_precision:
         raise ValueError(f"{a} and {b} do not promote; cast with astype first")

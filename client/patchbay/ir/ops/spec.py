@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from patchbay.errors import DTypeError, GraphError, ShapeError
-from patchbay.ir.dtypes import DType, Kind, promote, promote_scalar
-from patchbay.ir.graph import Attr
+from patchbay.ir.dtypes import DTYPES, DType, Kind, promote, promote_scalar
+from patchbay.ir.graph import Attr, TensorData
 from patchbay.ir.limits import MAX_DIMS, MAX_TENSOR_SPAN
 
 
@@ -149,12 +149,17 @@ class OpSpec:
     def max_args(self) -> int | None:
         return None if self.variadic else len(self.params)
 
+    def _takes(self, count: int) -> bool:
+        return count >= self.min_args and (self.variadic or count <= len(self.params))
+
     def fill(self, attrs: Mapping[str, Attr]) -> dict[str, Any]:
         """`attrs` with defaults filled in, each checked against its declared kind.
 
         Raises:
             GraphError: an attribute is unknown, missing, or not of its kind.
         """
+        if not attrs and not self.attrs:
+            return {}
         for name in attrs:
             if name not in self.attrs_by_name:
                 known = ", ".join(self.attrs_by_name) or "none"
@@ -176,12 +181,14 @@ class OpSpec:
             GraphError: wrong number of arguments, a scalar where a tensor is needed, or what the shape rule raises.
         """
         assert self.rule is not None, "structural operations are inferred by verify"
-        upper = self.max_args
-        if len(args) < self.min_args or (upper is not None and len(args) > upper):
+        if len(args) != len(self.params) and not self._takes(len(args)):
+            upper = self.max_args
             wanted = f"{self.min_args}" if upper == self.min_args else f"{self.min_args} to {upper or 'any number'}"
             raise GraphError(f"{self.name} takes {wanted} tensor arguments ({', '.join(self.params)}), got {len(args)}")
-        if not self.scalars and any(a.scalar for a in args):
-            raise DTypeError(f"{self.name} takes tensors, got a Python scalar")
+        if not self.scalars:
+            for a in args:
+                if a.scalar:
+                    raise DTypeError(f"{self.name} takes tensors, got a Python scalar")
         result = self.rule(args, self.fill(attrs))
         for part in result if isinstance(result, tuple) else (result,):
             check_extents(self.name, part)
@@ -207,30 +214,29 @@ def _is_ints(value: object) -> bool:
     return isinstance(value, tuple) and all(_is_int(v) for v in value)
 
 
+_HOLDS: Mapping[AttrKind, Callable[[object], bool]] = {
+    "int": _is_int,
+    "axis": _is_int,
+    "float": lambda value: isinstance(value, float) or _is_int(value),
+    "bool": lambda value: isinstance(value, bool),
+    "str": lambda value: isinstance(value, str),
+    "dtype": lambda value: isinstance(value, str) and value in DTYPES,
+    "axes": lambda value: value is None or _is_int(value) or _is_ints(value),
+    "shape": _is_ints,
+    "ints": _is_ints,
+    "scalar": lambda value: isinstance(value, (bool, float)) or _is_int(value),
+    "index": lambda value: isinstance(value, tuple),
+    "tensor": lambda value: isinstance(value, TensorData),
+}
+
+
 def check_attr(op: str, spec: AttrSpec, value: object) -> None:
     """Raise GraphError unless `value` is of the kind that `spec` declares; integers must fit into 64 bits."""
-    from patchbay.ir.dtypes import DTYPES
-    from patchbay.ir.graph import TensorData
-
-    kind = spec.kind
-    ok = {
-        "int": lambda: _is_int(value),
-        "axis": lambda: _is_int(value),
-        "float": lambda: isinstance(value, float) or _is_int(value),
-        "bool": lambda: isinstance(value, bool),
-        "str": lambda: isinstance(value, str),
-        "dtype": lambda: isinstance(value, str) and value in DTYPES,
-        "axes": lambda: value is None or _is_int(value) or _is_ints(value),
-        "shape": lambda: _is_ints(value),
-        "ints": lambda: _is_ints(value),
-        "scalar": lambda: isinstance(value, (bool, float)) or _is_int(value),
-        "index": lambda: isinstance(value, tuple),
-        "tensor": lambda: isinstance(value, TensorData),
-    }[kind]()
+    ok = _HOLDS[spec.kind](value)
     if ok and spec.choices:
         ok = value in spec.choices
     if not ok:
-        wanted = f"one of {', '.join(spec.choices)}" if spec.choices else kind
+        wanted = f"one of {', '.join(spec.choices)}" if spec.choices else spec.kind
         raise GraphError(f"{op}: attribute {spec.name!r} must be {wanted}, got {value!r}")
 
 
@@ -243,6 +249,8 @@ def broadcast_shapes(op: str, *shapes: tuple[int, ...]) -> tuple[int, ...]:
     Raises:
         ShapeError: two extents differ and neither is 1.
     """
+    if shapes and shapes.count(shapes[0]) == len(shapes):
+        return shapes[0]
     ndim = max(map(len, shapes), default=0)
     out: list[int] = []
     for axis in range(1, ndim + 1):
