@@ -7,43 +7,43 @@ from dataclasses import replace
 
 from patchbay.ir.card import ModelCard
 from patchbay.ir.events import Cost
+from patchbay.ir.facts import Facts, facts_of, value_bytes
 from patchbay.ir.graph import Graph
-from patchbay.ir.ops import spec as op_spec
-from patchbay.ir.ops.spec import TensorSpec, ValueSpec
+from patchbay.ir.ops.spec import ValueSpec
 
 
-def value_bytes(value: ValueSpec) -> int:
-    """Bytes of a node's value, all parts together."""
-    return value.nbytes if isinstance(value, TensorSpec) else sum(part.nbytes for part in value)
-
-
-def price(graph: Graph, specs: Sequence[ValueSpec]) -> Cost:
+def price(graph: Graph, specs: Sequence[ValueSpec], facts: Sequence[Facts] | None = None) -> Cost:
     """The price of `graph`, every value charged at its full size as if it were materialized.
+
+    Args:
+        graph: a valid graph.
+        specs: of its nodes.
+        facts: of its nodes, where they are known already.
 
     Returns:
         Cost with ``flops``, ``peak_bytes`` and ``result_bytes`` of the graph's nodes, ``tokens`` as if every run went
         through the model once, and ``passes`` zero (the planner knows those).
     """
+    if facts is None:
+        facts = [facts_of(graph, node, specs, specs[i]) for i, node in enumerate(graph.nodes)]
     last_use = list(range(len(graph.nodes)))
     for i, node in enumerate(graph.nodes):
         for a in node.args:
             last_use[a] = i
     kept = {output.node for output in graph.outputs}
-    dying: list[list[int]] = [[] for _ in graph.nodes]
+    dying = [0] * len(graph.nodes)  # bytes that are let go after each node
     for i, last in enumerate(last_use):
         if i not in kept:
-            dying[last].append(i)
+            dying[last] += facts[i].nbytes
     flops = live = peak = 0
-    for i, node in enumerate(graph.nodes):
-        args = [value for a in node.args if isinstance(value := specs[a], TensorSpec)]
-        spec = op_spec(node.op)
-        attrs = spec.fill(node.attrs)
-        flops += spec.flops(args, specs[i], attrs)
-        live += value_bytes(specs[i])
+    for i, known in enumerate(facts):
+        flops += known.flops
+        live += known.nbytes
         # What an operation needs while it runs may outgrow what it takes and gives.
-        peak = max(peak, live + (0 if spec.structural else spec.workspace(args, specs[i], attrs)))
-        live -= sum(value_bytes(specs[d]) for d in dying[i])
-    results = sum(value_bytes(specs[output.node]) for output in graph.outputs)
+        if live + known.workspace > peak:
+            peak = live + known.workspace
+        live -= dying[i]
+    results = sum(facts[output.node].nbytes for output in graph.outputs)
     tokens = sum(run.rows * run.positions for run in graph.runs)
     return Cost(flops=flops, peak_bytes=peak, result_bytes=results, tokens=tokens)
 
@@ -54,3 +54,6 @@ def with_forwards(cost: Cost, card: ModelCard) -> Cost:
     The limit ``max_flops`` is on the graph's own operations; forwards are bounded by ``max_tokens``.
     """
     return replace(cost, flops=cost.flops + 2 * card.n_params * cost.tokens)
+
+
+__all__ = ["price", "value_bytes", "with_forwards"]

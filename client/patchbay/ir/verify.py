@@ -25,6 +25,7 @@ from patchbay.errors import (
 )
 from patchbay.ir.card import LOGITS, InputSpec, ModelCard, SiteSpec
 from patchbay.ir.dtypes import bool_, float32, int64, scalar_kind
+from patchbay.ir.facts import Facts, Inference
 from patchbay.ir.generation import ACCESSES, unroll
 from patchbay.ir.graph import Graph, Node, Run, TensorData
 from patchbay.ir.indexing import index_shape
@@ -56,6 +57,7 @@ class Verified:
             where none generates.
         flat_specs: the value spec of every node of `flat`.
         origin: for every node of `flat`, the node of `graph` that it comes from.
+        facts: of every node of `flat`.
     """
 
     graph: Graph
@@ -64,6 +66,7 @@ class Verified:
     flat: Graph
     flat_specs: tuple[ValueSpec, ...]
     origin: tuple[int, ...]
+    facts: tuple[Facts, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,7 @@ def infer_node(graph: Graph, card: ModelCard, node: Node, specs: Sequence[ValueS
     elif node.run is not None:
         raise GraphError(f"{node.op} is a pure operation and belongs to no run")
     else:
-        value = spec.infer(arg_specs, node.attrs)
+        return spec.infer(arg_specs, node.attrs)  # which looks at extents too
     _check_representable(node.op, value)
     return value
 
@@ -386,6 +389,8 @@ def _names(inputs: Sequence[InputSpec]) -> str:
 def _arguments_refer_backwards(graph: Graph, card: ModelCard) -> None:
     del card
     for i, node in enumerate(graph.nodes):
+        if not node.args or (min(node.args) >= 0 and max(node.args) < i):
+            continue
         for position, arg in enumerate(node.args):
             if not 0 <= arg < i:
                 raise GraphError(
@@ -488,13 +493,17 @@ def _check_limit(limits: Limits, limit: str, requested: int, what: str) -> None:
         )
 
 
-def verify(graph: Graph, card: ModelCard, limits: Limits | None = None) -> Verified:
+def verify(
+    graph: Graph, card: ModelCard, limits: Limits | None = None, *, facts: Sequence[Facts] | None = None
+) -> Verified:
     """Check every rule and infer every node.
 
     Args:
         graph: the graph.
         card: the card of the model it is meant for.
         limits: what to hold it to; the card's own limits when None.
+        facts: of every node, where the caller has had each inferred for this card as it was made (tracing does); they
+            are taken as they are, unless steps must be written out.
 
     Returns:
         The graph with the value spec of every node.
@@ -509,7 +518,7 @@ def verify(graph: Graph, card: ModelCard, limits: Limits | None = None) -> Verif
     unrolled = unroll(graph, limits.max_nodes)
     flat = unrolled.graph
     try:
-        flat_specs = _verify_flat(flat, card, limits)
+        flat_facts = _verify_flat(flat, card, limits, facts if flat is graph else None)
     except GraphError as error:
         if flat is not graph and error.node is not None:
             step = unrolled.graph.nodes[error.node].attrs.get("step")
@@ -519,22 +528,35 @@ def verify(graph: Graph, card: ModelCard, limits: Limits | None = None) -> Verif
             error.field = f"nodes[{error.node}]"
         raise
 
-    first = {given: i for i, given in reversed(list(enumerate(unrolled.origin)))}
-    specs = flat_specs if flat is graph else tuple(flat_specs[first[i]] for i in range(len(graph.nodes)))
-    return Verified(graph, card, specs, flat, flat_specs, unrolled.origin)
+    specs = flat_specs = tuple([known.spec for known in flat_facts])
+    if flat is not graph:
+        first = {given: i for i, given in reversed(list(enumerate(unrolled.origin)))}
+        specs = tuple(flat_specs[first[i]] for i in range(len(graph.nodes)))
+    return Verified(graph, card, specs, flat, flat_specs, unrolled.origin, tuple(flat_facts))
 
 
-def _verify_flat(graph: Graph, card: ModelCard, limits: Limits) -> tuple[ValueSpec, ...]:
-    """Check a graph whose steps are written out; returns its specs."""
+def _infer_all(graph: Graph, card: ModelCard) -> list[Facts]:
+    """The facts of every node."""
+    inference = Inference(card, infer_node)
+    facts: list[Facts] = []
     specs: list[ValueSpec] = []
     for i, node in enumerate(graph.nodes):
         try:
-            specs.append(infer_node(graph, card, node, specs))
+            known = inference.facts(graph, node, specs)
         except GraphError as error:
             if error.node is None:
                 error.node = i
                 error.field = error.field or f"nodes[{i}]"
             raise
+        facts.append(known)
+        specs.append(known.spec)
+    return facts
+
+
+def _verify_flat(graph: Graph, card: ModelCard, limits: Limits, known: Sequence[Facts] | None) -> Sequence[Facts]:
+    """Check a graph whose steps are written out; returns the facts of its nodes, `known` where they are known."""
+    facts = _infer_all(graph, card) if known is None else known
+    specs = [each.spec for each in facts]
     for index, output in enumerate(graph.outputs):
         value = specs[output.node]
         if not isinstance(value, TensorSpec):
@@ -543,14 +565,14 @@ def _verify_flat(graph: Graph, card: ModelCard, limits: Limits) -> tuple[ValueSp
     topological_order(graph, site_chains(graph, card))
     for rule in LATE_GRAPH_RULES:
         rule(graph, card)
-    cost = price(graph, specs)
+    cost = price(graph, specs, facts)
     for limit, requested, what in (
         ("max_result_bytes", cost.result_bytes, "bytes of results"),
         ("max_peak_bytes", cost.peak_bytes, "bytes at its peak"),
         ("max_flops", cost.flops, "floating-point operations"),
     ):
         _check_limit(limits, limit, requested, what)
-    return tuple(specs)
+    return facts
 
 
 __all__ = ["GRAPH_RULES", "NO_VALUE", "UnknownSiteError", "Verified", "infer_node", "verify"]
