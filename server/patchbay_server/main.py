@@ -53,7 +53,9 @@ def serve_plain(config: Config, *, progress: Callable[[str], None], ready: Calla
     hosted = []
     for model in config.models:
         progress(f"loading {model.name}")
-        loaded = load(model.source, name=model.name, dtype=model.dtype, device=model.device)
+        loaded = load(
+            model.source, name=model.name, dtype=model.dtype, device=model.device, compile_layers=model.compile
+        )
         hosted.append(loaded.with_weights(model.weights))
     backends = backends_of(config, hosted, exit_on_device_failure=True)
 

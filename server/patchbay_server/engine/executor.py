@@ -15,6 +15,7 @@ from patchbay.ir.ops.spec import TensorSpec
 from patchbay_server.engine.forwards import ForwardCall, SiteCall
 from patchbay_server.engine.generate import Decoding
 from patchbay_server.engine.plan import (
+    COMPILE,
     Actions,
     Compute,
     Emit,
@@ -41,7 +42,7 @@ class Execution:
     ) -> None:
         self._hosted, self._plan, self._emit, self._cancelled = hosted, plan, emit, cancelled
         self._values: dict[int, Any] = {}
-        self._layers_run = 0
+        self._layers_run = self._layers_compiled = 0
         #: Memory of the model's own tensors while one of its sites is visited; nothing that outlives the visit may
         #: share it.
         self._borrowed: set[int] = set()
@@ -54,6 +55,11 @@ class Execution:
     def exclusive(self) -> bool:
         """Whether nothing else may run between its forwards: recording gradients is a state of the whole thread."""
         return self._plan.last_grad is not None
+
+    @property
+    def _alone(self) -> bool:
+        """Whether its forwards are to be the very ones that somebody would make by hand."""
+        return self._plan.options.deterministic or self.exclusive
 
     def forwards(self) -> Generator[ForwardCall, None, Usage]:
         """Every forward that the plan wants, one after the other; each must have been run when it is asked to go on.
@@ -72,6 +78,9 @@ class Execution:
             self._happen(plan.after)
         layers = len(self._hosted.layers) * self._forwards
         skipped = layers - self._layers_run
+        saved = {**plan.saved, "early_stop": skipped}
+        if self._layers_compiled:
+            saved[COMPILE] = self._layers_compiled
         return Usage(
             tokens=self._positions,
             passes=self._forwards,
@@ -80,7 +89,7 @@ class Execution:
             nodes=plan.received,
             nodes_run=len(plan.graph.nodes),
             cost=plan.cost,
-            saved={**plan.saved, "early_stop": skipped},
+            saved=saved,
         )
 
     # --- one forward
@@ -97,8 +106,9 @@ class Execution:
                 inputs=each.inputs,
                 sites={site: self._site_call(site, moment) for site, moment in each.sites.items()},
                 stop_at=each.stop_at,
-                alone=self._plan.options.deterministic or self.exclusive or bool(each.inputs),
+                alone=self._alone or bool(each.inputs),
                 cancelled=self._cancelled,
+                compiled=not self._alone and COMPILE not in self._plan.options.disabled,
             ),
             each,
             each.sites,
@@ -110,6 +120,7 @@ class Execution:
         yield call
         self._forwards += 1
         self._layers_run += call.layers_run
+        self._layers_compiled += call.layers_compiled
         if call.error is not None:
             raise call.error
         if call.stop_at is None or call.stop_at not in call.reached:

@@ -59,8 +59,10 @@ class ForwardCall:
         alone: whether it must not share a forward with another call.
         cancelled: whether its request is gone.
         decoding: the generating run whose next forward this is; None for a forward of its own.
+        compiled: whether layers may run as torch compiled them.
         reached: the sites that the forward came to.
         layers_run: decoder layers that ran.
+        layers_compiled: how many of the model's layers were there as torch compiled them.
         error: what ended the call early.
     """
 
@@ -73,8 +75,10 @@ class ForwardCall:
     alone: bool
     cancelled: Callable[[], bool]
     decoding: Decoding | None = None
+    compiled: bool = False
     reached: set[str] = field(default_factory=set)
     layers_run: int = 0
+    layers_compiled: int = 0
     error: BaseException | None = None
 
 
@@ -93,7 +97,7 @@ def run_forward(hosted: HostedModel, calls: Sequence[ForwardCall]) -> None:
         BaseException: what is nobody's own fault, such as a device error.
     """
     try:
-        with _attached(hosted, calls):
+        with _attached(hosted, calls), _compiled_layers(hosted, calls):
             if calls[0].decoding is not None:
                 calls[0].decoding.advance()
             else:
@@ -135,6 +139,18 @@ def _attached(hosted: HostedModel, calls: Sequence[ForwardCall]) -> Iterator[Non
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _compiled_layers(hosted: HostedModel, calls: Sequence[ForwardCall]) -> Iterator[None]:
+    """Layers that nothing looks into run compiled, where the operator asked for that and every call allows it."""
+    if hosted.compiled is None or not all(call.compiled for call in calls):
+        yield
+        return
+    with hosted.compiled.in_use() as count:
+        for call in calls:
+            call.layers_compiled = count
+        yield
 
 
 def _handlers(hosted: HostedModel, calls: Sequence[ForwardCall]) -> Iterator[tuple[str, Handler, bool]]:

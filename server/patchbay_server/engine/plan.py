@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 BATCH_RUNS = "batch_runs"
 EARLY_STOP = "early_stop"
 LIVENESS = "liveness"
-OPTIMISATIONS = (*PASSES, BATCH_RUNS, EARLY_STOP, LIVENESS)
+COMPILE = "compile"
+OPTIMISATIONS = (*PASSES, BATCH_RUNS, EARLY_STOP, LIVENESS, COMPILE)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,8 @@ from patchbay.ir.card import ModelCard
 from patchbay.ir.events import ChatMessage, ModelSummary, TokenizedRow
 from patchbay.ir.limits import Limits
 from patchbay.ir.params import NONE
+from patchbay_server.models.compiling import CompiledLayers
+from patchbay_server.models.inputs import Extents, ModelInputs, forward
 from patchbay_server.models.parameters import Parameter
 from patchbay_server.models.taps import Tap
 
@@ -32,6 +34,7 @@ class HostedModel:
         callables: the modules that ``call`` may apply, by name; each maps ``[..., d_in]`` to ``[..., d_out]``.
         proofs: for every canonical site, what was checked at load and what came out, in words.
         parameters: the way to every weight that the card names.
+        compiled: its layers as torch compiled them, where the operator asked for that.
     """
 
     model: torch.nn.Module
@@ -42,6 +45,7 @@ class HostedModel:
     callables: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
     proofs: Mapping[str, str]
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    compiled: CompiledLayers | None = None
     _tokenizer_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property
@@ -61,6 +65,20 @@ class HostedModel:
         """The same model, its card announcing what graphs may do with its weights (`patchbay.ir.params.POLICIES`)."""
         params = () if policy == NONE else self.card.params
         return replace(self, card=replace(self.card, weights=policy, params=params))
+
+    def with_compiled_layers(self, backend: str = "inductor") -> HostedModel:
+        """The same model, its layers compiled by torch for forwards that look at nothing inside them.
+
+        Compiling takes from seconds to minutes, and happens here.
+        """
+        compiled = CompiledLayers(self.model, self.layers, backend=backend)
+        inputs = ModelInputs(self.model)
+
+        def made_up(rows: int, seq: int) -> None:
+            forward(self.model, inputs.probe(Extents(rows, seq, seq)))
+
+        compiled.warm(made_up)
+        return replace(self, compiled=compiled)
 
     def tokenize(
         self, texts: Sequence[str], *, add_special_tokens: bool = True, prepend_bos: bool | None = None

@@ -29,7 +29,14 @@ log = logging.getLogger(__name__)
 DEMO = "demo"
 
 
-def load(source: str, *, name: str | None = None, dtype: str = "auto", device: str = "auto") -> HostedModel:
+def load(
+    source: str,
+    *,
+    name: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    compile_layers: bool = False,
+) -> HostedModel:
     """Load a model and make it ready.
 
     Args:
@@ -37,6 +44,7 @@ def load(source: str, *, name: str | None = None, dtype: str = "auto", device: s
         name: name to serve it under; the last part of `source` when None.
         dtype: ``"auto"`` (as stored) or a floating dtype's name.
         device: ``"auto"`` (cuda where there is one, else cpu) or a torch device.
+        compile_layers: whether torch compiles the layers now, for forwards that look at nothing inside them.
 
     Raises:
         FailedPreconditionError: the source cannot be loaded; the message says why and what to try.
@@ -72,7 +80,8 @@ def load(source: str, *, name: str | None = None, dtype: str = "auto", device: s
     placed.to(where)
     # A folder's whole path is the operator's business: clients see its name.
     shown = Path(source).name if Path(path).is_dir() else source
-    return host(placed, tokenizer, name=name or Path(source).name, source=shown)
+    hosted = host(placed, tokenizer, name=name or Path(source).name, source=shown)
+    return hosted.with_compiled_layers() if compile_layers else hosted
 
 
 def host(

@@ -97,8 +97,9 @@ class ModelReplica(GrpcMethods):
 def _load(config: Config, model: ModelConfig, sharing: int) -> LocalBackend:
     from patchbay_server.models.loader import load
 
+    loaded = load(model.source, name=model.name, dtype=model.dtype, device=model.device, compile_layers=model.compile)
     return LocalBackend(
-        load(model.source, name=model.name, dtype=model.dtype, device=model.device).with_weights(model.weights),
+        loaded.with_weights(model.weights),
         config.limits,
         torch_threads=choose_torch_threads(config.torch_threads, sharing=sharing),
         on_device_failure=exit_replica,
