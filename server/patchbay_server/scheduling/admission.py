@@ -9,6 +9,7 @@ must not block.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -27,7 +28,8 @@ class AdmissionLimits:
     Attributes:
         max_queue_length: requests that may wait.
         max_concurrent_per_account: requests of one account that are admitted and not yet finished.
-        slots: requests that the engine runs at a time.
+        slots: requests that the engine holds open at a time. An account that holds none need not wait for one: up to
+            as many again may be open for such accounts.
     """
 
     max_queue_length: int = 256
@@ -43,6 +45,7 @@ class Ticket:
         account: whose it is.
         on_start: called once, when a slot is given to it.
         on_position: called with the number of requests that run or wait before it, whenever that number changes.
+        cost: what it is expected to take, in any one unit (FLOPs, say).
         position: the number last told, or None before it waited.
         holds_slot: whether it occupies a slot of the engine.
     """
@@ -50,10 +53,12 @@ class Ticket:
     account: str
     on_start: Callable[[], None] = lambda: None
     on_position: Callable[[int], None] = lambda position: None
+    cost: float = 1.0
     position: int | None = None
     holds_slot: bool = False
     _open: bool = field(default=False)
     _entering: bool = field(default=False)
+    _charged: bool = field(default=False)
 
 
 class Scheduler:
@@ -64,6 +69,7 @@ class Scheduler:
         self._queue: FairQueue[Ticket] = RoundRobinQueue[Ticket]() if queue is None else queue
         self._lock = threading.Lock()
         self._concurrent: dict[str, int] = {}
+        self._held: Counter[str] = Counter()  # slots by account
         self._running = 0
         self._entering = 0  # admitted, not yet submitted: they will need a place in the queue
         self._mean_run_s = 0.0
@@ -120,33 +126,43 @@ class Scheduler:
         """Start an entered request, or put it in the queue and tell it its position."""
         with self._lock:
             self._entered(ticket)
-            start = self._running < self._limits.slots
+            start = self._has_room(ticket.account)
             moved: list[Ticket] = []
             if start:
-                self._running += 1
-                ticket.holds_slot = True
+                if len(self._queue):  # with nobody waiting nobody is owed anything
+                    self._charge(ticket)
+                self._hold(ticket)
             else:
-                self._queue.push(ticket.account, ticket)
+                self._queue.push(ticket.account, ticket, ticket.cost)
                 moved = self._moved()
         if start:
             ticket.on_start()
         for other in moved:
             _tell(other)
 
-    def release(self, ticket: Ticket, run_s: float = 0.0) -> None:
-        """Take back the slot of a request that ran for `run_s` seconds, and start the next."""
+    def release(self, ticket: Ticket, run_s: float = 0.0, cost: float | None = None) -> None:
+        """Take back the slot of a request, and start the next.
+
+        Args:
+            ticket: the request.
+            run_s: seconds for which it kept the engine from serving others.
+            cost: what it took, in the unit of its own expectation; None: as expected.
+        """
         with self._lock:
             if not ticket.holds_slot:
                 return
             ticket.holds_slot = False
             self._running -= 1
+            self._held[ticket.account] -= 1
+            if not self._held[ticket.account]:
+                del self._held[ticket.account]
             weight = _RUN_TIME_WEIGHT if self._mean_run_s else 1.0
             self._mean_run_s += weight * (run_s - self._mean_run_s)
-            self._queue.charge(ticket.account, run_s)
-            following = self._queue.pop()
+            if cost is not None and ticket._charged:
+                self._queue.charge(ticket.account, cost - ticket.cost)
+            following = self._next()
             if following is not None:
-                self._running += 1
-                following.holds_slot = True
+                self._hold(following)
             moved = self._moved()
         if following is not None:
             following.on_start()
@@ -168,6 +184,33 @@ class Scheduler:
             moved = self._moved() if self._queue.remove(ticket.account, ticket) else []
         for other in moved:
             _tell(other)
+
+    def _has_room(self, account: str) -> bool:
+        """Whether a request of the account may start now: slots are free, or it has none and the spare ones are."""
+        slots = self._limits.slots
+        return self._running < slots or (slots > 1 and self._running < 2 * slots and not self._held[account])
+
+    def _hold(self, ticket: Ticket) -> None:
+        self._running += 1
+        self._held[ticket.account] += 1
+        ticket.holds_slot = True
+
+    def _next(self) -> Ticket | None:
+        """The waiting request that may start now, taken out of the queue."""
+        if self._running < self._limits.slots:
+            found = self._queue.pop()
+            if found is not None:
+                found._charged = True
+            return found
+        found = next((ticket for ticket in self._queue.order() if self._has_room(ticket.account)), None)
+        if found is not None:
+            self._queue.remove(found.account, found)
+            self._charge(found)
+        return found
+
+    def _charge(self, ticket: Ticket) -> None:
+        self._queue.charge(ticket.account, ticket.cost)
+        ticket._charged = True
 
     def _entered(self, ticket: Ticket) -> None:
         if ticket._entering:

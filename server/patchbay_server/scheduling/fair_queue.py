@@ -1,7 +1,7 @@
 """The order in which waiting requests run: accounts take turns, and one account's own requests keep their order.
 
-The interface leaves room for a queue that charges each account what its requests cost (a virtual token counter): such a
-queue differs only in `order` and `pop`, and `charge` tells it what a request turned out to cost.
+Two queues have this interface: taking turns, one request each (here), and the account that has had least first
+(`patchbay_server.scheduling.virtual_tokens`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ T = TypeVar("T")
 class FairQueue(Protocol[T]):
     """Waiting items of several accounts. Not thread-safe: its owner holds a lock."""
 
-    def push(self, account: str, item: T) -> None:
-        """Add an item at the end of its account's own line."""
+    def push(self, account: str, item: T, cost: float = 1.0) -> None:
+        """Add an item at the end of its account's own line; `cost` is what it is expected to take."""
 
     def pop(self) -> T | None:
         """Remove and return the item whose turn it is; None when nothing waits."""
@@ -29,7 +29,7 @@ class FairQueue(Protocol[T]):
         """The items in the order in which `pop` would return them, were nothing added."""
 
     def charge(self, account: str, cost: float) -> None:
-        """Learn what a finished request of the account cost."""
+        """Learn by how much a finished request of the account cost more than was expected; less, where negative."""
 
     def __len__(self) -> int:
         """How many items wait."""
@@ -45,8 +45,9 @@ class RoundRobinQueue(Generic[T]):
     def __len__(self) -> int:
         return self._size
 
-    def push(self, account: str, item: T) -> None:
+    def push(self, account: str, item: T, cost: float = 1.0) -> None:
         """Add an item at the end of its account's own line; a new account joins at the back of the turns."""
+        del cost
         self._lines.setdefault(account, deque()).append(item)
         self._size += 1
 

@@ -1,0 +1,157 @@
+"""Which of the waiting forwards share the next one. Pure logic: it knows extents, accounts and costs, but no tensor.
+
+The account that has had least goes first, with the forward of its that has waited longest. Others join it where that is
+cheaper than a forward of their own: rows that would be mostly padding, or run much deeper than they need, do not.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+
+from patchbay_server.scheduling.virtual_tokens import VirtualTokens
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A forward that somebody waits for.
+
+    Attributes:
+        account: who.
+        rows, seq: extents of its batch.
+        depth: layers that it needs.
+        together: forwards with equal ones may share; None shares with nobody.
+        bound: those with an equal `together` must go all at once (rows of one batch that generates), whatever they cost.
+        nbytes: memory that it needs while it runs.
+        since: when it began to wait, in any rising unit.
+    """
+
+    account: str
+    rows: int
+    seq: int
+    depth: int = 1
+    together: Hashable | None = None
+    bound: bool = False
+    nbytes: int = 0
+    since: float = 0.0
+
+    @property
+    def work(self) -> float:
+        """What it is charged: positions times layers."""
+        return float(max(1, self.rows * self.seq * self.depth))
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What one shared forward is held to; a single call that exceeds it runs alone.
+
+    Attributes:
+        tokens: positions, padding included.
+        nbytes: memory of the calls.
+        filled: share of the positions that must not be padding.
+        level: the least depth of a call, as a share of the deepest.
+        free_tokens: positions of another account that may join however few the one whose turn it is has.
+    """
+
+    tokens: int = 4_096
+    nbytes: int = 1 << 30
+    filled: float = 0.75
+    level: float = 0.75
+    free_tokens: int = 64
+
+
+class Batcher:
+    """Chooses forwards, and keeps the accounts' counters. Not thread-safe."""
+
+    def __init__(self, budget: Budget | None = None, tokens: VirtualTokens | None = None) -> None:
+        self.budget = Budget() if budget is None else budget
+        self.tokens = VirtualTokens() if tokens is None else tokens
+
+    def pick(self, waiting: Sequence[Waiting]) -> list[int]:
+        """Indices of the calls that share the next forward; never empty. Their accounts are charged.
+
+        Args:
+            waiting: at least one call.
+        """
+        accounts = {each.account for each in waiting}
+        lines: dict[str, list[int]] = defaultdict(list)
+        for i in sorted(range(len(waiting)), key=lambda i: waiting[i].since):
+            lines[waiting[i].account].append(i)
+        account = min(accounts, key=lambda a: (self.tokens.of(a), waiting[lines[a][0]].since))
+        head = lines[account][0]
+        first = waiting[head]
+        if first.together is None:
+            chosen = [head]
+        elif first.bound:
+            chosen = [i for i, each in enumerate(waiting) if each.together == first.together]
+        else:
+            chosen = self._joined(waiting, lines, head)
+        for i in chosen:
+            self.tokens.charge(waiting[i].account, waiting[i].work)
+        return chosen
+
+    def _joined(self, waiting: Sequence[Waiting], lines: dict[str, list[int]], head: int) -> list[int]:
+        """`head` and those that go with it, best fits of its own account first, then the other accounts in turn."""
+        budget, first = self.budget, waiting[head]
+        forward = _Forward(first)
+        chosen = [head]
+        partners = {
+            account: [i for i in line if i != head and waiting[i].together == first.together and not waiting[i].bound]
+            for account, line in lines.items()
+        }
+        several = sum(map(bool, partners.values())) + (not partners[first.account]) > 1
+        share = budget.tokens // 2 if several else budget.tokens
+        had = first.rows * first.seq
+        for i in partners.pop(first.account):
+            size = waiting[i].rows * waiting[i].seq
+            if had + size <= share and forward.takes(waiting[i], budget):
+                chosen.append(i)
+                had += size
+        # Nobody's account gets more of this forward than the one whose turn it is, so that its forward is not delayed
+        # by somebody else's many.
+        allowance = max(had, budget.free_tokens)
+        for i in _in_turn(partners, self.tokens, waiting, allowance):
+            if forward.takes(waiting[i], budget):
+                chosen.append(i)
+        return chosen
+
+
+def _in_turn(
+    lines: dict[str, list[int]], tokens: VirtualTokens, waiting: Sequence[Waiting], allowance: int
+) -> Iterator[int]:
+    """Calls of each account up to `allowance` positions, the account that has had least first."""
+    counters = {account: tokens.of(account) for account, line in lines.items() if line}
+    had: dict[str, int] = defaultdict(int)
+    while counters:
+        account = min(counters, key=counters.__getitem__)
+        i = lines[account].pop(0)
+        size = waiting[i].rows * waiting[i].seq
+        if had[account] + size <= allowance:
+            yield i
+            had[account] += size
+            counters[account] += tokens.share(account, waiting[i].work)
+        if not lines[account]:
+            del counters[account]
+
+
+class _Forward:
+    """The forward under construction."""
+
+    def __init__(self, first: Waiting) -> None:
+        self._rows, self._seq, self._real = first.rows, first.seq, first.rows * first.seq
+        self._least = self._deepest = first.depth
+        self._nbytes = first.nbytes
+
+    def takes(self, call: Waiting, budget: Budget) -> bool:
+        """Whether `call` fits; it is in, where it does."""
+        rows, seq = self._rows + call.rows, max(self._seq, call.seq)
+        real, nbytes = self._real + call.rows * call.seq, self._nbytes + call.nbytes
+        least, deepest = min(self._least, call.depth), max(self._deepest, call.depth)
+        if rows * seq > budget.tokens or nbytes > budget.nbytes:
+            return False
+        if real < budget.filled * rows * seq or least < budget.level * deepest:
+            return False
+        self._rows, self._seq, self._real, self._nbytes = rows, seq, real, nbytes
+        self._least, self._deepest = least, deepest
+        return True
