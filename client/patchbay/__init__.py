@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     from patchbay.results import Results
     from patchbay.saving import load_graph, save_graph
     from patchbay.tokens import Tokens
-    from patchbay.tracing import AsyncTrace, Proxy, Run, Trace, function, grad
+    from patchbay.tracing import Artifact, AsyncTrace, Proxy, Run, Trace, function, grad
 
 __all__ = [
+    "Artifact",
     "AsyncClient",
     "AsyncModel",
     "AsyncTrace",
@@ -60,6 +61,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Artifact": "tracing",
     "AsyncClient": "client",
     "AsyncModel": "model",
     "AsyncTrace": "tracing",

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from patchbay.artifacts import Artifacts, StoredArtifacts
 from patchbay.core import ModelCore
 from patchbay.credentials import find_api_key, find_target
 from patchbay.errors import MissingExtraError, TraceError
@@ -38,6 +39,7 @@ class Connection:
     def __init__(self, transport: Transport | Callable[[], Transport], *, timeout_s: float | None, name: str) -> None:
         self.timeout_s = timeout_s
         self.name = name
+        self.artifacts = StoredArtifacts(self)
         self._make_transport = transport if callable(transport) else lambda: transport
         self._transport: Transport | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -104,6 +106,7 @@ class Client:
     ) -> None:
         self._connection = connection = Connection(transport, timeout_s=timeout_s, name=name)
         self._portal = Portal()
+        connection.artifacts.wait = self._portal.run
         self._finalizer = weakref.finalize(self, _close_client, self._portal, connection)
 
     def models(self) -> tuple[ModelSummary, ...]:
@@ -118,6 +121,11 @@ class Client:
         """
         core = self._portal.run(self._connection.core(name))
         return Model(core, self._portal, self)
+
+    @property
+    def artifacts(self) -> Artifacts:
+        """Tensors of yours that stay on the server."""
+        return Artifacts(self._connection.artifacts)
 
     def close(self) -> None:
         """Closes the connection and ends the background thread; a second time does nothing."""
@@ -159,6 +167,11 @@ class AsyncClient:
     async def model(self, name: str) -> AsyncModel:
         """The model called `name`; see `Client.model`."""
         return AsyncModel(await self._connection.core(name))
+
+    @property
+    def artifacts(self) -> Artifacts:
+        """Tensors of yours that stay on the server; every call is awaited."""
+        return Artifacts(self._connection.artifacts)
 
     async def close(self) -> None:
         """Closes the connection; a second time does nothing."""

@@ -10,10 +10,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from patchbay.artifacts import StoredArtifacts
 from patchbay.errors import ProtocolError, TraceError
 from patchbay.inputs import Chat, Text, WithBos, chat_of
+from patchbay.ir.artifacts import ArtifactInfo
 from patchbay.ir.card import InputSpec, ModelCard
-from patchbay.ir.events import Done, Event, ExecuteOptions, TensorValue, TokenizedRow, Usage
+from patchbay.ir.events import Done, Event, ExecuteOptions, Kept, TensorValue, TokenizedRow, Usage
 from patchbay.ir.ops.spec import TensorSpec
 from patchbay.results import Price, Results, RunUsage
 from patchbay.tokens import Tokens
@@ -34,6 +36,8 @@ class Outcome:
     """What an execution gave."""
 
     values: dict[str, TensorValue]
+    kept: dict[str, ArtifactInfo]
+    nonfinite: tuple[str, ...]
     usage: Usage
     sent_bytes: int
     received_bytes: int
@@ -57,6 +61,11 @@ class ModelCore:
         self._texts: OrderedDict[Text, Tokens] = OrderedDict()
         self._chats: OrderedDict[Chat, str] = OrderedDict()
         self._strings: dict[int, str] = {}  # at most the vocabulary
+
+    @property
+    def stored(self) -> StoredArtifacts:
+        """The artifacts of this connection."""
+        return self._connection.artifacts
 
     @cached_property
     def site_tree(self) -> SiteTree:
@@ -248,18 +257,25 @@ class ModelCore:
         sent, received = transport.bytes_sent, transport.bytes_received
         limit = self._connection.timeout_s if timeout_s is None else timeout_s
         values: dict[str, TensorValue] = {}
+        kept: dict[str, ArtifactInfo] = {}
+        nonfinite: list[str] = []
         usage: Usage | None = None
         async with aclosing(transport.execute(self.card.name, graph, options, timeout_s=limit)) as events:  # type: ignore[type-var]
             async for event in events:
+                if isinstance(event, (TensorValue, Kept)) and not event.finite:
+                    nonfinite.append(event.name)
                 if isinstance(event, TensorValue):
                     values[event.name] = event
+                elif isinstance(event, Kept):
+                    kept[event.name] = event.artifact
                 elif isinstance(event, Done):
                     usage = event.usage
                 if on_event is not None:
                     on_event(event)
         if usage is None:
             raise ProtocolError("the server ended the stream without saying that it was done")
-        return Outcome(values, usage, transport.bytes_sent - sent, transport.bytes_received - received)
+        traffic = (transport.bytes_sent - sent, transport.bytes_received - received)
+        return Outcome(values, kept, tuple(nonfinite), usage, *traffic)
 
     async def run(
         self,
@@ -271,6 +287,7 @@ class ModelCore:
         """Runs a graph that no trace of this process made; see `Model.run`."""
         from patchbay.ir.verify import verify
         from patchbay.tracing.arrays import to_array
+        from patchbay.tracing.artifacts import Artifact
 
         revision = getattr(graph, "revision", "")
         if revision and revision != self.card.revision:
@@ -283,16 +300,21 @@ class ModelCore:
         if not graph.outputs:
             return Results({})
         outcome = await self.execute(graph, options, timeout_s, on_event)
-        arrays = {}
+        arrays: dict[str, Any] = {}
         for output in graph.outputs:
+            if output.keep:
+                spec = specs[output.node]
+                assert isinstance(spec, TensorSpec)
+                arrays[output.name] = Artifact.awaited(self.stored, spec.dtype, spec.shape, output.name)
+                arrays[output.name].arrive(outcome.kept.get(output.name))
+                continue
             if output.name not in outcome.values:
                 raise ProtocolError(f"the server did not send {output.name!r}")
             value, spec = outcome.values[output.name].value, specs[output.node]
             if not isinstance(spec, TensorSpec) or (value.shape, value.dtype) != (spec.shape, spec.dtype):
                 raise ProtocolError(f"the server sent {value.dtype}{list(value.shape)} as {output.name!r}, not {spec}")
             arrays[output.name] = to_array(value)
-        nonfinite = tuple(name for name, value in outcome.values.items() if not value.finite)
-        return Results(arrays, nonfinite, RunUsage.of(outcome.usage))
+        return Results(arrays, outcome.nonfinite, RunUsage.of(outcome.usage))
 
     async def price(self, graph: Graph, timeout_s: float | None) -> Price:
         """The server's own price for a graph."""

@@ -25,6 +25,7 @@ from patchbay.tokens import Tokens
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from patchbay.artifacts import Artifacts
     from patchbay.ir.graph import Graph
     from patchbay.portal import Portal
     from patchbay.tracing.params import ModelParams
@@ -77,6 +78,13 @@ class BaseModel:
     def name(self) -> str:
         """The name that it is served under."""
         return self.core.card.name
+
+    @property
+    def artifacts(self) -> Artifacts:
+        """Tensors of yours that stay on this model's server."""
+        from patchbay.artifacts import Artifacts
+
+        return Artifacts(self.core.stored)
 
     @property
     def params(self) -> ModelParams:

@@ -1,6 +1,6 @@
 """What a server says while it executes a graph, in the order in which it may say it.
 
-Queued (any number) -> Started -> Progress and TensorValue (any number, mixed) -> Done. A failure ends the stream with
+Queued (any number) -> Started -> Progress, TensorValue and Kept (any number, mixed) -> Done. A failure ends the stream with
 an exception instead of Done.
 """
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TypeAlias
 
+from patchbay.ir.artifacts import ArtifactInfo
 from patchbay.ir.graph import TensorData
 
 
@@ -39,6 +40,7 @@ class Cost:
         result_bytes: bytes of the outputs.
         tokens: token positions put through the model, over all passes.
         passes: forwards of the model.
+        kept_bytes: bytes of the outputs that stay on the server.
     """
 
     flops: int = 0
@@ -46,6 +48,7 @@ class Cost:
     result_bytes: int = 0
     tokens: int = 0
     passes: int = 0
+    kept_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +120,28 @@ class TensorValue:
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """An output's value stays on the server.
+
+    Attributes:
+        name: the output's name.
+        artifact: what names it from now on.
+        finite: False when it holds a NaN or an infinity.
+    """
+
+    name: str
+    artifact: ArtifactInfo
+    finite: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     """Everything was sent."""
 
     usage: Usage
 
 
-Event: TypeAlias = "Queued | Started | Progress | TensorValue | Done"
+Event: TypeAlias = "Queued | Started | Progress | TensorValue | Kept | Done"
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from patchbay.errors import GraphError, LimitExceededError
-from patchbay.ir.graph import Attr, Graph, Node, Output
+from patchbay.ir.graph import Attr, Graph, Node
 
 #: Operations of a run that happen at a moment of its forwards.
 ACCESSES = frozenset({"site.read", "site.write", "run.tokens"})
@@ -80,8 +80,8 @@ def unroll(graph: Graph, max_nodes: int | None = None) -> Unrolled:
                 node=output.node,
                 field=f"outputs[{index}]",
             )
-    outputs = tuple(Output(o.name, first[o.node]) for o in graph.outputs)
-    return Unrolled(Graph(graph.runs, tuple(nodes), outputs), tuple(origin))
+    outputs = tuple(replace(o, node=first[o.node]) for o in graph.outputs)
+    return Unrolled(replace(graph, nodes=tuple(nodes), outputs=outputs), tuple(origin))
 
 
 def _steps(graph: Graph, run: int) -> int:

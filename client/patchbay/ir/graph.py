@@ -10,9 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from patchbay.ir.dtypes import DType
+
+if TYPE_CHECKING:
+    from patchbay.ir.bodies import Body, BodyFacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,16 +135,33 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A value to send back: a name, unique in the graph, and a node."""
+    """A value to send back: a name, unique in the graph, and a node.
+
+    Attributes:
+        name: its name.
+        node: position of its node.
+        keep: the value stays on the server as an artifact of the caller's, and only what names it is sent.
+    """
 
     name: str
     node: int
+    keep: bool = False
 
 
 @dataclass(frozen=True)
 class Graph:
-    """Runs, nodes in topological order, and the outputs: all that is ever sent back."""
+    """Runs, nodes in topological order, and the outputs: all that is ever sent back.
+
+    Attributes:
+        runs: forwards of the model.
+        nodes: operations.
+        outputs: what is sent back.
+        bodies: sub-programs that loops, choices and maps among the nodes run (`patchbay.ir.bodies`).
+        body_facts: what is known of each body; found by whoever checks the graph, never received.
+    """
 
     runs: tuple[Run, ...] = ()
     nodes: tuple[Node, ...] = ()
     outputs: tuple[Output, ...] = field(default=())
+    bodies: tuple[Body, ...] = ()
+    body_facts: tuple[BodyFacts, ...] = field(default=(), compare=False, repr=False)

@@ -21,8 +21,8 @@ def price(graph: Graph, specs: Sequence[ValueSpec], facts: Sequence[Facts] | Non
         facts: of its nodes, where they are known already.
 
     Returns:
-        Cost with ``flops``, ``peak_bytes`` and ``result_bytes`` of the graph's nodes, ``tokens`` as if every run went
-        through the model once, and ``passes`` zero (the planner knows those).
+        Cost with ``flops``, ``peak_bytes``, ``result_bytes`` and ``kept_bytes`` of the graph's nodes, ``tokens`` as if
+        every run went through the model once, and ``passes`` zero (the planner knows those).
     """
     if facts is None:
         facts = [facts_of(graph, node, specs, specs[i]) for i, node in enumerate(graph.nodes)]
@@ -43,9 +43,10 @@ def price(graph: Graph, specs: Sequence[ValueSpec], facts: Sequence[Facts] | Non
         if live + known.workspace > peak:
             peak = live + known.workspace
         live -= dying[i]
-    results = sum(facts[output.node].nbytes for output in graph.outputs)
+    results = sum(facts[output.node].nbytes for output in graph.outputs if not output.keep)
+    stays = sum(facts[output.node].nbytes for output in graph.outputs if output.keep)
     tokens = sum(run.rows * run.positions for run in graph.runs)
-    return Cost(flops=flops, peak_bytes=peak, result_bytes=results, tokens=tokens)
+    return Cost(flops=flops, peak_bytes=peak, result_bytes=results, tokens=tokens, kept_bytes=stays)
 
 
 def with_forwards(cost: Cost, card: ModelCard) -> Cost:

@@ -17,6 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from patchbay.ir.artifacts import PREFIX
 from patchbay.ir.fragments import Fragment, fold
 from patchbay.ir.graph import Generation, Graph, Node, Run, TensorData
 from patchbay.ir.sites import is_module_site
@@ -86,7 +87,7 @@ def render(
         lines.append(f"  {left[i]:<{first}}  {middle[i]:<{second}}{place}".rstrip())
         if i in folded:
             lines += [f"    in {folded[i].fragment}: {statement(graph, w)}" for w in folded[i].writes]
-    lines += [f"  return {o.name} = %{o.node}" for o in graph.outputs]
+    lines += [f"  {'keep' if o.keep else 'return'} {o.name} = %{o.node}" for o in graph.outputs]
     return "\n".join(lines)
 
 
@@ -113,6 +114,8 @@ def expression(node: Node, args: Sequence[str]) -> str:
         return f"run{node.run}.stacked({', '.join(args)})"
     if node.op == "const":
         value = attrs.get("value")
+        if isinstance(attrs.get("artifact"), str):
+            return f"artifact({str(attrs['artifact'])[: len(PREFIX) + 12]})"
         return show_tensor(value) if isinstance(value, TensorData) else repr(attrs.get("scalar"))
     if node.op == "param.read":
         return f"params[{attrs.get('name')!r}]"

@@ -23,6 +23,8 @@ from patchbay.errors import (
     SiteNotWritableError,
     UnknownSiteError,
 )
+from patchbay.ir.artifacts import UPLOAD_ABOVE_BYTES, KeyedTensor, check_digest, check_form
+from patchbay.ir.bodies import INFER, check_bodies, check_loop_steps, loop_steps
 from patchbay.ir.card import LOGITS, InputSpec, ModelCard, SiteSpec
 from patchbay.ir.dtypes import bool_, float32, int64, scalar_kind
 from patchbay.ir.facts import Facts, Inference
@@ -126,9 +128,14 @@ def _check_arity(spec: OpSpec, node: Node) -> None:
 def _infer_const(ctx: _Context, node: Node, spec: OpSpec, args: Sequence[TensorSpec]) -> ValueSpec:
     del ctx, args
     attrs = spec.fill(node.attrs)
-    value, scalar = attrs["value"], attrs["scalar"]
-    if (value is None) == (scalar is None):
-        raise GraphError("const takes either value or scalar")
+    value, scalar, artifact = attrs["value"], attrs["scalar"], attrs["artifact"]
+    if sum(given is not None for given in (value, scalar, artifact)) != 1:
+        raise GraphError("const takes one of value, scalar and artifact")
+    if (attrs["shape"] is None, attrs["dtype"] is None) != (artifact is None,) * 2:
+        raise GraphError("const has a shape and a dtype where it names an artifact, and nowhere else")
+    if artifact is not None:
+        check_digest(artifact)
+        return TensorSpec(attrs["shape"], check_form(attrs["dtype"], attrs["shape"]))
     if isinstance(value, TensorData):
         out = TensorSpec(value.shape, value.dtype)
         if any(extent < 0 for extent in value.shape) or out.nbytes != value.nbytes:
@@ -254,6 +261,10 @@ def _infer_grad(ctx: _Context, node: Node, spec: OpSpec, args: Sequence[TensorSp
     return tuple(wrt)
 
 
+def _infer_control(ctx: _Context, node: Node, spec: OpSpec, args: Sequence[TensorSpec]) -> ValueSpec:
+    return INFER[node.op](ctx.graph.bodies, spec.fill(node.attrs), args)
+
+
 _STRUCTURAL_INFERENCE: dict[str, Callable[[_Context, Node, OpSpec, Sequence[TensorSpec]], ValueSpec]] = {
     "const": _infer_const,
     "param.read": _infer_param,
@@ -264,6 +275,9 @@ _STRUCTURAL_INFERENCE: dict[str, Callable[[_Context, Node, OpSpec, Sequence[Tens
     "grad": _infer_grad,
     "run.tokens": _infer_tokens,
     "steps.stack": _infer_stack,
+    "scan": _infer_control,
+    "cond": _infer_control,
+    "map": _infer_control,
 }
 
 
@@ -470,16 +484,21 @@ LATE_GRAPH_RULES: tuple[GraphRule, ...] = (
 def _check_counts(graph: Graph, limits: Limits) -> None:
     """The limits that cost nothing to check come first: nothing is inferred for a graph that is too large."""
     consts = sum(value.nbytes for run in graph.runs for _, value in run.inputs) + sum(
-        v.nbytes for n in graph.nodes if n.op == "const" for v in n.attrs.values() if isinstance(v, TensorData)
+        v.nbytes for n in graph.nodes if n.op == "const" for v in n.attrs.values() if _travels_inside(v)
     )
     for limit, requested, what in (
-        ("max_nodes", len(graph.nodes), "nodes"),
+        ("max_nodes", len(graph.nodes) + sum(1 + len(body.nodes) for body in graph.bodies), "nodes"),
         ("max_runs", len(graph.runs), "runs"),
         ("max_rows", sum(r.rows for r in graph.runs), "rows"),
         ("max_tokens", sum(r.rows * r.positions for r in graph.runs), "token positions"),
         ("max_const_bytes", consts, "bytes of constants"),
     ):
         _check_limit(limits, limit, requested, what)
+
+
+def _travels_inside(value: object) -> bool:
+    """Whether a constant is part of the graph's message: large ones travel beside it, as artifacts."""
+    return isinstance(value, TensorData) and not isinstance(value, KeyedTensor) and value.nbytes <= UPLOAD_ABOVE_BYTES
 
 
 def _check_limit(limits: Limits, limit: str, requested: int, what: str) -> None:
@@ -515,6 +534,10 @@ def verify(
     _check_counts(graph, limits)
     for rule in GRAPH_RULES:
         rule(graph, card)
+    given = graph
+    if graph.bodies:
+        found = check_bodies(graph, card, infer_node)
+        graph = Graph(graph.runs, graph.nodes, graph.outputs, graph.bodies, found)
     unrolled = unroll(graph, limits.max_nodes)
     flat = unrolled.graph
     try:
@@ -530,9 +553,9 @@ def verify(
 
     specs = flat_specs = tuple([known.spec for known in flat_facts])
     if flat is not graph:
-        first = {given: i for i, given in reversed(list(enumerate(unrolled.origin)))}
+        first = {of: i for i, of in reversed(list(enumerate(unrolled.origin)))}
         specs = tuple(flat_specs[first[i]] for i in range(len(graph.nodes)))
-    return Verified(graph, card, specs, flat, flat_specs, unrolled.origin, tuple(flat_facts))
+    return Verified(given, card, specs, flat, flat_specs, unrolled.origin, tuple(flat_facts))
 
 
 def _infer_all(graph: Graph, card: ModelCard) -> list[Facts]:
@@ -565,6 +588,7 @@ def _verify_flat(graph: Graph, card: ModelCard, limits: Limits, known: Sequence[
     topological_order(graph, site_chains(graph, card))
     for rule in LATE_GRAPH_RULES:
         rule(graph, card)
+    check_loop_steps(loop_steps(graph, specs, graph.body_facts), limits.max_loop_steps)
     cost = price(graph, specs, facts)
     for limit, requested, what in (
         ("max_result_bytes", cost.result_bytes, "bytes of results"),

@@ -7,6 +7,7 @@ proxy.py       the value that stands for one still to be computed
 gradients.py   `patchbay.grad`
 fragments.py   `patchbay.function`
 params.py      ``t.params[name]``: weights
+artifacts.py   tensors that stay on the server, as constants
 functions.py   one Python function per OpSpec: what `patchbay.ops` and the proxies' methods are made of
 namespaces.py  ``run.blocks[3].attn.pattern``: sites as attributes
 runs.py        one forward: its tokens, positions and sites
@@ -16,10 +17,11 @@ trace.py       the `with` block: collects saves, verifies, sends, hands results 
 from __future__ import annotations
 
 from patchbay.tracing import functions  # gives proxies their methods
+from patchbay.tracing.artifacts import Artifact
 from patchbay.tracing.fragments import Function, function
 from patchbay.tracing.gradients import grad
 from patchbay.tracing.proxy import Proxy
 from patchbay.tracing.runs import Run
 from patchbay.tracing.trace import AsyncTrace, Trace
 
-__all__ = ["AsyncTrace", "Function", "Proxy", "Run", "Trace", "function", "functions", "grad"]
+__all__ = ["Artifact", "AsyncTrace", "Function", "Proxy", "Run", "Trace", "function", "functions", "grad"]

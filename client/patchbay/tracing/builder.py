@@ -10,10 +10,12 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from patchbay.errors import CausalityError, DTypeError, GraphError, TraceError
+from patchbay.ir.artifacts import ArtifactInfo
 from patchbay.ir.card import ModelCard
 from patchbay.ir.fragments import Fragment
 from patchbay.ir.graph import Attr, Graph, Node, Output, Run, TensorData
@@ -151,6 +153,14 @@ class GraphBuilder:
             found = self._constants[key] = self.add("const", (), {"value": data})
         return found
 
+    def artifact(self, info: ArtifactInfo) -> int:
+        """The node of a tensor that the server keeps."""
+        found = self._constants.get(info.digest)
+        if found is None:
+            attrs: dict[str, Attr] = {"artifact": info.digest, "shape": info.shape, "dtype": info.dtype.name}
+            found = self._constants[info.digest] = self.add("const", (), attrs)
+        return found
+
     def scalar(self, value: bool | int | float) -> int:
         """The node of a Python number; equal numbers of the same type share one."""
         key = (type(value), repr(value))  # repr tells -0.0 from 0.0 and joins NaNs
@@ -199,7 +209,7 @@ class GraphBuilder:
             if node.args:
                 node = Node(node.op, tuple(where[a] for a in node.args), node.attrs, node.run)
             nodes.append(node)
-        graph = Graph(runs, tuple(nodes), tuple(Output(o.name, where[o.node]) for o in outputs))
+        graph = Graph(runs, tuple(nodes), tuple(replace(o, node=where[o.node]) for o in outputs))
         return self._traced(graph, keep)
 
     def _traced(self, graph: Graph, kept: Sequence[int]) -> TracedGraph:

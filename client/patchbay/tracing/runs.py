@@ -25,6 +25,7 @@ OWN = frozenset(
         "estimate",
         "graph",
         "index",
+        "keep",
         "label",
         "logprob",
         "mask",
@@ -183,6 +184,10 @@ class Run(SiteNamespace):
     def save(self, **trees: Any) -> None:
         """Asks for values by name; see `Trace.save`."""
         self._trace.save(**trees)
+
+    def keep(self, name: str, tree: Any) -> Any:
+        """Leaves values on the server; see `Trace.keep`."""
+        return self._trace.keep(name, tree)
 
     @property
     def results(self) -> Results:

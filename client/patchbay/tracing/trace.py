@@ -21,6 +21,7 @@ from patchbay.ir.verify import verify
 from patchbay.results import Price, Results, RunUsage, map_tree
 from patchbay.tokens import label_of
 from patchbay.tracing.arrays import as_array, to_array, to_data
+from patchbay.tracing.artifacts import Artifact
 from patchbay.tracing.builder import GraphBuilder, TracedGraph
 from patchbay.tracing.generation import (
     GeneratingRun,
@@ -90,6 +91,7 @@ class BaseTrace(abc.ABC):
         self._state = "open"
         self._trees: dict[str, Any] = {}
         self._outputs: dict[int, str] = {}
+        self._kept: dict[int, tuple[str, Artifact]] = {}
         self._output_names: set[str] = set()
         self._arrays: dict[int, NDArray[Any]] = {}
         self._results: Results | None = None
@@ -151,6 +153,46 @@ class BaseTrace(abc.ABC):
         for name, tree in trees.items():
             self._save_tree(name, tree)
 
+    def keep(self, name: str, tree: Any) -> Any:
+        """Leaves values on the server as artifacts of yours; nothing of them is sent.
+
+        Args:
+            name: what they are called in the results, and what the artifacts are called (with the path of each in a
+                tree, as ``means.0``).
+            tree: a proxy, or a dict, list or tuple that holds proxies.
+
+        Returns:
+            A `patchbay.Artifact` (or the tree with one in the place of every proxy), also in ``results[name]``: once
+            the trace has run, it stands for a constant in any trace of the same server.
+
+        Raises:
+            TraceError: the name is taken, or the trace is over.
+        """
+        self._check_open()
+        if name in self._trees:
+            raise TraceError(f"a value was already saved as {name!r}; choose another name")
+
+        def keep(leaf: object, path: tuple[str, ...]) -> object:
+            if isinstance(leaf, Created):
+                leaf = self.constant(leaf)
+            return self._keep(leaf, ".".join((name, *path))) if isinstance(leaf, Proxy) else leaf
+
+        self._trees[name] = kept = map_tree(tree, keep)
+        return kept
+
+    def _keep(self, proxy: Proxy, name: str) -> Artifact:
+        node = lift(self, proxy)
+        if node not in self._kept:
+            unique = self._unique(name)
+            self._kept[node] = (unique, Artifact.awaited(self._core.stored, proxy.dtype, proxy.shape, unique))
+        return self._kept[node][1]
+
+    def _unique(self, name: str) -> str:
+        while name in self._output_names:
+            name += "_"
+        self._output_names.add(name)
+        return name
+
     def _save_tree(self, name: str, tree: Any) -> None:
         if name in self._trees:
             raise TraceError(f"a value was already saved as {name!r}; choose another name")
@@ -194,18 +236,16 @@ class BaseTrace(abc.ABC):
     def _want(self, node: int, name: str) -> None:
         if node in self._outputs:
             return  # sent once; every name gets an array of its own
-        unique = name
-        while unique in self._output_names:
-            unique += "_"
-        self._output_names.add(unique)
-        self._outputs[node] = unique
+        self._outputs[node] = self._unique(name)
 
     # --- looking, without running ---------------------------------------------------------------------------------
 
     @property
     def graph(self) -> TracedGraph:
         """The graph as it would be (or was) sent; ``print(t.graph)`` shows it as text."""
-        return self.builder.finish([Output(name, node) for node, name in self._outputs.items()])
+        outputs = [Output(name, node) for node, name in self._outputs.items()]
+        outputs += [Output(name, node, keep=True) for node, (name, _) in self._kept.items()]
+        return self.builder.finish(outputs)
 
     def validate(self) -> None:
         """Checks every rule and limit, as the server will.
@@ -260,7 +300,11 @@ class BaseTrace(abc.ABC):
         """Takes the results in."""
         values = {} if outcome is None else outcome.values
         by_name = {name: node for node, name in self._outputs.items()}
+        handles = dict(self._kept.values())
         for output in graph.outputs:
+            if output.keep:
+                handles[output.name].arrive(None if outcome is None else outcome.kept.get(output.name))
+                continue
             if output.name not in values:
                 raise ProtocolError(f"the server did not send {output.name!r}")
             value = values[output.name].value
@@ -280,7 +324,7 @@ class BaseTrace(abc.ABC):
             handed_out.add(leaf._node)
             return array
 
-        nonfinite = tuple(name for name, v in values.items() if not v.finite)
+        nonfinite = () if outcome is None else outcome.nonfinite
         self._usage = RunUsage.of(Usage() if outcome is None else outcome.usage)
         trees = {name: map_tree(tree, take) for name, tree in self._trees.items()}
         self._results = Results(trees, nonfinite, self._usage)

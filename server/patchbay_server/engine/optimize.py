@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import TypeAlias
 
 from patchbay.ir.card import ModelCard
-from patchbay.ir.graph import Graph, Output
+from patchbay.ir.graph import Graph
 from patchbay.ir.schedule import is_access, site_chains
 
 
@@ -102,7 +102,7 @@ def _apply(graph: Graph, origin: tuple[int, ...], replacement: Mapping[int, int]
     nodes = tuple(
         replace(graph.nodes[old], args=tuple(new_id[replacement[a]] for a in graph.nodes[old].args)) for old in kept
     )
-    outputs = tuple(Output(o.name, new_id[replacement[o.node]]) for o in graph.outputs)
+    outputs = tuple(replace(o, node=new_id[replacement[o.node]]) for o in graph.outputs)
     return replace(graph, nodes=nodes, outputs=outputs), tuple(origin[old] for old in kept)
 
 

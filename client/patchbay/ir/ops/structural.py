@@ -23,8 +23,11 @@ CONST = OpSpec(
     attrs=(
         AttrSpec("value", "tensor", None, "the tensor"),
         AttrSpec("scalar", "scalar", None, "instead of `value`: a Python number, weak in promotion"),
+        AttrSpec("artifact", "str", None, "instead of `value`: the digest of a tensor that the server keeps"),
+        AttrSpec("shape", "shape", None, "of the artifact"),
+        AttrSpec("dtype", "dtype", None, "of the artifact"),
     ),
-    doc="A constant that travels with the graph: a tensor, or a Python number.",
+    doc="A constant: a tensor that travels with the graph or that the server keeps, or a Python number.",
 )
 
 _STEP = AttrSpec("step", "int", None, "forward of a generating run: 0 the prompt's, None every one of them")
