@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 from patchbay.errors import CausalityError, DTypeError, GraphError, TraceError
 from patchbay.ir.artifacts import ArtifactInfo
 from patchbay.ir.card import ModelCard
+from patchbay.ir.facts import NO_ATTRS, AttrTable, Facts, Inference
 from patchbay.ir.fragments import Fragment
 from patchbay.ir.graph import Attr, Graph, Node, Output, Run, TensorData
 from patchbay.ir.ops.spec import TensorSpec, ValueSpec
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from types import CodeType, FrameType
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-_NO_ATTRS: Mapping[str, Attr] = {}
 _MAX_DEPTH = 3
 
 _Error = TypeVar("_Error", bound=GraphError)
@@ -41,6 +41,7 @@ class TracedGraph(Graph):
     specs: tuple[ValueSpec, ...]
     places: tuple[Place, ...]
     fragments: tuple[Fragment | None, ...]
+    facts: tuple[Facts, ...] | None
     model: str
     revision: str
 
@@ -51,6 +52,7 @@ class TracedGraph(Graph):
         places: Sequence[Place],
         *,
         fragments: Sequence[Fragment | None] | None = None,
+        facts: Sequence[Facts] | None = None,
         model: str = "",
         revision: str = "",
     ) -> None:
@@ -58,6 +60,7 @@ class TracedGraph(Graph):
         object.__setattr__(self, "specs", tuple(specs))
         object.__setattr__(self, "places", tuple(places))
         object.__setattr__(self, "fragments", (None,) * len(graph.nodes) if fragments is None else tuple(fragments))
+        object.__setattr__(self, "facts", None if facts is None else tuple(facts))
         object.__setattr__(self, "model", model)
         object.__setattr__(self, "revision", revision)
 
@@ -104,6 +107,9 @@ class GraphBuilder:
         self._uses = 0
         self._constants: dict[object, int] = {}
         self._last_write: dict[tuple[int, str], int] = {}
+        self._attrs = AttrTable()
+        self._inference = Inference(card, infer_node)
+        self._facts: list[Facts] = []
         self._draft = Graph()
 
     # --- growing --------------------------------------------------------------------------------------------------
@@ -116,7 +122,7 @@ class GraphBuilder:
         return len(self.runs) - 1
 
     def add(
-        self, op: str, args: tuple[int, ...] = (), attrs: Mapping[str, Attr] = _NO_ATTRS, run: int | None = None
+        self, op: str, args: tuple[int, ...] = (), attrs: Mapping[str, Attr] = NO_ATTRS, run: int | None = None
     ) -> int:
         """Appends a node; returns its position.
 
@@ -124,17 +130,19 @@ class GraphBuilder:
             GraphError: what the operation's rule says; the message names the operands and where they were made.
             TraceError: the trace is over.
         """
-        self._check_open()
-        node = Node(op, args, attrs, run)
+        if self.closed is not None:
+            self._check_open()
+        node = Node(op, args, self._attrs.shared(attrs) if attrs else NO_ATTRS, run)
         try:
-            spec = infer_node(self._draft, self.card, node, self.specs)
+            facts = self._inference.facts(self._draft, node, self.specs)
         except GraphError as error:
             error.location = show_place(_users_place())
             raise self._explain(error, args) from None
         nodes = self.nodes
         position = len(nodes)
         nodes.append(node)
-        self.specs.append(spec)
+        self.specs.append(facts.spec)
+        self._facts.append(facts)
         # Inlined: this runs once a node, and a call would be a frame more to walk out of.
         frame = sys._getframe(1)
         while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
@@ -218,6 +226,7 @@ class GraphBuilder:
             [self.specs[i] for i in kept],
             [self._places[i] for i in kept],
             fragments=[self._fragments[i] for i in kept],
+            facts=[self._facts[i] for i in kept],
             model=self.card.name,
             revision=self.card.revision,
         )

@@ -257,7 +257,8 @@ class BaseTrace(abc.ABC):
 
     def _verified(self, graph: TracedGraph) -> None:
         try:
-            verify(graph, self.builder.card, self.builder.card.limits)
+            # Every node was inferred as it was made, by the same rules.
+            verify(graph, self.builder.card, self.builder.card.limits, facts=graph.facts)
         except GraphError as error:
             raise self.builder.locate(error, graph) from None
 
@@ -273,7 +274,7 @@ class BaseTrace(abc.ABC):
         """
         graph = self.graph
         self._verified(graph)
-        return Price.of(with_forwards(price(graph, graph.specs), self.builder.card))
+        return Price.of(with_forwards(price(graph, graph.specs, graph.facts), self.builder.card))
 
     # --- running --------------------------------------------------------------------------------------------------
 
