@@ -15,6 +15,7 @@ from patchbay.ir.ops.spec import TensorSpec
 from patchbay_server.engine.forwards import ForwardCall, SiteCall
 from patchbay_server.engine.generate import Decoding
 from patchbay_server.engine.plan import (
+    COBATCH,
     COMPILE,
     Actions,
     Compute,
@@ -106,8 +107,9 @@ class Execution:
                 inputs=each.inputs,
                 sites={site: self._site_call(site, moment) for site, moment in each.sites.items()},
                 stop_at=each.stop_at,
-                alone=self._alone or bool(each.inputs),
+                alone=self._alone or bool(each.inputs) or COBATCH in self._plan.options.disabled,
                 cancelled=self._cancelled,
+                values=self._values,
                 compiled=not self._alone and COMPILE not in self._plan.options.disabled,
             ),
             each,

@@ -60,6 +60,7 @@ class ForwardCall:
         cancelled: whether its request is gone.
         decoding: the generating run whose next forward this is; None for a forward of its own.
         compiled: whether layers may run as torch compiled them.
+        values: what the execution remembers; put back when the forward has to be run again.
         reached: the sites that the forward came to.
         layers_run: decoder layers that ran.
         layers_compiled: how many of the model's layers were there as torch compiled them.
@@ -76,6 +77,7 @@ class ForwardCall:
     cancelled: Callable[[], bool]
     decoding: Decoding | None = None
     compiled: bool = False
+    values: dict[int, Any] = field(default_factory=dict)
     reached: set[str] = field(default_factory=set)
     layers_run: int = 0
     layers_compiled: int = 0

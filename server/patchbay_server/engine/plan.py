@@ -28,7 +28,10 @@ BATCH_RUNS = "batch_runs"
 EARLY_STOP = "early_stop"
 LIVENESS = "liveness"
 COMPILE = "compile"
-OPTIMISATIONS = (*PASSES, BATCH_RUNS, EARLY_STOP, LIVENESS, COMPILE)
+COBATCH = "cobatch"
+CONTINUOUS_BATCHING = "continuous_batching"
+FUSE_WRITES = "fuse_writes"
+OPTIMISATIONS = (*PASSES, BATCH_RUNS, EARLY_STOP, LIVENESS, COMPILE, COBATCH, CONTINUOUS_BATCHING, FUSE_WRITES)
 
 
 @dataclass(frozen=True, slots=True)
