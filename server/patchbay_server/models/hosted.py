@@ -35,6 +35,7 @@ class HostedModel:
         proofs: for every canonical site, what was checked at load and what came out, in words.
         parameters: the way to every weight that the card names.
         compiled: its layers as torch compiled them, where the operator asked for that.
+        row_independent: whether rows of different requests may share a forward, as proved at load.
     """
 
     model: torch.nn.Module
@@ -46,6 +47,7 @@ class HostedModel:
     proofs: Mapping[str, str]
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     compiled: CompiledLayers | None = None
+    row_independent: bool = False
     _tokenizer_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property

@@ -17,6 +17,7 @@ from patchbay_server.models import attention
 from patchbay_server.models.binding import Binding, derive
 from patchbay_server.models.cards import callable_path, module_taps, write_card
 from patchbay_server.models.hosted import HostedModel
+from patchbay_server.models.independence import row_independence
 from patchbay_server.models.inputs import DECODER_TOKENS, MASK, TOKENS, ModelInputs, forward
 from patchbay_server.models.parameters import find_parameters
 from patchbay_server.models.proofs import Proof, prove, read_all
@@ -138,6 +139,9 @@ def host(
     card = write_card(model, name, where, inputs, binding, proof.proved, order, values, causal=causal, ragged=ragged)
     parameters, params = find_parameters(model, taps, first, probes[0].get(TOKENS))
     card = replace(card, params=params, weights=USED_IN_GRAPH)
+    sharing = row_independence(model, binding.layers, probes[0], causal=causal)
+    shared = sharing.reason if sharing.holds else f"no: {sharing.reason}"
+    card = replace(card, attributes={**card.attributes, "shared_forwards": shared})
     callables = {c.name: model.get_submodule(p) for c in card.callables if (p := callable_path(binding, c.name))}
     return HostedModel(
         model=model,
@@ -148,6 +152,7 @@ def host(
         callables=MappingProxyType(callables),
         proofs=MappingProxyType({**proof.proved, **{n: f"absent: {r}" for n, r in binding.absent.items()}}),
         parameters=MappingProxyType(parameters),
+        row_independent=sharing.holds,
     )
 
 
