@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 
-from patchbay.errors import GraphError, ResourceExhaustedError
-from patchbay.ir.events import Event, ExecuteOptions, TensorValue, Usage
+from patchbay.errors import GraphError
+from patchbay.ir.events import Event, ExecuteOptions, Usage
 from patchbay.ir.graph import Graph
 from patchbay.ir.limits import Limits
 from patchbay_server.engine.executor import Execution
-from patchbay_server.engine.forwards import run_forward
+from patchbay_server.engine.forwards import ForwardCall, run_forward
 from patchbay_server.engine.generate import check_generates
 from patchbay_server.engine.memory import held_to
 from patchbay_server.engine.plan import OPTIMISATIONS, Plan, make_plan
+from patchbay_server.engine.running import (
+    Depths,
+    Running,
+    Wanted,
+    activation_bytes,
+    advance,
+    emit_once,
+    out_of_memory,
+)
 from patchbay_server.models.hosted import HostedModel
 
 #: Token positions that one forward carries at most, unless configured.
@@ -31,6 +40,7 @@ class Engine:
         self.hosted = hosted
         self.limits = hosted.card.limits if limits is None else limits
         self._max_pass_tokens = max_pass_tokens
+        self._depths = Depths(hosted.card)
 
     def prepare(self, graph: Graph, options: ExecuteOptions | None = None) -> Plan:
         """Verify, optimise and price `graph`; touches no tensor.
@@ -68,34 +78,17 @@ class Engine:
             RequestCancelledError: `cancelled` turned true between layers.
             ResourceExhaustedError: the device has too little memory even for one run at a time.
         """
-        sent: set[str] = set()
-
-        def emit_once(event: Event) -> None:
-            if isinstance(event, TensorValue):
-                if event.name in sent:
-                    return
-                sent.add(event.name)
-            emit(event)
-
+        once = emit_once(emit)
         try:
-            return self._to_the_end(self.start(plan, emit_once, cancelled))
+            return self._to_the_end(self.start(plan, once, cancelled))
         except torch.OutOfMemoryError:
             pass
         # Outside the except block, so that the traceback no longer holds the tensors that did not fit.
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        alone = make_plan(
-            plan.graph, self.hosted.card, self.limits, replace(plan.options, deterministic=True), max_pass_tokens=0
-        )
-        alone = replace(alone, origin=tuple(plan.origin[o] for o in alone.origin), received=plan.received)
+        self.make_room()
         try:
-            return self._to_the_end(self.start(alone, emit_once, cancelled))
+            return self._to_the_end(self.start(self.one_by_one(plan), once, cancelled))
         except torch.OutOfMemoryError:
-            raise ResourceExhaustedError(
-                "the device ran out of memory, with one run per forward too; use fewer rows or shorter texts, or save "
-                "less",
-                reason="DEVICE_MEMORY",
-            ) from None
+            raise out_of_memory() from None
 
     def _to_the_end(self, execution: Execution) -> Usage:
         with torch.no_grad():
@@ -106,4 +99,55 @@ class Engine:
                 except StopIteration as end:
                     usage: Usage = end.value
                     return usage
-                run_forward(self.hosted, [call])
+                self.forward([call])
+
+    # --- several at a time
+
+    def open(
+        self, plan: Plan, emit: Callable[[Event], None], cancelled: Callable[[], bool] = lambda: False
+    ) -> Running:
+        """`plan` as one of several that run side by side; nothing has happened yet."""
+        return Running(self, plan, emit, cancelled)
+
+    def advance(self, group: Sequence[Running]) -> None:
+        """Run the forward that all of `group` want, and let each go on to its next. Blocks.
+
+        What goes wrong for one of them is its `error`.
+
+        Args:
+            group: with equal `wanted.together`, or one alone.
+
+        Raises:
+            BaseException: the device failed.
+        """
+        advance(self, group)
+
+    def forward(self, calls: Sequence[ForwardCall]) -> None:
+        """One forward of the model for all of `calls`."""
+        run_forward(self.hosted, calls)
+
+    def wanted_by(self, call: ForwardCall) -> Wanted:
+        """What a scheduler needs to know of `call`."""
+        card, together = self.hosted.card, None
+        if not call.alone and not call.inputs and self.hosted.row_independent:
+            together = "tokens"
+        return Wanted(
+            rows=call.rows,
+            seq=call.seq,
+            depth=self._depths.of(call.stop_at),
+            together=together,
+            bound=False,
+            nbytes=activation_bytes(card, call.rows, call.seq, to_the_end=call.stop_at is None),
+        )
+
+    def make_room(self) -> None:
+        """Give memory that nothing uses back to the device."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def one_by_one(self, plan: Plan) -> Plan:
+        """`plan` with one run per forward."""
+        alone = make_plan(
+            plan.graph, self.hosted.card, self.limits, replace(plan.options, deterministic=True), max_pass_tokens=0
+        )
+        return replace(alone, origin=tuple(plan.origin[o] for o in alone.origin), received=plan.received)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 FILLER = 0
 
 #: What goes wrong with the device, and so with everybody's rows.
-_DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
+DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
 
 #: Called with a call's rows of a site's value; returns their replacement, or None.
 Handler: TypeAlias = "Callable[[torch.Tensor], torch.Tensor | None]"
@@ -82,6 +82,11 @@ class ForwardCall:
     layers_run: int = 0
     layers_compiled: int = 0
     error: BaseException | None = None
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it is a forward of a run that generates beside others, after its prompt's."""
+        return self.decoding is not None and not self.alone and self.decoding.step > 0
 
 
 class _Stop(Exception):  # noqa: N818 - a signal, not an error
@@ -179,7 +184,7 @@ def _alone(call: ForwardCall, site: str, what: SiteCall, *, stops: bool) -> Hand
         call.reached.add(site)
         try:
             new = what.handler(value)
-        except _DEVICE_ERRORS:
+        except DEVICE_ERRORS:
             raise
         except Exception as error:  # noqa: BLE001 - it is raised where the call was asked for
             call.error = error
@@ -203,7 +208,7 @@ def _together(
             own = slice(first, first + call.rows)
             try:
                 new = what.handler(result[own])
-            except _DEVICE_ERRORS:
+            except DEVICE_ERRORS:
                 raise
             except Exception as error:  # noqa: BLE001 - one request's failure is nobody else's
                 call.error = error
