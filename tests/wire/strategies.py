@@ -108,7 +108,18 @@ inputs = st.builds(
     below=st.none() | big_counts,
     doc=texts,
 )
-callables = st.builds(CallableSpec, name=names, d_in=counts, d_out=counts, dtype=dtypes, doc=texts)
+callables = st.builds(
+    CallableSpec,
+    name=names,
+    d_in=counts,
+    d_out=counts,
+    dtype=dtypes,
+    doc=texts,
+    params=counts,
+    positionwise=st.booleans(),
+    absent=st.none() | texts,
+    path=texts,
+)
 params = st.builds(
     ParamSpec, name=names, shape=st.lists(st.integers(0, 99), max_size=3).map(tuple), dtype=dtypes, doc=texts
 )

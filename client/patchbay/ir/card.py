@@ -14,7 +14,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import TypeAlias
 
-from patchbay.errors import UnknownSiteError
+from patchbay.errors import GraphError, UnknownSiteError
 from patchbay.ir.dtypes import DType
 from patchbay.ir.graph import Run
 from patchbay.ir.limits import Limits
@@ -87,11 +87,16 @@ class CallableSpec:
     """A module of the model that a graph may apply to a value of its own (op ``call``).
 
     Attributes:
-        name: canonical name, such as ``"ln_final"`` or ``"unembed"``.
+        name: canonical name, such as ``"ln_final"``, ``"unembed"`` or ``"blocks.3.mlp"``; or the module's path.
         d_in: extent of the last axis that it takes.
         d_out: extent of the last axis that it returns.
-        dtype: element type that it takes and returns.
+        dtype: element type that it returns.
         doc: what it computes.
+        params: number of its weights; two operations for each and position is what applying it costs.
+        positionwise: whether it treats every position by itself, so that any axes may stand before the last; a module
+            that does not (attention) takes ``[rows, seq, d_in]``.
+        absent: why it cannot be applied to a value; None when it can.
+        path: the module's name in the checkpoint.
     """
 
     name: str
@@ -99,6 +104,15 @@ class CallableSpec:
     d_out: int
     dtype: DType
     doc: str = ""
+    params: int = 0
+    positionwise: bool = True
+    absent: str | None = None
+    path: str = ""
+
+    @property
+    def canonical(self) -> bool:
+        """Whether its name is a canonical one, not its path."""
+        return self.name != self.path
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,16 +245,24 @@ class ModelCard:
         return spec
 
     def callable(self, name: str) -> CallableSpec:
-        """The callable named `name`.
+        """The module named `name`, canonically or by its path, which values may be put through.
 
         Raises:
-            UnknownSiteError: no such callable; the message lists those there are.
+            GraphError: there is such a module, but it cannot be applied to a value; the message says why.
+            UnknownSiteError: no such module; the message names the nearest.
         """
         spec = self._callables_by_name.get(name)
-        if spec is None:
-            known = ", ".join(self._callables_by_name) or "none"
-            raise UnknownSiteError(f"{self.name!r} has no callable {name!r} (it has: {known})")
-        return spec
+        if spec is not None:
+            if spec.absent is not None:
+                raise GraphError(f"{name!r} cannot be applied to a value: {spec.absent}")
+            return spec
+        if any(f"module:{name}.{side}" in self for side in ("input", "output")):
+            raise GraphError(f"{name!r} cannot be applied to a value: it does not map positions to positions")
+        known = [c.name for c in self.callables if c.absent is None]
+        near = tuple(difflib.get_close_matches(name, known, n=3, cutoff=0.6))
+        short = ", ".join(n for n in known if "." not in n) or "none"
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has: {short}"
+        raise UnknownSiteError(f"{self.name!r} has no callable {name!r} ({hint})", suggestions=near)
 
     @cached_property
     def _params_by_name(self) -> Mapping[str, ParamSpec]:

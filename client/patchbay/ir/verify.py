@@ -233,6 +233,8 @@ def _infer_call(ctx: _Context, node: Node, spec: OpSpec, args: Sequence[TensorSp
         raise ShapeError(f"{target.name} takes a value whose last axis has extent {target.d_in}, got {value}")
     if not value.dtype.is_floating:
         raise DTypeError(f"{target.name} takes floating-point values, got {value}")
+    if not target.positionwise and value.ndim != 3:
+        raise ShapeError(f"{target.name} looks at several positions: it takes [rows, seq, {target.d_in}], got {value}")
     return TensorSpec((*value.shape[:-1], target.d_out), target.dtype)
 
 

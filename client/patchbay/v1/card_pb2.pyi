@@ -140,18 +140,26 @@ class ParamSpec(_message.Message):
     def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., element_type: _Optional[_Union[_tensor_pb2.ElementType, str]] = ..., doc: _Optional[str] = ...) -> None: ...
 
 class CallableSpec(_message.Message):
-    __slots__ = ("name", "d_in", "d_out", "element_type", "doc")
+    __slots__ = ("name", "d_in", "d_out", "element_type", "doc", "parameter_count", "whole_rows", "absent_reason", "path")
     NAME_FIELD_NUMBER: _ClassVar[int]
     D_IN_FIELD_NUMBER: _ClassVar[int]
     D_OUT_FIELD_NUMBER: _ClassVar[int]
     ELEMENT_TYPE_FIELD_NUMBER: _ClassVar[int]
     DOC_FIELD_NUMBER: _ClassVar[int]
+    PARAMETER_COUNT_FIELD_NUMBER: _ClassVar[int]
+    WHOLE_ROWS_FIELD_NUMBER: _ClassVar[int]
+    ABSENT_REASON_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
     name: str
     d_in: int
     d_out: int
     element_type: _tensor_pb2.ElementType
     doc: str
-    def __init__(self, name: _Optional[str] = ..., d_in: _Optional[int] = ..., d_out: _Optional[int] = ..., element_type: _Optional[_Union[_tensor_pb2.ElementType, str]] = ..., doc: _Optional[str] = ...) -> None: ...
+    parameter_count: int
+    whole_rows: bool
+    absent_reason: str
+    path: str
+    def __init__(self, name: _Optional[str] = ..., d_in: _Optional[int] = ..., d_out: _Optional[int] = ..., element_type: _Optional[_Union[_tensor_pb2.ElementType, str]] = ..., doc: _Optional[str] = ..., parameter_count: _Optional[int] = ..., whole_rows: bool = ..., absent_reason: _Optional[str] = ..., path: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_nodes", "max_runs", "max_rows", "max_tokens", "max_const_bytes", "max_result_bytes", "max_peak_bytes", "max_flops")

@@ -39,12 +39,7 @@ def encode_card(card: ModelCard) -> card_pb2.ModelCard:
         element_type=encode_dtype(card.dtype),
         causal=card.causal,
         sites=[_encode_site(site) for site in card.sites],
-        callables=[
-            card_pb2.CallableSpec(
-                name=c.name, d_in=c.d_in, d_out=c.d_out, element_type=encode_dtype(c.dtype), doc=c.doc
-            )
-            for c in card.callables
-        ],
+        callables=[_encode_callable(c) for c in card.callables],
         limits=encode_limits(card.limits),
         without_tokens=not card.takes_tokens,
         equal_lengths=not card.ragged,
@@ -70,6 +65,20 @@ def _encode_site(site: SiteSpec) -> card_pb2.SiteSpec:
         doc=site.doc,
         absent_reason=site.absent,
         proof=site.proof,
+    )
+
+
+def _encode_callable(spec: CallableSpec) -> card_pb2.CallableSpec:
+    return card_pb2.CallableSpec(
+        name=spec.name,
+        d_in=spec.d_in,
+        d_out=spec.d_out,
+        element_type=encode_dtype(spec.dtype),
+        doc=spec.doc,
+        parameter_count=spec.params,
+        whole_rows=not spec.positionwise,
+        absent_reason=spec.absent,
+        path=spec.path,
     )
 
 
@@ -179,6 +188,10 @@ def _decode_callable(message: card_pb2.CallableSpec, field: str) -> CallableSpec
         d_out=_count(message, "d_out", field),
         dtype=decode_dtype(message.element_type, f"{field}.element_type"),
         doc=message.doc,
+        params=_count(message, "parameter_count", field),
+        positionwise=not message.whole_rows,
+        absent=message.absent_reason if message.HasField("absent_reason") else None,
+        path=message.path,
     )
 
 

@@ -349,10 +349,7 @@ class Execution:
         if step.op == "grad":
             return self._gradients(step)
         assert step.op == "call", step.op
-        module = self._hosted.callables[step.attrs["target"]]
-        dtype = next(iter(module.parameters())).dtype  # type: ignore[attr-defined]
-        # .forward, not a call: hooks of the pass belong to the model's own forward.
-        return module.forward(self._values[step.args[0]].to(dtype))  # type: ignore[attr-defined]
+        return self._hosted.callables[step.attrs["target"]](self._values[step.args[0]])
 
     def _send(self, node: int, names: Sequence[str]) -> None:
         if not names:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from patchbay.ir.card import SYMBOLS, CallableSpec, Dim, ModelCard, SiteSpec
+from patchbay.ir.card import SYMBOLS, Dim, ModelCard, SiteSpec
 from patchbay.ir.dtypes import DTYPES, DType
 from patchbay_server.models.binding import Binding
 from patchbay_server.models.hosted import weights_digest
@@ -143,7 +143,6 @@ def write_card(
         ragged=ragged,
         inputs=inputs.specs(),
         sites=tuple(sites),
-        callables=tuple(_callables(binding, floating)),
     )
 
 
@@ -154,16 +153,3 @@ def _context(text: Any, binding: Binding) -> int:
         if isinstance(found := getattr(text, name, None), int) and found > 0:
             limits.append(found)
     return min(limits, default=UNLIMITED)
-
-
-def callable_path(binding: Binding, name: str) -> str | None:
-    """The module behind a callable's name."""
-    return {"ln_final": binding.ln_final, "unembed": binding.unembed}.get(name)
-
-
-def _callables(binding: Binding, dtype: DType) -> Iterator[CallableSpec]:
-    width = binding.widths.d_model
-    if binding.ln_final is not None:
-        yield CallableSpec("ln_final", width, width, dtype, "final norm, before the unembedding")
-    if binding.unembed is not None:
-        yield CallableSpec("unembed", width, binding.widths.d_vocab, dtype, "unembedding: residual stream to logits")

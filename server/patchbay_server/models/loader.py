@@ -14,8 +14,9 @@ import torch
 from patchbay.errors import FailedPreconditionError
 from patchbay.ir.params import USED_IN_GRAPH
 from patchbay_server.models import attention
+from patchbay_server.models.applicable import find_applicable
 from patchbay_server.models.binding import Binding, derive
-from patchbay_server.models.cards import callable_path, module_taps, write_card
+from patchbay_server.models.cards import module_taps, write_card
 from patchbay_server.models.hosted import HostedModel
 from patchbay_server.models.independence import row_independence
 from patchbay_server.models.inputs import DECODER_TOKENS, MASK, TOKENS, ModelInputs, forward
@@ -138,18 +139,18 @@ def host(
     values = (first, second)
     card = write_card(model, name, where, inputs, binding, proof.proved, order, values, causal=causal, ragged=ragged)
     parameters, params = find_parameters(model, taps, first, probes[0].get(TOKENS))
-    card = replace(card, params=params, weights=USED_IN_GRAPH)
+    applicable, callables = find_applicable(model, binding, taps, recordings)
+    card = replace(card, params=params, weights=USED_IN_GRAPH, callables=callables)
     sharing = row_independence(model, binding.layers, probes[0], causal=causal)
     shared = sharing.reason if sharing.holds else f"no: {sharing.reason}"
     card = replace(card, attributes={**card.attributes, "shared_forwards": shared})
-    callables = {c.name: model.get_submodule(p) for c in card.callables if (p := callable_path(binding, c.name))}
     return HostedModel(
         model=model,
         tokenizer=tokenizer,
         card=card,
         taps=MappingProxyType({s.name: taps[s.name] for s in card.sites if s.absent is None}),
         layers=tuple(binding.layers),
-        callables=MappingProxyType(callables),
+        callables=MappingProxyType(applicable),
         proofs=MappingProxyType({**proof.proved, **{n: f"absent: {r}" for n, r in binding.absent.items()}}),
         parameters=MappingProxyType(parameters),
         row_independent=sharing.holds,
