@@ -23,12 +23,14 @@ from patchbay.results import Results
 from patchbay.tokens import Tokens
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
     from typing_extensions import Self
 
     from patchbay.artifacts import Artifacts
     from patchbay.ir.graph import Graph
     from patchbay.portal import Portal
     from patchbay.tracing.params import ModelParams
+    from patchbay.tracing.proxy import Proxy
     from patchbay.tracing.runs import Run
     from patchbay.tracing.trace import (
         AsyncGenerateTrace,
@@ -194,6 +196,31 @@ class Model(BaseModel):
         return self.wait_with_events(lambda emit: self.core.run(graph, options, timeout_s, emit), progress)
 
     @overload
+    def apply(self, name: str, value: Proxy) -> Proxy: ...
+
+    @overload
+    def apply(self, name: str, value: ArrayLike) -> NDArray[Any]: ...
+
+    def apply(self, name: str, value: Any) -> Any:
+        """`value` put through a module of the model over its last axis.
+
+        Args:
+            name: ``"ln_final"``, ``"unembed"``, ``"blocks.3.mlp"``, ..., or the module's path in the checkpoint.
+            value: a value of a trace, or an array, which is sent at once.
+
+        Returns:
+            A value of the same trace, or an array.
+
+        Raises:
+            GraphError, UnknownSiteError, ShapeError: as `patchbay.tracing.trace.BaseTrace.apply`.
+        """
+        if hasattr(value, "_trace"):
+            return value._trace.apply(name, value)
+        with self.trace() as trace:
+            result = trace.apply(name, value).save()
+        return result.value
+
+    @overload
     def trace(
         self,
         inputs: None = None,
@@ -351,6 +378,21 @@ class AsyncModel(BaseModel):
         return await self.core.run(graph, options, timeout_s, progress)
 
     @overload
+    def apply(self, name: str, value: Proxy) -> Proxy: ...
+
+    @overload
+    def apply(self, name: str, value: ArrayLike) -> Coroutine[Any, Any, NDArray[Any]]: ...
+
+    def apply(self, name: str, value: Any) -> Any:
+        """`value` put through a module of the model; see `Model.apply`. Awaited for an array, not for a value."""
+        return value._trace.apply(name, value) if hasattr(value, "_trace") else self._applied(name, value)
+
+    async def _applied(self, name: str, value: ArrayLike) -> NDArray[Any]:
+        async with self.trace() as trace:
+            result = trace.apply(name, value).save()
+        return result.value
+
+    @overload
     def trace(
         self,
         inputs: None = None,
@@ -453,8 +495,11 @@ def describe_model(card: ModelCard) -> str:
     lines += [f"  {group}: {', '.join(leaves)}" for group, leaves in groups.items()]
     if modules:
         lines.append(f"  {modules} module sites: run.module(path).output, .input")
-    if card.callables:
-        lines.append("  callable: " + ", ".join(c.name for c in card.callables))
+    named = dict.fromkeys(
+        re.sub(r"^blocks\.\d+", "blocks[i]", c.name) for c in card.callables if c.canonical and c.absent is None
+    )
+    if named:
+        lines.append("  callable: " + ", ".join(named) + ", and modules by path")
     if absent:
         lines.append(f"  {absent} canonical sites absent (reasons in model.card.sites)")
     return "\n".join(lines)

@@ -75,4 +75,5 @@ def test_reasons_are_as_it_says() -> None:
     ):
         spec = next(s for s in pb.local(build(family)).card.sites if s.name == site)
         assert spec.absent is not None and reason in spec.absent
-    assert [c.name for c in pb.local(build("bert")).card.callables] == []
+    ends = {"ln_final", "unembed"}
+    assert not ends & {c.name for c in pb.local(build("bert")).card.callables}

@@ -332,7 +332,7 @@ def test_callables_of_the_model(model: Model) -> None:
     """The final norm and the unembedding take any value of the right width."""
     with model.trace(FRANCE) as run:
         lens = run.unembed(run.ln_final(run.blocks[0].resid_post))
-        same = run.trace.call("unembed", run.trace.call("ln_final", run.blocks[0].resid_post))
+        same = run.apply("unembed", run.trace.apply("ln_final", run.blocks[0].resid_post))
         run.save(lens=lens, same=same)
         assert "unembed(%" in str(run.graph)
         assert repr(run.unembed) == "<unembed: 8 -> 16>"
@@ -340,7 +340,7 @@ def test_callables_of_the_model(model: Model) -> None:
         with pytest.raises(ShapeError, match="extent 8"):
             run.unembed(run.logits)
         with pytest.raises(UnknownSiteError, match="has no callable 'nothing'"):
-            run.trace.call("nothing", run.embed)
+            run.apply("nothing", run.embed)
         with pytest.raises(UnknownSiteError, match="callable"):
             run.blocks[0](run.embed)
     assert (run.results["lens"] == run.results["same"]).all()

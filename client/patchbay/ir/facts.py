@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from patchbay.ir.card import ModelCard
+from patchbay.ir.card import CallableSpec, ModelCard
 from patchbay.ir.graph import Attr, Graph, Node
 from patchbay.ir.ops import spec as op_spec
 from patchbay.ir.ops.spec import TensorSpec, ValueSpec
@@ -44,7 +44,9 @@ def value_bytes(value: ValueSpec) -> int:
     return value.nbytes if isinstance(value, TensorSpec) else sum(part.nbytes for part in value)
 
 
-def facts_of(graph: Graph, node: Node, specs: Sequence[ValueSpec], value: ValueSpec) -> Facts:
+def facts_of(
+    graph: Graph, node: Node, specs: Sequence[ValueSpec], value: ValueSpec, card: ModelCard | None = None
+) -> Facts:
     """The facts of a node whose value is `value`.
 
     Args:
@@ -52,13 +54,28 @@ def facts_of(graph: Graph, node: Node, specs: Sequence[ValueSpec], value: ValueS
         node: the node.
         specs: of the nodes before it.
         value: its own.
+        card: the model's; without it a module that is applied costs what one matrix would.
     """
     del graph
     args = [s for a in node.args if isinstance(s := specs[a], TensorSpec)]
     spec = op_spec(node.op)
     attrs = spec.fill(node.attrs)
+    if node.op == "call" and card is not None:
+        flops, workspace = _module_cost(card.callable(attrs["target"]), args[0])
+        return Facts(value, attrs, flops, workspace, value_bytes(value))
     workspace = 0 if spec.structural else spec.workspace(args, value, attrs)
     return Facts(value, attrs, spec.flops(args, value, attrs), workspace, value_bytes(value))
+
+
+def _module_cost(module: CallableSpec, value: TensorSpec) -> tuple[int, int]:
+    """Floating-point operations and bytes of temporaries of applying a module to a value.
+
+    Two operations for each weight and position; its inner values have, at each position, no more elements than it has
+    weights for each of its narrowest extent.
+    """
+    positions = value.size // max(value.shape[-1], 1)
+    inner = module.params // max(min(module.d_in, module.d_out), 1)
+    return 2 * max(module.params, module.d_in) * positions, inner * positions * value.dtype.itemsize
 
 
 #: Finds the value of a node: `patchbay.ir.verify.infer_node`.
@@ -99,7 +116,7 @@ class Inference:
             return found[0]
         value = self._infer(graph, self._card, node, specs)
         value = self._specs.setdefault(value, value)
-        facts = facts_of(graph, node, specs, value)
+        facts = facts_of(graph, node, specs, value, self._card)
         self._known[key] = (facts, node.attrs, [specs[a] for a in args])
         return facts
 

@@ -179,6 +179,10 @@ class ModuleSites:
     def __setattr__(self, name: str, value: object) -> None:
         write_site(self._trace, self._run_index, self._name(name), (), (), value, one_step(self._step))
 
+    def __call__(self, value: object) -> Proxy:
+        """`value` put through the module; see `Trace.apply`."""
+        return Callable(self._trace, self._path)(value)
+
     def _name(self, side: str) -> str:
         try:
             return self._trace.builder.card.site(module_site(self._path, side)).name

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 #: Names of a run that are no sites.
 OWN = frozenset(
     {
+        "apply",
         "estimate",
         "graph",
         "index",
@@ -173,6 +174,10 @@ class Run(SiteNamespace):
             UnknownSiteError: the model has no such module; the message names the nearest.
         """
         return module_sites(self._trace, self._run_index, path)
+
+    def apply(self, name: str, value: object) -> Proxy:
+        """`value` put through a module of the model; see `Trace.apply`."""
+        return self._trace.apply(name, value)
 
     @property
     def params(self) -> TraceParams:

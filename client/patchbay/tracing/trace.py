@@ -128,8 +128,22 @@ class BaseTrace(abc.ABC):
             self.want(run.generated, f"run{run.index}.generated")
         return run
 
-    def call(self, name: str, value: object) -> Proxy:
-        """`value` put through a module of the model that its card lists as callable, such as ``"unembed"``."""
+    def apply(self, name: str, value: object) -> Proxy:
+        """`value` put through a module of the model over its last axis.
+
+        Args:
+            name: a canonical name (``"ln_final"``, ``"unembed"``, ``"blocks.3.mlp"``) or the module's path in the
+                checkpoint; ``model.card.callables`` lists them.
+            value: floating-point ``[..., d_in]``; ``[rows, seq, d_in]`` for modules that look at several positions.
+
+        Returns:
+            ``[..., d_out]``. The sites of runs are not visited: taps of a run see nothing of it.
+
+        Raises:
+            GraphError: the module needs more than one tensor, or does not map positions to positions.
+            UnknownSiteError: there is no such module; the message names the nearest.
+            ShapeError: a last axis of another extent.
+        """
         return ModelCallable(self, name)(value)
 
     def constant(self, value: object) -> Proxy:

@@ -258,8 +258,9 @@ def make_plan(graph: Graph, card: ModelCard, limits: Limits, options: ExecuteOpt
     builder = _Builder(small, card, timeline, groups, options)
     passes, after = builder.build()
     specs = tuple(verified.flat_specs[o] for o in rewritten.origin)
+    facts = tuple(verified.facts[o] for o in rewritten.origin)
     tokens, forwards = sum(p.positions for p in passes), sum(p.forwards for p in passes)
-    cost = with_forwards(replace(price(small, specs), tokens=tokens, passes=forwards), card)
+    cost = with_forwards(replace(price(small, specs, facts), tokens=tokens, passes=forwards), card)
     return Plan(
         graph=small,
         origin=tuple(verified.origin[o] for o in rewritten.origin),

@@ -64,8 +64,8 @@ CALL = OpSpec(
     rule=None,
     flops=_call_flops,
     category="structural",
-    attrs=(AttrSpec("target", "str", doc="name of a callable on the model's card"),),
-    doc="A module of the model (the final norm, the unembedding) applied to a value over its last axis.",
+    attrs=(AttrSpec("target", "str", doc="name of a module on the model's card"),),
+    doc="A module of the model (the final norm, the unembedding, an MLP) applied to a value over its last axis.",
 )
 
 PARAM_READ = OpSpec(
