@@ -22,10 +22,11 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from patchbay.v1 import artifact_pb2 as patchbay_dot_v1_dot_artifact__pb2
 from patchbay.v1 import tensor_pb2 as patchbay_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18patchbay/v1/events.proto\x12\x0bpatchbay.v1\x1a\x18patchbay/v1/tensor.proto\"\x1f\n\x0bQueuedEvent\x12\x10\n\x08position\x18\x01 \x01(\x05\"\x0e\n\x0cStartedEvent\":\n\rProgressEvent\x12\x13\n\x0bpasses_done\x18\x01 \x01(\x05\x12\x14\n\x0cpasses_total\x18\x02 \x01(\x05\"O\n\nValueEvent\x12\x0c\n\x04name\x18\x01 \x01(\t\x12#\n\x06tensor\x18\x02 \x01(\x0b\x32\x13.patchbay.v1.Tensor\x12\x0e\n\x06\x66inite\x18\x03 \x01(\x08\"V\n\x0bTensorEvent\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\x06header\x18\x02 \x01(\x0b\x32\x19.patchbay.v1.TensorHeader\x12\x0e\n\x06\x66inite\x18\x03 \x01(\x08\".\n\tDoneEvent\x12!\n\x05usage\x18\x01 \x01(\x0b\x32\x12.patchbay.v1.Usage\"\x1c\n\nErrorEvent\x12\x0e\n\x06status\x18\x01 \x01(\x0c\"_\n\x04\x43ost\x12\r\n\x05\x66lops\x18\x01 \x01(\x03\x12\x12\n\npeak_bytes\x18\x02 \x01(\x03\x12\x14\n\x0cresult_bytes\x18\x03 \x01(\x03\x12\x0e\n\x06tokens\x18\x04 \x01(\x03\x12\x0e\n\x06passes\x18\x05 \x01(\x03\"\xb9\x02\n\x05Usage\x12\x0e\n\x06tokens\x18\x01 \x01(\x03\x12\x0e\n\x06passes\x18\x02 \x01(\x03\x12\x12\n\nlayers_run\x18\x03 \x01(\x03\x12\x16\n\x0elayers_skipped\x18\x04 \x01(\x03\x12\r\n\x05nodes\x18\x05 \x01(\x03\x12\x11\n\tnodes_run\x18\x06 \x01(\x03\x12\x10\n\x08queue_ms\x18\x07 \x01(\x01\x12\x0e\n\x06run_ms\x18\x08 \x01(\x01\x12\x10\n\x08\x62ytes_in\x18\t \x01(\x03\x12\x11\n\tbytes_out\x18\n \x01(\x03\x12\x1f\n\x04\x63ost\x18\x0b \x01(\x0b\x32\x11.patchbay.v1.Cost\x12,\n\x05saved\x18\x0c \x03(\x0b\x32\x1d.patchbay.v1.Usage.SavedEntry\x1a,\n\nSavedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18patchbay/v1/events.proto\x12\x0bpatchbay.v1\x1a\x1apatchbay/v1/artifact.proto\x1a\x18patchbay/v1/tensor.proto\"\x1f\n\x0bQueuedEvent\x12\x10\n\x08position\x18\x01 \x01(\x05\"\x0e\n\x0cStartedEvent\":\n\rProgressEvent\x12\x13\n\x0bpasses_done\x18\x01 \x01(\x05\x12\x14\n\x0cpasses_total\x18\x02 \x01(\x05\"O\n\nValueEvent\x12\x0c\n\x04name\x18\x01 \x01(\t\x12#\n\x06tensor\x18\x02 \x01(\x0b\x32\x13.patchbay.v1.Tensor\x12\x0e\n\x06\x66inite\x18\x03 \x01(\x08\"V\n\x0bTensorEvent\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\x06header\x18\x02 \x01(\x0b\x32\x19.patchbay.v1.TensorHeader\x12\x0e\n\x06\x66inite\x18\x03 \x01(\x08\"R\n\tKeptEvent\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\'\n\x08\x61rtifact\x18\x02 \x01(\x0b\x32\x15.patchbay.v1.Artifact\x12\x0e\n\x06\x66inite\x18\x03 \x01(\x08\".\n\tDoneEvent\x12!\n\x05usage\x18\x01 \x01(\x0b\x32\x12.patchbay.v1.Usage\"\x1c\n\nErrorEvent\x12\x0e\n\x06status\x18\x01 \x01(\x0c\"s\n\x04\x43ost\x12\r\n\x05\x66lops\x18\x01 \x01(\x03\x12\x12\n\npeak_bytes\x18\x02 \x01(\x03\x12\x14\n\x0cresult_bytes\x18\x03 \x01(\x03\x12\x0e\n\x06tokens\x18\x04 \x01(\x03\x12\x0e\n\x06passes\x18\x05 \x01(\x03\x12\x12\n\nkept_bytes\x18\x06 \x01(\x03\"\xb9\x02\n\x05Usage\x12\x0e\n\x06tokens\x18\x01 \x01(\x03\x12\x0e\n\x06passes\x18\x02 \x01(\x03\x12\x12\n\nlayers_run\x18\x03 \x01(\x03\x12\x16\n\x0elayers_skipped\x18\x04 \x01(\x03\x12\r\n\x05nodes\x18\x05 \x01(\x03\x12\x11\n\tnodes_run\x18\x06 \x01(\x03\x12\x10\n\x08queue_ms\x18\x07 \x01(\x01\x12\x0e\n\x06run_ms\x18\x08 \x01(\x01\x12\x10\n\x08\x62ytes_in\x18\t \x01(\x03\x12\x11\n\tbytes_out\x18\n \x01(\x03\x12\x1f\n\x04\x63ost\x18\x0b \x01(\x0b\x32\x11.patchbay.v1.Cost\x12,\n\x05saved\x18\x0c \x03(\x0b\x32\x1d.patchbay.v1.Usage.SavedEntry\x1a,\n\nSavedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,24 +35,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_USAGE_SAVEDENTRY']._loaded_options = None
   _globals['_USAGE_SAVEDENTRY']._serialized_options = b'8\001'
-  _globals['_QUEUEDEVENT']._serialized_start=67
-  _globals['_QUEUEDEVENT']._serialized_end=98
-  _globals['_STARTEDEVENT']._serialized_start=100
-  _globals['_STARTEDEVENT']._serialized_end=114
-  _globals['_PROGRESSEVENT']._serialized_start=116
-  _globals['_PROGRESSEVENT']._serialized_end=174
-  _globals['_VALUEEVENT']._serialized_start=176
-  _globals['_VALUEEVENT']._serialized_end=255
-  _globals['_TENSOREVENT']._serialized_start=257
-  _globals['_TENSOREVENT']._serialized_end=343
-  _globals['_DONEEVENT']._serialized_start=345
-  _globals['_DONEEVENT']._serialized_end=391
-  _globals['_ERROREVENT']._serialized_start=393
-  _globals['_ERROREVENT']._serialized_end=421
-  _globals['_COST']._serialized_start=423
-  _globals['_COST']._serialized_end=518
-  _globals['_USAGE']._serialized_start=521
-  _globals['_USAGE']._serialized_end=834
-  _globals['_USAGE_SAVEDENTRY']._serialized_start=790
-  _globals['_USAGE_SAVEDENTRY']._serialized_end=834
+  _globals['_QUEUEDEVENT']._serialized_start=95
+  _globals['_QUEUEDEVENT']._serialized_end=126
+  _globals['_STARTEDEVENT']._serialized_start=128
+  _globals['_STARTEDEVENT']._serialized_end=142
+  _globals['_PROGRESSEVENT']._serialized_start=144
+  _globals['_PROGRESSEVENT']._serialized_end=202
+  _globals['_VALUEEVENT']._serialized_start=204
+  _globals['_VALUEEVENT']._serialized_end=283
+  _globals['_TENSOREVENT']._serialized_start=285
+  _globals['_TENSOREVENT']._serialized_end=371
+  _globals['_KEPTEVENT']._serialized_start=373
+  _globals['_KEPTEVENT']._serialized_end=455
+  _globals['_DONEEVENT']._serialized_start=457
+  _globals['_DONEEVENT']._serialized_end=503
+  _globals['_ERROREVENT']._serialized_start=505
+  _globals['_ERROREVENT']._serialized_end=533
+  _globals['_COST']._serialized_start=535
+  _globals['_COST']._serialized_end=650
+  _globals['_USAGE']._serialized_start=653
+  _globals['_USAGE']._serialized_end=966
+  _globals['_USAGE_SAVEDENTRY']._serialized_start=922
+  _globals['_USAGE_SAVEDENTRY']._serialized_end=966
 # @@protoc_insertion_point(module_scope)

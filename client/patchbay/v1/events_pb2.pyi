@@ -1,3 +1,4 @@
+from patchbay.v1 import artifact_pb2 as _artifact_pb2
 from patchbay.v1 import tensor_pb2 as _tensor_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
@@ -44,6 +45,16 @@ class TensorEvent(_message.Message):
     finite: bool
     def __init__(self, name: _Optional[str] = ..., header: _Optional[_Union[_tensor_pb2.TensorHeader, _Mapping]] = ..., finite: bool = ...) -> None: ...
 
+class KeptEvent(_message.Message):
+    __slots__ = ("name", "artifact", "finite")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ARTIFACT_FIELD_NUMBER: _ClassVar[int]
+    FINITE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    artifact: _artifact_pb2.Artifact
+    finite: bool
+    def __init__(self, name: _Optional[str] = ..., artifact: _Optional[_Union[_artifact_pb2.Artifact, _Mapping]] = ..., finite: bool = ...) -> None: ...
+
 class DoneEvent(_message.Message):
     __slots__ = ("usage",)
     USAGE_FIELD_NUMBER: _ClassVar[int]
@@ -57,18 +68,20 @@ class ErrorEvent(_message.Message):
     def __init__(self, status: _Optional[bytes] = ...) -> None: ...
 
 class Cost(_message.Message):
-    __slots__ = ("flops", "peak_bytes", "result_bytes", "tokens", "passes")
+    __slots__ = ("flops", "peak_bytes", "result_bytes", "tokens", "passes", "kept_bytes")
     FLOPS_FIELD_NUMBER: _ClassVar[int]
     PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
     RESULT_BYTES_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     PASSES_FIELD_NUMBER: _ClassVar[int]
+    KEPT_BYTES_FIELD_NUMBER: _ClassVar[int]
     flops: int
     peak_bytes: int
     result_bytes: int
     tokens: int
     passes: int
-    def __init__(self, flops: _Optional[int] = ..., peak_bytes: _Optional[int] = ..., result_bytes: _Optional[int] = ..., tokens: _Optional[int] = ..., passes: _Optional[int] = ...) -> None: ...
+    kept_bytes: int
+    def __init__(self, flops: _Optional[int] = ..., peak_bytes: _Optional[int] = ..., result_bytes: _Optional[int] = ..., tokens: _Optional[int] = ..., passes: _Optional[int] = ..., kept_bytes: _Optional[int] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("tokens", "passes", "layers_run", "layers_skipped", "nodes", "nodes_run", "queue_ms", "run_ms", "bytes_in", "bytes_out", "cost", "saved")

@@ -107,9 +107,11 @@ class AttrList(_message.Message):
     def __init__(self, values: _Optional[_Iterable[_Union[Attr, _Mapping]]] = ...) -> None: ...
 
 class Output(_message.Message):
-    __slots__ = ("name", "node")
+    __slots__ = ("name", "node", "keep")
     NAME_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
     name: str
     node: int
-    def __init__(self, name: _Optional[str] = ..., node: _Optional[int] = ...) -> None: ...
+    keep: bool
+    def __init__(self, name: _Optional[str] = ..., node: _Optional[int] = ..., keep: bool = ...) -> None: ...

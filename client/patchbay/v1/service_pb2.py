@@ -22,43 +22,44 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from patchbay.v1 import artifact_pb2 as patchbay_dot_v1_dot_artifact__pb2
 from patchbay.v1 import card_pb2 as patchbay_dot_v1_dot_card__pb2
 from patchbay.v1 import events_pb2 as patchbay_dot_v1_dot_events__pb2
 from patchbay.v1 import graph_pb2 as patchbay_dot_v1_dot_graph__pb2
 from patchbay.v1 import tensor_pb2 as patchbay_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19patchbay/v1/service.proto\x12\x0bpatchbay.v1\x1a\x16patchbay/v1/card.proto\x1a\x18patchbay/v1/events.proto\x1a\x17patchbay/v1/graph.proto\x1a\x18patchbay/v1/tensor.proto\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"X\n\x12ListModelsResponse\x12)\n\x06models\x18\x01 \x03(\x0b\x32\x19.patchbay.v1.ModelSummary\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"8\n\x10GetModelResponse\x12$\n\x04\x63\x61rd\x18\x01 \x01(\x0b\x32\x16.patchbay.v1.ModelCard\"\xb5\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05texts\x18\x02 \x03(\t\x12\x1b\n\x13omit_special_tokens\x18\x03 \x01(\x08\x12\x0b\n\x03ids\x18\x04 \x03(\x03\x12\x18\n\x0bprepend_bos\x18\x05 \x01(\x08H\x00\x88\x01\x01\x12\x30\n\rconversations\x18\x06 \x03(\x0b\x32\x19.patchbay.v1.ConversationB\x0e\n\x0c_prepend_bos\":\n\x0c\x43onversation\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.patchbay.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"O\n\x10TokenizeResponse\x12)\n\x05texts\x18\x01 \x03(\x0b\x32\x1a.patchbay.v1.TokenizedText\x12\x10\n\x08rendered\x18\x02 \x03(\t\"j\n\rTokenizedText\x12\x0b\n\x03ids\x18\x01 \x03(\x03\x12\x0f\n\x07strings\x18\x02 \x03(\t\x12\x0e\n\x06starts\x18\x03 \x03(\x05\x12\x0c\n\x04\x65nds\x18\x04 \x03(\x05\x12\x0f\n\x07special\x18\x05 \x03(\x08\x12\x0c\n\x04text\x18\x06 \x01(\t\"\x84\x01\n\x0e\x45xecuteRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12!\n\x05graph\x18\x02 \x01(\x0b\x32\x12.patchbay.v1.Graph\x12,\n\x07options\x18\x03 \x01(\x0b\x32\x1b.patchbay.v1.ExecuteOptions\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"X\n\x0e\x45xecuteOptions\x12\x15\n\rdeterministic\x18\x01 \x01(\x08\x12\x1e\n\x16\x64isabled_optimizations\x18\x02 \x03(\t\x12\x0f\n\x07\x64ry_run\x18\x03 \x01(\x08\"\xf7\x02\n\x0f\x45xecuteResponse\x12*\n\x06queued\x18\x01 \x01(\x0b\x32\x18.patchbay.v1.QueuedEventH\x00\x12,\n\x07started\x18\x02 \x01(\x0b\x32\x19.patchbay.v1.StartedEventH\x00\x12.\n\x08progress\x18\x03 \x01(\x0b\x32\x1a.patchbay.v1.ProgressEventH\x00\x12(\n\x05value\x18\x04 \x01(\x0b\x32\x17.patchbay.v1.ValueEventH\x00\x12*\n\x06tensor\x18\x05 \x01(\x0b\x32\x18.patchbay.v1.TensorEventH\x00\x12)\n\x05\x63hunk\x18\x06 \x01(\x0b\x32\x18.patchbay.v1.TensorChunkH\x00\x12&\n\x04\x64one\x18\x07 \x01(\x0b\x32\x16.patchbay.v1.DoneEventH\x00\x12(\n\x05\x65rror\x18\x08 \x01(\x0b\x32\x17.patchbay.v1.ErrorEventH\x00\x42\x07\n\x05\x65vent2\xba\x02\n\x0fPatchbayService\x12M\n\nListModels\x12\x1e.patchbay.v1.ListModelsRequest\x1a\x1f.patchbay.v1.ListModelsResponse\x12G\n\x08GetModel\x12\x1c.patchbay.v1.GetModelRequest\x1a\x1d.patchbay.v1.GetModelResponse\x12G\n\x08Tokenize\x12\x1c.patchbay.v1.TokenizeRequest\x1a\x1d.patchbay.v1.TokenizeResponse\x12\x46\n\x07\x45xecute\x12\x1b.patchbay.v1.ExecuteRequest\x1a\x1c.patchbay.v1.ExecuteResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19patchbay/v1/service.proto\x12\x0bpatchbay.v1\x1a\x1apatchbay/v1/artifact.proto\x1a\x16patchbay/v1/card.proto\x1a\x18patchbay/v1/events.proto\x1a\x17patchbay/v1/graph.proto\x1a\x18patchbay/v1/tensor.proto\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"X\n\x12ListModelsResponse\x12)\n\x06models\x18\x01 \x03(\x0b\x32\x19.patchbay.v1.ModelSummary\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"8\n\x10GetModelResponse\x12$\n\x04\x63\x61rd\x18\x01 \x01(\x0b\x32\x16.patchbay.v1.ModelCard\"\xb5\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05texts\x18\x02 \x03(\t\x12\x1b\n\x13omit_special_tokens\x18\x03 \x01(\x08\x12\x0b\n\x03ids\x18\x04 \x03(\x03\x12\x18\n\x0bprepend_bos\x18\x05 \x01(\x08H\x00\x88\x01\x01\x12\x30\n\rconversations\x18\x06 \x03(\x0b\x32\x19.patchbay.v1.ConversationB\x0e\n\x0c_prepend_bos\":\n\x0c\x43onversation\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.patchbay.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"O\n\x10TokenizeResponse\x12)\n\x05texts\x18\x01 \x03(\x0b\x32\x1a.patchbay.v1.TokenizedText\x12\x10\n\x08rendered\x18\x02 \x03(\t\"j\n\rTokenizedText\x12\x0b\n\x03ids\x18\x01 \x03(\x03\x12\x0f\n\x07strings\x18\x02 \x03(\t\x12\x0e\n\x06starts\x18\x03 \x03(\x05\x12\x0c\n\x04\x65nds\x18\x04 \x03(\x05\x12\x0f\n\x07special\x18\x05 \x03(\x08\x12\x0c\n\x04text\x18\x06 \x01(\t\"\x84\x01\n\x0e\x45xecuteRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12!\n\x05graph\x18\x02 \x01(\x0b\x32\x12.patchbay.v1.Graph\x12,\n\x07options\x18\x03 \x01(\x0b\x32\x1b.patchbay.v1.ExecuteOptions\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"X\n\x0e\x45xecuteOptions\x12\x15\n\rdeterministic\x18\x01 \x01(\x08\x12\x1e\n\x16\x64isabled_optimizations\x18\x02 \x03(\t\x12\x0f\n\x07\x64ry_run\x18\x03 \x01(\x08\"\x9f\x03\n\x0f\x45xecuteResponse\x12*\n\x06queued\x18\x01 \x01(\x0b\x32\x18.patchbay.v1.QueuedEventH\x00\x12,\n\x07started\x18\x02 \x01(\x0b\x32\x19.patchbay.v1.StartedEventH\x00\x12.\n\x08progress\x18\x03 \x01(\x0b\x32\x1a.patchbay.v1.ProgressEventH\x00\x12(\n\x05value\x18\x04 \x01(\x0b\x32\x17.patchbay.v1.ValueEventH\x00\x12*\n\x06tensor\x18\x05 \x01(\x0b\x32\x18.patchbay.v1.TensorEventH\x00\x12)\n\x05\x63hunk\x18\x06 \x01(\x0b\x32\x18.patchbay.v1.TensorChunkH\x00\x12&\n\x04\x64one\x18\x07 \x01(\x0b\x32\x16.patchbay.v1.DoneEventH\x00\x12(\n\x05\x65rror\x18\x08 \x01(\x0b\x32\x17.patchbay.v1.ErrorEventH\x00\x12&\n\x04kept\x18\t \x01(\x0b\x32\x16.patchbay.v1.KeptEventH\x00\x42\x07\n\x05\x65vent2\xed\x05\n\x0fPatchbayService\x12M\n\nListModels\x12\x1e.patchbay.v1.ListModelsRequest\x1a\x1f.patchbay.v1.ListModelsResponse\x12G\n\x08GetModel\x12\x1c.patchbay.v1.GetModelRequest\x1a\x1d.patchbay.v1.GetModelResponse\x12G\n\x08Tokenize\x12\x1c.patchbay.v1.TokenizeRequest\x1a\x1d.patchbay.v1.TokenizeResponse\x12\x46\n\x07\x45xecute\x12\x1b.patchbay.v1.ExecuteRequest\x1a\x1c.patchbay.v1.ExecuteResponse0\x01\x12R\n\x0bPutArtifact\x12\x1f.patchbay.v1.PutArtifactRequest\x1a .patchbay.v1.PutArtifactResponse(\x01\x12R\n\x0bGetArtifact\x12\x1f.patchbay.v1.GetArtifactRequest\x1a .patchbay.v1.GetArtifactResponse0\x01\x12V\n\rStatArtifacts\x12!.patchbay.v1.StatArtifactsRequest\x1a\".patchbay.v1.StatArtifactsResponse\x12V\n\rListArtifacts\x12!.patchbay.v1.ListArtifactsRequest\x1a\".patchbay.v1.ListArtifactsResponse\x12Y\n\x0e\x44\x65leteArtifact\x12\".patchbay.v1.DeleteArtifactRequest\x1a#.patchbay.v1.DeleteArtifactResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'patchbay.v1.service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LISTMODELSREQUEST']._serialized_start=143
-  _globals['_LISTMODELSREQUEST']._serialized_end=201
-  _globals['_LISTMODELSRESPONSE']._serialized_start=203
-  _globals['_LISTMODELSRESPONSE']._serialized_end=291
-  _globals['_GETMODELREQUEST']._serialized_start=293
-  _globals['_GETMODELREQUEST']._serialized_end=324
-  _globals['_GETMODELRESPONSE']._serialized_start=326
-  _globals['_GETMODELRESPONSE']._serialized_end=382
-  _globals['_TOKENIZEREQUEST']._serialized_start=385
-  _globals['_TOKENIZEREQUEST']._serialized_end=566
-  _globals['_CONVERSATION']._serialized_start=568
-  _globals['_CONVERSATION']._serialized_end=626
-  _globals['_CHATMESSAGE']._serialized_start=628
-  _globals['_CHATMESSAGE']._serialized_end=672
-  _globals['_TOKENIZERESPONSE']._serialized_start=674
-  _globals['_TOKENIZERESPONSE']._serialized_end=753
-  _globals['_TOKENIZEDTEXT']._serialized_start=755
-  _globals['_TOKENIZEDTEXT']._serialized_end=861
-  _globals['_EXECUTEREQUEST']._serialized_start=864
-  _globals['_EXECUTEREQUEST']._serialized_end=996
-  _globals['_EXECUTEOPTIONS']._serialized_start=998
-  _globals['_EXECUTEOPTIONS']._serialized_end=1086
-  _globals['_EXECUTERESPONSE']._serialized_start=1089
-  _globals['_EXECUTERESPONSE']._serialized_end=1464
-  _globals['_PATCHBAYSERVICE']._serialized_start=1467
-  _globals['_PATCHBAYSERVICE']._serialized_end=1781
+  _globals['_LISTMODELSREQUEST']._serialized_start=171
+  _globals['_LISTMODELSREQUEST']._serialized_end=229
+  _globals['_LISTMODELSRESPONSE']._serialized_start=231
+  _globals['_LISTMODELSRESPONSE']._serialized_end=319
+  _globals['_GETMODELREQUEST']._serialized_start=321
+  _globals['_GETMODELREQUEST']._serialized_end=352
+  _globals['_GETMODELRESPONSE']._serialized_start=354
+  _globals['_GETMODELRESPONSE']._serialized_end=410
+  _globals['_TOKENIZEREQUEST']._serialized_start=413
+  _globals['_TOKENIZEREQUEST']._serialized_end=594
+  _globals['_CONVERSATION']._serialized_start=596
+  _globals['_CONVERSATION']._serialized_end=654
+  _globals['_CHATMESSAGE']._serialized_start=656
+  _globals['_CHATMESSAGE']._serialized_end=700
+  _globals['_TOKENIZERESPONSE']._serialized_start=702
+  _globals['_TOKENIZERESPONSE']._serialized_end=781
+  _globals['_TOKENIZEDTEXT']._serialized_start=783
+  _globals['_TOKENIZEDTEXT']._serialized_end=889
+  _globals['_EXECUTEREQUEST']._serialized_start=892
+  _globals['_EXECUTEREQUEST']._serialized_end=1024
+  _globals['_EXECUTEOPTIONS']._serialized_start=1026
+  _globals['_EXECUTEOPTIONS']._serialized_end=1114
+  _globals['_EXECUTERESPONSE']._serialized_start=1117
+  _globals['_EXECUTERESPONSE']._serialized_end=1532
+  _globals['_PATCHBAYSERVICE']._serialized_start=1535
+  _globals['_PATCHBAYSERVICE']._serialized_end=2284
 # @@protoc_insertion_point(module_scope)

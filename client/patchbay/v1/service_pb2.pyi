@@ -1,3 +1,4 @@
+from patchbay.v1 import artifact_pb2 as _artifact_pb2
 from patchbay.v1 import card_pb2 as _card_pb2
 from patchbay.v1 import events_pb2 as _events_pb2
 from patchbay.v1 import graph_pb2 as _graph_pb2
@@ -114,7 +115,7 @@ class ExecuteOptions(_message.Message):
     def __init__(self, deterministic: bool = ..., disabled_optimizations: _Optional[_Iterable[str]] = ..., dry_run: bool = ...) -> None: ...
 
 class ExecuteResponse(_message.Message):
-    __slots__ = ("queued", "started", "progress", "value", "tensor", "chunk", "done", "error")
+    __slots__ = ("queued", "started", "progress", "value", "tensor", "chunk", "done", "error", "kept")
     QUEUED_FIELD_NUMBER: _ClassVar[int]
     STARTED_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
@@ -123,6 +124,7 @@ class ExecuteResponse(_message.Message):
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
     queued: _events_pb2.QueuedEvent
     started: _events_pb2.StartedEvent
     progress: _events_pb2.ProgressEvent
@@ -131,4 +133,5 @@ class ExecuteResponse(_message.Message):
     chunk: _tensor_pb2.TensorChunk
     done: _events_pb2.DoneEvent
     error: _events_pb2.ErrorEvent
-    def __init__(self, queued: _Optional[_Union[_events_pb2.QueuedEvent, _Mapping]] = ..., started: _Optional[_Union[_events_pb2.StartedEvent, _Mapping]] = ..., progress: _Optional[_Union[_events_pb2.ProgressEvent, _Mapping]] = ..., value: _Optional[_Union[_events_pb2.ValueEvent, _Mapping]] = ..., tensor: _Optional[_Union[_events_pb2.TensorEvent, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ..., done: _Optional[_Union[_events_pb2.DoneEvent, _Mapping]] = ..., error: _Optional[_Union[_events_pb2.ErrorEvent, _Mapping]] = ...) -> None: ...
+    kept: _events_pb2.KeptEvent
+    def __init__(self, queued: _Optional[_Union[_events_pb2.QueuedEvent, _Mapping]] = ..., started: _Optional[_Union[_events_pb2.StartedEvent, _Mapping]] = ..., progress: _Optional[_Union[_events_pb2.ProgressEvent, _Mapping]] = ..., value: _Optional[_Union[_events_pb2.ValueEvent, _Mapping]] = ..., tensor: _Optional[_Union[_events_pb2.TensorEvent, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ..., done: _Optional[_Union[_events_pb2.DoneEvent, _Mapping]] = ..., error: _Optional[_Union[_events_pb2.ErrorEvent, _Mapping]] = ..., kept: _Optional[_Union[_events_pb2.KeptEvent, _Mapping]] = ...) -> None: ...

@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from patchbay.v1 import artifact_pb2 as patchbay_dot_v1_dot_artifact__pb2
 from patchbay.v1 import service_pb2 as patchbay_dot_v1_dot_service__pb2
 
 GRPC_GENERATED_VERSION = '1.66.2'
@@ -55,6 +56,31 @@ class PatchbayServiceStub(object):
                 request_serializer=patchbay_dot_v1_dot_service__pb2.ExecuteRequest.SerializeToString,
                 response_deserializer=patchbay_dot_v1_dot_service__pb2.ExecuteResponse.FromString,
                 _registered_method=True)
+        self.PutArtifact = channel.stream_unary(
+                '/patchbay.v1.PatchbayService/PutArtifact',
+                request_serializer=patchbay_dot_v1_dot_artifact__pb2.PutArtifactRequest.SerializeToString,
+                response_deserializer=patchbay_dot_v1_dot_artifact__pb2.PutArtifactResponse.FromString,
+                _registered_method=True)
+        self.GetArtifact = channel.unary_stream(
+                '/patchbay.v1.PatchbayService/GetArtifact',
+                request_serializer=patchbay_dot_v1_dot_artifact__pb2.GetArtifactRequest.SerializeToString,
+                response_deserializer=patchbay_dot_v1_dot_artifact__pb2.GetArtifactResponse.FromString,
+                _registered_method=True)
+        self.StatArtifacts = channel.unary_unary(
+                '/patchbay.v1.PatchbayService/StatArtifacts',
+                request_serializer=patchbay_dot_v1_dot_artifact__pb2.StatArtifactsRequest.SerializeToString,
+                response_deserializer=patchbay_dot_v1_dot_artifact__pb2.StatArtifactsResponse.FromString,
+                _registered_method=True)
+        self.ListArtifacts = channel.unary_unary(
+                '/patchbay.v1.PatchbayService/ListArtifacts',
+                request_serializer=patchbay_dot_v1_dot_artifact__pb2.ListArtifactsRequest.SerializeToString,
+                response_deserializer=patchbay_dot_v1_dot_artifact__pb2.ListArtifactsResponse.FromString,
+                _registered_method=True)
+        self.DeleteArtifact = channel.unary_unary(
+                '/patchbay.v1.PatchbayService/DeleteArtifact',
+                request_serializer=patchbay_dot_v1_dot_artifact__pb2.DeleteArtifactRequest.SerializeToString,
+                response_deserializer=patchbay_dot_v1_dot_artifact__pb2.DeleteArtifactResponse.FromString,
+                _registered_method=True)
 
 
 class PatchbayServiceServicer(object):
@@ -89,6 +115,41 @@ class PatchbayServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PutArtifact(self, request_iterator, context):
+        """Stores a tensor under its digest; one that is there already is not taken again. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetArtifact(self, request, context):
+        """The caller's tensor of that digest.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StatArtifacts(self, request, context):
+        """Which of these the caller has.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListArtifacts(self, request, context):
+        """The caller's artifacts.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteArtifact(self, request, context):
+        """Removes one; graphs that use it go on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PatchbayServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -111,6 +172,31 @@ def add_PatchbayServiceServicer_to_server(servicer, server):
                     servicer.Execute,
                     request_deserializer=patchbay_dot_v1_dot_service__pb2.ExecuteRequest.FromString,
                     response_serializer=patchbay_dot_v1_dot_service__pb2.ExecuteResponse.SerializeToString,
+            ),
+            'PutArtifact': grpc.stream_unary_rpc_method_handler(
+                    servicer.PutArtifact,
+                    request_deserializer=patchbay_dot_v1_dot_artifact__pb2.PutArtifactRequest.FromString,
+                    response_serializer=patchbay_dot_v1_dot_artifact__pb2.PutArtifactResponse.SerializeToString,
+            ),
+            'GetArtifact': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetArtifact,
+                    request_deserializer=patchbay_dot_v1_dot_artifact__pb2.GetArtifactRequest.FromString,
+                    response_serializer=patchbay_dot_v1_dot_artifact__pb2.GetArtifactResponse.SerializeToString,
+            ),
+            'StatArtifacts': grpc.unary_unary_rpc_method_handler(
+                    servicer.StatArtifacts,
+                    request_deserializer=patchbay_dot_v1_dot_artifact__pb2.StatArtifactsRequest.FromString,
+                    response_serializer=patchbay_dot_v1_dot_artifact__pb2.StatArtifactsResponse.SerializeToString,
+            ),
+            'ListArtifacts': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListArtifacts,
+                    request_deserializer=patchbay_dot_v1_dot_artifact__pb2.ListArtifactsRequest.FromString,
+                    response_serializer=patchbay_dot_v1_dot_artifact__pb2.ListArtifactsResponse.SerializeToString,
+            ),
+            'DeleteArtifact': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteArtifact,
+                    request_deserializer=patchbay_dot_v1_dot_artifact__pb2.DeleteArtifactRequest.FromString,
+                    response_serializer=patchbay_dot_v1_dot_artifact__pb2.DeleteArtifactResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -222,6 +308,141 @@ class PatchbayService(object):
             '/patchbay.v1.PatchbayService/Execute',
             patchbay_dot_v1_dot_service__pb2.ExecuteRequest.SerializeToString,
             patchbay_dot_v1_dot_service__pb2.ExecuteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutArtifact(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/patchbay.v1.PatchbayService/PutArtifact',
+            patchbay_dot_v1_dot_artifact__pb2.PutArtifactRequest.SerializeToString,
+            patchbay_dot_v1_dot_artifact__pb2.PutArtifactResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetArtifact(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/patchbay.v1.PatchbayService/GetArtifact',
+            patchbay_dot_v1_dot_artifact__pb2.GetArtifactRequest.SerializeToString,
+            patchbay_dot_v1_dot_artifact__pb2.GetArtifactResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StatArtifacts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/patchbay.v1.PatchbayService/StatArtifacts',
+            patchbay_dot_v1_dot_artifact__pb2.StatArtifactsRequest.SerializeToString,
+            patchbay_dot_v1_dot_artifact__pb2.StatArtifactsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListArtifacts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/patchbay.v1.PatchbayService/ListArtifacts',
+            patchbay_dot_v1_dot_artifact__pb2.ListArtifactsRequest.SerializeToString,
+            patchbay_dot_v1_dot_artifact__pb2.ListArtifactsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteArtifact(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/patchbay.v1.PatchbayService/DeleteArtifact',
+            patchbay_dot_v1_dot_artifact__pb2.DeleteArtifactRequest.SerializeToString,
+            patchbay_dot_v1_dot_artifact__pb2.DeleteArtifactResponse.FromString,
             options,
             channel_credentials,
             insecure,
