@@ -137,13 +137,13 @@ def save_results(results: Mapping[str, Any], path: str | os.PathLike[str]) -> No
         np.savez(buffer, **plain)  # type: ignore[arg-type]
         _write(where, buffer.getvalue())
     elif where.suffix == ".safetensors":
-        _write(where, _safetensors(arrays))
+        _write(where, b"".join(safetensors_parts(arrays)))
     else:
         raise ProtocolError(f"results are saved as .npz or .safetensors, not as {where.name!r}")
 
 
-def _safetensors(arrays: Mapping[str, Any]) -> bytes:
-    """The format: header size, a JSON header, the elements one tensor after the other."""
+def safetensors_parts(arrays: Mapping[str, Any]) -> list[bytes]:
+    """A safetensors file in pieces: header size, a JSON header, the elements one tensor after the other."""
     header: dict[str, object] = {}
     offset, parts = 0, []
     # Wider elements first, so that every tensor is aligned to its element size.
@@ -156,7 +156,7 @@ def _safetensors(arrays: Mapping[str, Any]) -> bytes:
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return b"".join([struct.pack("<Q", len(text)), text, *parts])
+    return [struct.pack("<Q", len(text)), text, *parts]
 
 
 def _write(path: Path, data: bytes) -> None:
