@@ -108,6 +108,9 @@ class LimitsConfig(_Section):
     max_flops: int = Field(
         default=_GRAPH.max_flops, ge=1, description="Floating-point operations of one graph's own nodes."
     )
+    max_loop_steps: int = Field(
+        default=_GRAPH.max_loop_steps, ge=1, description="Operations that one graph's loops run, every step counted."
+    )
     max_request_bytes: int = Field(
         default=256 * 2**20, ge=1024, le=2**31 - 1, description="Bytes of one request message."
     )
@@ -126,6 +129,27 @@ class LimitsConfig(_Section):
     def graph_limits(self) -> Limits:
         """The part that a single graph is held to, as the verifier takes it."""
         return Limits(**{name: getattr(self, name) for name in Limits.__dataclass_fields__})
+
+
+class SchedulingConfig(_Section):
+    """Which requests share a forward, and whose turn it is."""
+
+    max_open_requests: int = Field(
+        default=32,
+        ge=1,
+        le=4096,
+        description="Requests that the engine holds open at once; their forwards may be shared. As many again may be open"
+        " for accounts that have none.",
+    )
+    max_forward_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Token positions of one forward shared by several requests. Default: 1024 on a CPU, 16384 on a GPU.",
+    )
+    fairness: Literal["virtual-tokens", "round-robin"] = Field(
+        default="virtual-tokens",
+        description="Whose turn it is: the account that had least put through, or accounts one request each.",
+    )
 
 
 class KeysConfig(_Section):
@@ -185,6 +209,7 @@ class Config(_Section):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="What is logged.")
     limits: LimitsConfig = LimitsConfig()
+    scheduling: SchedulingConfig = SchedulingConfig()
     keys: KeysConfig = KeysConfig()
     tls: TlsConfig | None = None
     ray: RayConfig = RayConfig()
@@ -258,6 +283,7 @@ class Config(_Section):
 def _walk(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str]]:
     inner: dict[str, type[BaseModel]] = {
         "limits": LimitsConfig,
+        "scheduling": SchedulingConfig,
         "keys": KeysConfig,
         "tls": TlsConfig,
         "ray": RayConfig,
@@ -348,6 +374,7 @@ def _known_keys(path: tuple[Any, ...]) -> list[str]:
     sections: dict[str, type[BaseModel]] = {
         "models": ModelConfig,
         "limits": LimitsConfig,
+        "scheduling": SchedulingConfig,
         "keys": KeysConfig,
         "tls": TlsConfig,
         "ray": RayConfig,

@@ -11,9 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from patchbay.ir.bodies import loop_cost
 from patchbay.ir.card import CallableSpec, ModelCard
 from patchbay.ir.graph import Attr, Graph, Node
 from patchbay.ir.ops import spec as op_spec
+from patchbay.ir.ops.control import BODY_ATTRS
 from patchbay.ir.ops.spec import TensorSpec, ValueSpec
 
 #: Attributes of nodes that have none, so that they share one object.
@@ -56,10 +58,12 @@ def facts_of(
         value: its own.
         card: the model's; without it a module that is applied costs what one matrix would.
     """
-    del graph
     args = [s for a in node.args if isinstance(s := specs[a], TensorSpec)]
     spec = op_spec(node.op)
     attrs = spec.fill(node.attrs)
+    if node.op in BODY_ATTRS:
+        loop = loop_cost(node.op, attrs, args, value, graph.body_facts)
+        return Facts(value, attrs, loop.flops, loop.workspace, value_bytes(value))
     if node.op == "call" and card is not None:
         flops, workspace = _module_cost(card.callable(attrs["target"]), args[0])
         return Facts(value, attrs, flops, workspace, value_bytes(value))

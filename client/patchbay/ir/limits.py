@@ -23,6 +23,7 @@ class Limits:
         max_result_bytes: bytes of all outputs.
         max_peak_bytes: highest sum of the graph's live values.
         max_flops: floating-point operations of the graph's own nodes (the model's forwards are bounded by max_tokens).
+        max_loop_steps: operations that the graph's loops run, those of every step counted.
     """
 
     max_nodes: int = 50_000
@@ -33,3 +34,4 @@ class Limits:
     max_result_bytes: int = 1 * 2**30
     max_peak_bytes: int = 4 * 2**30
     max_flops: int = 10**14
+    max_loop_steps: int = 10_000_000

@@ -162,7 +162,7 @@ class CallableSpec(_message.Message):
     def __init__(self, name: _Optional[str] = ..., d_in: _Optional[int] = ..., d_out: _Optional[int] = ..., element_type: _Optional[_Union[_tensor_pb2.ElementType, str]] = ..., doc: _Optional[str] = ..., parameter_count: _Optional[int] = ..., whole_rows: bool = ..., absent_reason: _Optional[str] = ..., path: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_nodes", "max_runs", "max_rows", "max_tokens", "max_const_bytes", "max_result_bytes", "max_peak_bytes", "max_flops")
+    __slots__ = ("max_nodes", "max_runs", "max_rows", "max_tokens", "max_const_bytes", "max_result_bytes", "max_peak_bytes", "max_flops", "max_loop_steps")
     MAX_NODES_FIELD_NUMBER: _ClassVar[int]
     MAX_RUNS_FIELD_NUMBER: _ClassVar[int]
     MAX_ROWS_FIELD_NUMBER: _ClassVar[int]
@@ -171,6 +171,7 @@ class Limits(_message.Message):
     MAX_RESULT_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_FLOPS_FIELD_NUMBER: _ClassVar[int]
+    MAX_LOOP_STEPS_FIELD_NUMBER: _ClassVar[int]
     max_nodes: int
     max_runs: int
     max_rows: int
@@ -179,4 +180,5 @@ class Limits(_message.Message):
     max_result_bytes: int
     max_peak_bytes: int
     max_flops: int
-    def __init__(self, max_nodes: _Optional[int] = ..., max_runs: _Optional[int] = ..., max_rows: _Optional[int] = ..., max_tokens: _Optional[int] = ..., max_const_bytes: _Optional[int] = ..., max_result_bytes: _Optional[int] = ..., max_peak_bytes: _Optional[int] = ..., max_flops: _Optional[int] = ...) -> None: ...
+    max_loop_steps: int
+    def __init__(self, max_nodes: _Optional[int] = ..., max_runs: _Optional[int] = ..., max_rows: _Optional[int] = ..., max_tokens: _Optional[int] = ..., max_const_bytes: _Optional[int] = ..., max_result_bytes: _Optional[int] = ..., max_peak_bytes: _Optional[int] = ..., max_flops: _Optional[int] = ..., max_loop_steps: _Optional[int] = ...) -> None: ...

@@ -26,7 +26,7 @@ from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from patchbay.v1 import tensor_pb2 as patchbay_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17patchbay/v1/graph.proto\x12\x0bpatchbay.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x18patchbay/v1/tensor.proto\"o\n\x05Graph\x12\x1e\n\x04runs\x18\x01 \x03(\x0b\x32\x10.patchbay.v1.Run\x12 \n\x05nodes\x18\x02 \x03(\x0b\x32\x11.patchbay.v1.Node\x12$\n\x07outputs\x18\x03 \x03(\x0b\x32\x13.patchbay.v1.Output\"\x8d\x01\n\x03Run\x12\x0e\n\x06tokens\x18\x01 \x03(\x03\x12\x13\n\x0brow_lengths\x18\x02 \x03(\x05\x12\r\n\x05label\x18\x03 \x01(\t\x12%\n\x06inputs\x18\x04 \x03(\x0b\x32\x15.patchbay.v1.RunInput\x12+\n\ngeneration\x18\x05 \x01(\x0b\x32\x17.patchbay.v1.Generation\"\xa3\x01\n\nGeneration\x12\x16\n\x0emax_new_tokens\x18\x01 \x01(\x05\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\x05\x12\r\n\x05top_p\x18\x04 \x01(\x01\x12\x0c\n\x04seed\x18\x05 \x01(\x03\x12(\n\x04stop\x18\x06 \x03(\x0b\x32\x1a.patchbay.v1.TokenSequence\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\"\x1c\n\rTokenSequence\x12\x0b\n\x03ids\x18\x01 \x03(\x03\"<\n\x08RunInput\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\"\n\x05value\x18\x02 \x01(\x0b\x32\x13.patchbay.v1.Tensor\"\xa8\x01\n\x04Node\x12\n\n\x02op\x18\x01 \x01(\t\x12\x0c\n\x04\x61rgs\x18\x02 \x03(\x05\x12+\n\x05\x61ttrs\x18\x03 \x03(\x0b\x32\x1c.patchbay.v1.Node.AttrsEntry\x12\x10\n\x03run\x18\x04 \x01(\x05H\x00\x88\x01\x01\x1a?\n\nAttrsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12 \n\x05value\x18\x02 \x01(\x0b\x32\x11.patchbay.v1.Attr:\x02\x38\x01\x42\x06\n\x04_run\"\xf4\x01\n\x04\x41ttr\x12\x30\n\nnull_value\x18\x01 \x01(\x0e\x32\x1a.google.protobuf.NullValueH\x00\x12\x14\n\nbool_value\x18\x02 \x01(\x08H\x00\x12\x13\n\tint_value\x18\x03 \x01(\x03H\x00\x12\x15\n\x0b\x66loat_value\x18\x04 \x01(\x01H\x00\x12\x16\n\x0cstring_value\x18\x05 \x01(\tH\x00\x12+\n\x0ctensor_value\x18\x06 \x01(\x0b\x32\x13.patchbay.v1.TensorH\x00\x12+\n\nlist_value\x18\x07 \x01(\x0b\x32\x15.patchbay.v1.AttrListH\x00\x42\x06\n\x04kind\"-\n\x08\x41ttrList\x12!\n\x06values\x18\x01 \x03(\x0b\x32\x11.patchbay.v1.Attr\"2\n\x06Output\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\x05\x12\x0c\n\x04keep\x18\x03 \x01(\x08\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17patchbay/v1/graph.proto\x12\x0bpatchbay.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x18patchbay/v1/tensor.proto\"\x92\x01\n\x05Graph\x12\x1e\n\x04runs\x18\x01 \x03(\x0b\x32\x10.patchbay.v1.Run\x12 \n\x05nodes\x18\x02 \x03(\x0b\x32\x11.patchbay.v1.Node\x12$\n\x07outputs\x18\x03 \x03(\x0b\x32\x13.patchbay.v1.Output\x12!\n\x06\x62odies\x18\x04 \x03(\x0b\x32\x11.patchbay.v1.Body\"\x8c\x01\n\x04\x42ody\x12\'\n\x06params\x18\x01 \x03(\x0b\x32\x17.patchbay.v1.TensorType\x12 \n\x05nodes\x18\x02 \x03(\x0b\x32\x11.patchbay.v1.Node\x12\x0f\n\x07results\x18\x03 \x03(\x05\x12(\n\x07returns\x18\x04 \x03(\x0b\x32\x17.patchbay.v1.TensorType\"K\n\nTensorType\x12.\n\x0c\x65lement_type\x18\x01 \x01(\x0e\x32\x18.patchbay.v1.ElementType\x12\r\n\x05shape\x18\x02 \x03(\x03\"\x8d\x01\n\x03Run\x12\x0e\n\x06tokens\x18\x01 \x03(\x03\x12\x13\n\x0brow_lengths\x18\x02 \x03(\x05\x12\r\n\x05label\x18\x03 \x01(\t\x12%\n\x06inputs\x18\x04 \x03(\x0b\x32\x15.patchbay.v1.RunInput\x12+\n\ngeneration\x18\x05 \x01(\x0b\x32\x17.patchbay.v1.Generation\"\xa3\x01\n\nGeneration\x12\x16\n\x0emax_new_tokens\x18\x01 \x01(\x05\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\x05\x12\r\n\x05top_p\x18\x04 \x01(\x01\x12\x0c\n\x04seed\x18\x05 \x01(\x03\x12(\n\x04stop\x18\x06 \x03(\x0b\x32\x1a.patchbay.v1.TokenSequence\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\"\x1c\n\rTokenSequence\x12\x0b\n\x03ids\x18\x01 \x03(\x03\"<\n\x08RunInput\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\"\n\x05value\x18\x02 \x01(\x0b\x32\x13.patchbay.v1.Tensor\"\xa8\x01\n\x04Node\x12\n\n\x02op\x18\x01 \x01(\t\x12\x0c\n\x04\x61rgs\x18\x02 \x03(\x05\x12+\n\x05\x61ttrs\x18\x03 \x03(\x0b\x32\x1c.patchbay.v1.Node.AttrsEntry\x12\x10\n\x03run\x18\x04 \x01(\x05H\x00\x88\x01\x01\x1a?\n\nAttrsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12 \n\x05value\x18\x02 \x01(\x0b\x32\x11.patchbay.v1.Attr:\x02\x38\x01\x42\x06\n\x04_run\"\xf4\x01\n\x04\x41ttr\x12\x30\n\nnull_value\x18\x01 \x01(\x0e\x32\x1a.google.protobuf.NullValueH\x00\x12\x14\n\nbool_value\x18\x02 \x01(\x08H\x00\x12\x13\n\tint_value\x18\x03 \x01(\x03H\x00\x12\x15\n\x0b\x66loat_value\x18\x04 \x01(\x01H\x00\x12\x16\n\x0cstring_value\x18\x05 \x01(\tH\x00\x12+\n\x0ctensor_value\x18\x06 \x01(\x0b\x32\x13.patchbay.v1.TensorH\x00\x12+\n\nlist_value\x18\x07 \x01(\x0b\x32\x15.patchbay.v1.AttrListH\x00\x42\x06\n\x04kind\"-\n\x08\x41ttrList\x12!\n\x06values\x18\x01 \x03(\x0b\x32\x11.patchbay.v1.Attr\"2\n\x06Output\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\x05\x12\x0c\n\x04keep\x18\x03 \x01(\x08\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,24 +35,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_NODE_ATTRSENTRY']._loaded_options = None
   _globals['_NODE_ATTRSENTRY']._serialized_options = b'8\001'
-  _globals['_GRAPH']._serialized_start=96
-  _globals['_GRAPH']._serialized_end=207
-  _globals['_RUN']._serialized_start=210
-  _globals['_RUN']._serialized_end=351
-  _globals['_GENERATION']._serialized_start=354
-  _globals['_GENERATION']._serialized_end=517
-  _globals['_TOKENSEQUENCE']._serialized_start=519
-  _globals['_TOKENSEQUENCE']._serialized_end=547
-  _globals['_RUNINPUT']._serialized_start=549
-  _globals['_RUNINPUT']._serialized_end=609
-  _globals['_NODE']._serialized_start=612
-  _globals['_NODE']._serialized_end=780
-  _globals['_NODE_ATTRSENTRY']._serialized_start=709
-  _globals['_NODE_ATTRSENTRY']._serialized_end=772
-  _globals['_ATTR']._serialized_start=783
-  _globals['_ATTR']._serialized_end=1027
-  _globals['_ATTRLIST']._serialized_start=1029
-  _globals['_ATTRLIST']._serialized_end=1074
-  _globals['_OUTPUT']._serialized_start=1076
-  _globals['_OUTPUT']._serialized_end=1126
+  _globals['_GRAPH']._serialized_start=97
+  _globals['_GRAPH']._serialized_end=243
+  _globals['_BODY']._serialized_start=246
+  _globals['_BODY']._serialized_end=386
+  _globals['_TENSORTYPE']._serialized_start=388
+  _globals['_TENSORTYPE']._serialized_end=463
+  _globals['_RUN']._serialized_start=466
+  _globals['_RUN']._serialized_end=607
+  _globals['_GENERATION']._serialized_start=610
+  _globals['_GENERATION']._serialized_end=773
+  _globals['_TOKENSEQUENCE']._serialized_start=775
+  _globals['_TOKENSEQUENCE']._serialized_end=803
+  _globals['_RUNINPUT']._serialized_start=805
+  _globals['_RUNINPUT']._serialized_end=865
+  _globals['_NODE']._serialized_start=868
+  _globals['_NODE']._serialized_end=1036
+  _globals['_NODE_ATTRSENTRY']._serialized_start=965
+  _globals['_NODE_ATTRSENTRY']._serialized_end=1028
+  _globals['_ATTR']._serialized_start=1039
+  _globals['_ATTR']._serialized_end=1283
+  _globals['_ATTRLIST']._serialized_start=1285
+  _globals['_ATTRLIST']._serialized_end=1330
+  _globals['_OUTPUT']._serialized_start=1332
+  _globals['_OUTPUT']._serialized_end=1382
 # @@protoc_insertion_point(module_scope)

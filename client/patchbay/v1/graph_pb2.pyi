@@ -8,14 +8,36 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Graph(_message.Message):
-    __slots__ = ("runs", "nodes", "outputs")
+    __slots__ = ("runs", "nodes", "outputs", "bodies")
     RUNS_FIELD_NUMBER: _ClassVar[int]
     NODES_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    BODIES_FIELD_NUMBER: _ClassVar[int]
     runs: _containers.RepeatedCompositeFieldContainer[Run]
     nodes: _containers.RepeatedCompositeFieldContainer[Node]
     outputs: _containers.RepeatedCompositeFieldContainer[Output]
-    def __init__(self, runs: _Optional[_Iterable[_Union[Run, _Mapping]]] = ..., nodes: _Optional[_Iterable[_Union[Node, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ...) -> None: ...
+    bodies: _containers.RepeatedCompositeFieldContainer[Body]
+    def __init__(self, runs: _Optional[_Iterable[_Union[Run, _Mapping]]] = ..., nodes: _Optional[_Iterable[_Union[Node, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ..., bodies: _Optional[_Iterable[_Union[Body, _Mapping]]] = ...) -> None: ...
+
+class Body(_message.Message):
+    __slots__ = ("params", "nodes", "results", "returns")
+    PARAMS_FIELD_NUMBER: _ClassVar[int]
+    NODES_FIELD_NUMBER: _ClassVar[int]
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    RETURNS_FIELD_NUMBER: _ClassVar[int]
+    params: _containers.RepeatedCompositeFieldContainer[TensorType]
+    nodes: _containers.RepeatedCompositeFieldContainer[Node]
+    results: _containers.RepeatedScalarFieldContainer[int]
+    returns: _containers.RepeatedCompositeFieldContainer[TensorType]
+    def __init__(self, params: _Optional[_Iterable[_Union[TensorType, _Mapping]]] = ..., nodes: _Optional[_Iterable[_Union[Node, _Mapping]]] = ..., results: _Optional[_Iterable[int]] = ..., returns: _Optional[_Iterable[_Union[TensorType, _Mapping]]] = ...) -> None: ...
+
+class TensorType(_message.Message):
+    __slots__ = ("element_type", "shape")
+    ELEMENT_TYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    element_type: _tensor_pb2.ElementType
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, element_type: _Optional[_Union[_tensor_pb2.ElementType, str]] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Run(_message.Message):
     __slots__ = ("tokens", "row_lengths", "label", "inputs", "generation")

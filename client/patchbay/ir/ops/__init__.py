@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from patchbay.errors import UnknownOpError
+from patchbay.ir.ops.control import CONTROL
 from patchbay.ir.ops.creation import CREATION
 from patchbay.ir.ops.elementwise import ELEMENTWISE
 from patchbay.ir.ops.indexing_ops import INDEXING
@@ -20,7 +21,7 @@ from patchbay.ir.ops.structural import STRUCTURAL
 #: Pure functions of tensors: each has a shape rule, a cost, a reference and a kernel.
 PURE: tuple[OpSpec, ...] = (*ELEMENTWISE, *REDUCTIONS, *SHAPE, *INDEXING, *LINALG, *NN, *CREATION)
 
-OPS: Mapping[str, OpSpec] = MappingProxyType({op.name: op for op in (*PURE, *STRUCTURAL)})
+OPS: Mapping[str, OpSpec] = MappingProxyType({op.name: op for op in (*PURE, *STRUCTURAL, *CONTROL)})
 
 
 def spec(name: str) -> OpSpec:

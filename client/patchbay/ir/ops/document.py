@@ -19,6 +19,7 @@ _HEADINGS: Mapping[str, str] = MappingProxyType(
         "nn": "Neural networks",
         "creation": "Creation",
         "structural": "Runs and the model",
+        "control": "Loops, choices and maps",
     }
 )
 
