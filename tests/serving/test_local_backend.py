@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -36,8 +36,9 @@ from patchbay.ir.events import (
     Usage,
 )
 from patchbay.ir.graph import Graph, TensorData
-from patchbay_server.config import LimitsConfig
-from patchbay_server.serving import local
+from patchbay_server.config import LimitsConfig, SchedulingConfig
+from patchbay_server.engine.running import Wanted
+from patchbay_server.serving import local, work
 from patchbay_server.serving.local import LocalBackend, LocalCatalog, choose_torch_threads, is_device_failure
 
 VALUE = TensorData(float32, (2,), bytes(8))
@@ -66,6 +67,32 @@ class Plan:
     cost: Cost = field(default_factory=lambda: Cost(flops=7))
 
 
+@dataclass
+class Execution:
+    """One forward, in which the plan's script runs."""
+
+    plan: Plan
+    emit: Callable[[Event], None]
+    cancelled: Callable[[], bool]
+    usage: Usage | None = None
+    error: BaseException | None = None
+    run_s: float = 1e-9
+
+    @property
+    def wanted(self) -> Wanted:
+        return Wanted(1, 1, 1, None, False, 0)
+
+    @property
+    def ended(self) -> bool:
+        return self.usage is not None
+
+    def begin(self) -> None:
+        """Nothing comes before the forward."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
 class Engine:
     """Runs what the next plan says; `gate` lets a test hold a run open."""
 
@@ -83,10 +110,14 @@ class Engine:
             raise self.prepare_error
         return Plan(self.script)
 
-    def run(self, plan: Plan, emit: Callable[[Event], None], cancelled: Callable[[], bool]) -> Usage:
-        self.runs += 1
-        plan.script(emit, cancelled)
-        return Usage(tokens=3, cost=plan.cost)
+    def open(self, plan: Plan, emit: Callable[[Event], None], cancelled: Callable[[], bool]) -> Execution:
+        return Execution(plan, emit, cancelled)
+
+    def advance(self, group: Sequence[Execution]) -> None:
+        for each in group:
+            self.runs += 1
+            each.plan.script(each.emit, each.cancelled)
+            each.usage = Usage(tokens=3, cost=each.plan.cost)
 
     @staticmethod
     def value(emit: Callable[[Event], None], cancelled: Callable[[], bool]) -> None:
@@ -110,7 +141,7 @@ def graph(nodes: int = 0) -> Graph:
 @pytest.fixture(autouse=True)
 def every_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     """No Progress event is left out for coming too soon."""
-    monkeypatch.setattr(local, "PROGRESS_INTERVAL_S", 0.0)
+    monkeypatch.setattr(work, "PROGRESS_INTERVAL_S", 0.0)
 
 
 @pytest.fixture
@@ -123,7 +154,10 @@ def make(engine: Engine) -> Iterator[Callable[..., LocalBackend]]:
     made: list[LocalBackend] = []
 
     def build(on_device_failure: Callable[[BaseException], None] | None = None, **limits: Any) -> LocalBackend:
-        backend = LocalBackend(Hosted(), LimitsConfig(**limits), engine=engine, on_device_failure=on_device_failure)
+        one = SchedulingConfig(max_open_requests=1)
+        backend = LocalBackend(
+            Hosted(), LimitsConfig(**limits), scheduling=one, engine=engine, on_device_failure=on_device_failure
+        )
         made.append(backend)
         return backend
 
@@ -159,7 +193,7 @@ async def test_events_in_order_with_usage(make: Callable[..., LocalBackend]) -> 
 
 async def test_progress_is_for_people(make: Callable[..., LocalBackend], monkeypatch: pytest.MonkeyPatch) -> None:
     """Progress that follows too soon on the last is left out; values never are."""
-    monkeypatch.setattr(local, "PROGRESS_INTERVAL_S", 3600.0)
+    monkeypatch.setattr(work, "PROGRESS_INTERVAL_S", 3600.0)
     events = await collect(make().execute(graph(), OPTIONS, account="a"))
     assert [type(e) for e in events] == [Started, TensorValue, Done]
 

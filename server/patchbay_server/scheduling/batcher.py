@@ -62,11 +62,25 @@ class Budget:
 
 
 class Batcher:
-    """Chooses forwards, and keeps the accounts' counters. Not thread-safe."""
+    """Chooses forwards, and keeps the accounts' counters. Not thread-safe.
 
-    def __init__(self, budget: Budget | None = None, tokens: VirtualTokens | None = None) -> None:
+    Args:
+        budget: what one forward is held to.
+        fair: whether the account that has had least goes first; else whoever has waited longest.
+    """
+
+    def __init__(self, budget: Budget | None = None, *, fair: bool = True) -> None:
         self.budget = Budget() if budget is None else budget
-        self.tokens = VirtualTokens() if tokens is None else tokens
+        self.tokens = VirtualTokens()
+        self._fair = fair
+
+    def enter(self, account: str) -> None:
+        """A request of the account was opened."""
+        self.tokens.enter(account)
+
+    def leave(self, account: str) -> None:
+        """A request of the account was closed."""
+        self.tokens.leave(account)
 
     def pick(self, waiting: Sequence[Waiting]) -> list[int]:
         """Indices of the calls that share the next forward; never empty. Their accounts are charged.
@@ -87,8 +101,9 @@ class Batcher:
             chosen = [i for i, each in enumerate(waiting) if each.together == first.together]
         else:
             chosen = self._joined(waiting, lines, head)
-        for i in chosen:
-            self.tokens.charge(waiting[i].account, waiting[i].work)
+        if self._fair:
+            for i in chosen:
+                self.tokens.charge(waiting[i].account, waiting[i].work)
         return chosen
 
     def _joined(self, waiting: Sequence[Waiting], lines: dict[str, list[int]], head: int) -> list[int]:
@@ -110,7 +125,7 @@ class Batcher:
                 had += size
         # Nobody's account gets more of this forward than the one whose turn it is, so that its forward is not delayed
         # by somebody else's many.
-        allowance = max(had, budget.free_tokens)
+        allowance = max(had, budget.free_tokens) if self._fair else budget.tokens
         for i in _in_turn(partners, self.tokens, waiting, allowance):
             if forward.takes(waiting[i], budget):
                 chosen.append(i)

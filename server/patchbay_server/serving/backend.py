@@ -7,7 +7,7 @@ Serve replica.
 from __future__ import annotations
 
 import difflib
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Sequence
 from typing import Any, Protocol
 
 from patchbay.errors import NotFoundError
@@ -77,14 +77,79 @@ class Plan(Protocol):
         """What running it will need."""
 
 
+class Wanted(Protocol):
+    """The forward that an open execution waits for, as far as the scheduler needs to know it."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of its batch."""
+
+    @property
+    def seq(self) -> int:
+        """Positions of its batch."""
+
+    @property
+    def depth(self) -> int:
+        """Layers that it needs."""
+
+    @property
+    def together(self) -> Hashable | None:
+        """Those with equal ones may share a forward; None shares with nobody."""
+
+    @property
+    def bound(self) -> bool:
+        """Whether those with an equal `together` must go all at once."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it needs while it runs."""
+
+
+class OpenExecution(Protocol):
+    """One plan under way beside others."""
+
+    @property
+    def wanted(self) -> Wanted | None:
+        """The forward that it waits for; None before `begin` and after the end."""
+
+    @property
+    def usage(self) -> Usage | None:
+        """What was used, once it has ended well."""
+
+    @property
+    def error(self) -> BaseException | None:
+        """What ended it, once it has not."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will come of it."""
+
+    @property
+    def run_s(self) -> float:
+        """Seconds that it ran, forwards that it shared counted in full."""
+
+    def begin(self) -> None:
+        """Do what comes before the first forward."""
+
+    def close(self) -> None:
+        """Let go of everything."""
+
+
 class ExecutionEngine(Protocol):
     """The interface of `patchbay_server.engine.Engine` that a backend uses (tests put a fake in its place)."""
 
     def prepare(self, graph: Graph, options: ExecuteOptions) -> Any:
         """Verify, optimise and price a graph; returns a `Plan`."""
 
-    def run(self, plan: Any, emit: Callable[[Event], None], cancelled: Callable[[], bool]) -> Usage:
-        """Run a plan; blocks, and belongs in one thread."""
+    def open(self, plan: Any, emit: Callable[[Event], None], cancelled: Callable[[], bool]) -> OpenExecution:
+        """A plan as one of several that run side by side; all of them belong in one thread."""
+
+    def advance(self, group: Sequence[Any]) -> None:
+        """Run the forward that all of a group of open executions want; blocks.
+
+        Raises:
+            BaseException: the device failed; what went wrong for one of them is its own `error`.
+        """
 
 
 class Hosted(Protocol):

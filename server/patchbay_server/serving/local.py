@@ -44,9 +44,19 @@ from patchbay.ir.events import (
     Usage,
 )
 from patchbay.ir.graph import Graph
-from patchbay_server.config import Config, LimitsConfig
-from patchbay_server.scheduling import AdmissionLimits, Scheduler, Ticket
+from patchbay_server.config import Config, LimitsConfig, SchedulingConfig
+from patchbay_server.scheduling import (
+    AdmissionLimits,
+    Batcher,
+    Budget,
+    FairQueue,
+    RoundRobinQueue,
+    Scheduler,
+    Ticket,
+    VirtualTokenQueue,
+)
 from patchbay_server.serving.backend import Backend, ExecutionEngine, Hosted, no_such_model
+from patchbay_server.serving.work import Job, WorkLoop
 
 if TYPE_CHECKING:
     from patchbay_server.transport.servicer import Servicer
@@ -57,12 +67,12 @@ log = logging.getLogger("patchbay.serving")
 INLINE_NODES = 1_000
 #: Texts of at most so many characters are tokenized on the event loop itself.
 INLINE_CHARACTERS = 4_096
-#: Progress is for people: at most one such event in this time, so that quick requests and passes cost no messages.
-PROGRESS_INTERVAL_S = 0.05
 #: How long after a device failure the process still answers, so that clients learn why.
 EXIT_GRACE_S = 0.5
 #: Exit status of a replica whose device failed (EX_SOFTWARE): the supervisor starts another.
 EXIT_DEVICE_FAILED = 70
+#: Positions of one shared forward, unless configured: on a CPU, and on a GPU.
+CPU_FORWARD_TOKENS, FORWARD_TOKENS = 1_024, 16_384
 #: Time beyond the deadline after which a request that is still inside the engine counts as stuck.
 STUCK_AFTER_S = 60.0
 
@@ -101,46 +111,13 @@ class _Channel:
         return item
 
 
-class _Job:
-    """One request on its way through the queue and the engine thread."""
-
-    def __init__(self, plan: Any, channel: _Channel, ticket: Ticket, nodes: int, bytes_in: int) -> None:
-        self.plan = plan
-        self.channel = channel
-        self.ticket = ticket
-        self.nodes = nodes
-        self.bytes_in = bytes_in
-        self.bytes_out = 0
-        self.submitted_at = self.progress_at = time.perf_counter()
-        self.stopped = False
-
-    def emit(self, event: Event) -> None:
-        """Pass an event of the engine on to the client."""
-        if isinstance(event, TensorValue):
-            self.bytes_out += event.value.nbytes
-        elif isinstance(event, Progress):
-            now = time.perf_counter()
-            if now - self.progress_at < PROGRESS_INTERVAL_S:
-                return
-            self.progress_at = now
-        self.channel.put(event)
-
-    def cancelled(self) -> bool:
-        """Whether the engine should stop: the client is gone, or the deadline has passed."""
-        return self.stopped
-
-    def stop(self, error: BaseException) -> None:
-        """End the request with an error, wherever it is."""
-        self.stopped = True
-        self.channel.put(error)
-
-
 class LocalBackend:
     """One model, its engine thread and its queue.
 
     Args:
         hosted: the model.
         limits: what requests are held to.
+        scheduling: which requests go together, and who goes first.
         engine: what runs graphs; None: `patchbay_server.engine.Engine` on the hosted model.
         torch_threads: threads of one forward on the CPU; None leaves torch as it is.
         on_device_failure: called from the engine thread after an error that the device will not recover from, when all
@@ -152,6 +129,7 @@ class LocalBackend:
         hosted: Hosted,
         limits: LimitsConfig | None = None,
         *,
+        scheduling: SchedulingConfig | None = None,
         engine: ExecutionEngine | None = None,
         torch_threads: int | None = None,
         on_device_failure: Callable[[BaseException], None] | None = None,
@@ -168,17 +146,23 @@ class LocalBackend:
         self._deadline_s = limits.deadline_s
         self._torch_threads = torch_threads
         self._on_device_failure = on_device_failure
+        shared = SchedulingConfig() if scheduling is None else scheduling
+        fair = shared.fairness == "virtual-tokens"
+        waiting: FairQueue[Ticket] = VirtualTokenQueue[Ticket]() if fair else RoundRobinQueue[Ticket]()
         self._scheduler = Scheduler(
             AdmissionLimits(
                 max_queue_length=limits.max_queue_length,
                 max_concurrent_per_account=limits.max_concurrent_per_account,
-            )
+                slots=shared.max_open_requests,
+            ),
+            waiting,
         )
-        self._inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._jobs: set[_Job] = set()
-        self._running_since: float | None = None
+        self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._jobs: set[Job] = set()
         self._failure: BaseException | None = None
         self._closed = False
+        budget = Budget(tokens=shared.max_forward_tokens or default_forward_tokens(hosted))
+        self._loop = WorkLoop(engine, Batcher(budget, fair=fair), self._inbox, self._ended)
         self._beside = ThreadPoolExecutor(1, thread_name_prefix=f"patchbay-prepare-{hosted.card.name}")
         self._thread = threading.Thread(target=self._work, name=f"patchbay-engine-{hosted.card.name}", daemon=True)
         self._thread.start()
@@ -209,7 +193,7 @@ class LocalBackend:
             raise UnavailableError("the device of this model failed; the replica is being replaced", retry_after_s=5.0)
         if self._closed or not self._thread.is_alive():
             raise UnavailableError("this model is shutting down", retry_after_s=5.0)
-        since = self._running_since
+        since = self._loop.busy_since
         if since is not None and time.perf_counter() - since > self._deadline_s + STUCK_AFTER_S:
             raise UnavailableError("the engine is stuck; the replica is being replaced", retry_after_s=5.0)
 
@@ -244,7 +228,7 @@ class LocalBackend:
         channel = _Channel(loop)
         ticket = Ticket(account)
         self._scheduler.enter(ticket)
-        job: _Job | None = None
+        job: Job | None = None
         deadline: asyncio.TimerHandle | None = None
         try:
             if len(graph.nodes) <= INLINE_NODES:
@@ -254,7 +238,8 @@ class LocalBackend:
             if options.dry_run:
                 yield Done(Usage(nodes=len(graph.nodes), bytes_in=bytes_in, cost=plan.cost))
                 return
-            job = _Job(plan, channel, ticket, len(graph.nodes), bytes_in)
+            job = Job(plan, channel, ticket, len(graph.nodes), bytes_in)
+            ticket.cost = float(max(1, plan.cost.flops))
             ticket.on_start = lambda: self._inbox.put(job)
             ticket.on_position = lambda position: channel.put(Queued(position))
             self._jobs.add(job)
@@ -292,42 +277,27 @@ class LocalBackend:
         self._beside.shutdown(wait=False, cancel_futures=True)
 
     def _work(self) -> None:
-        """The engine thread: one job after the other, whatever happens to each."""
+        """The engine thread."""
         if self._torch_threads is not None:
             set_torch_threads(self._torch_threads)
-        while (job := self._inbox.get()) is not None:
-            started = time.perf_counter()
-            ending: Done | PatchbayError | None = None
-            if not job.stopped:
-                self._running_since = started
-                try:
-                    ending = self._run(job, started)
-                except BaseException as error:  # noqa: BLE001 - the thread outlives whatever a request did
-                    ending = self._explain(error)
-                self._running_since = None
-            # The slot is free before the client hears of the end, so that its next request does not wait for this one.
-            self._scheduler.release(job.ticket, time.perf_counter() - started)
-            if isinstance(ending, Done):
-                job.emit(ending)
-            elif ending is not None:
-                job.stop(ending)
+        self._loop.run()
 
-    def _run(self, job: _Job, started: float) -> Done:
-        job.emit(Started())
-        usage = self._engine.run(job.plan, job.emit, job.cancelled)
-        return Done(
-            replace(
-                usage,
-                nodes=usage.nodes or job.nodes,
-                queue_ms=(started - job.submitted_at) * 1e3,
-                run_ms=usage.run_ms or (time.perf_counter() - started) * 1e3,
-                bytes_in=job.bytes_in,
-                bytes_out=job.bytes_out,
-            )
-        )
+    def _ended(
+        self, job: Job, error: BaseException | None, usage: Usage | None, run_s: float
+    ) -> PatchbayError | None:
+        """The engine has let go of a job; returns what its client is told, where that is not the result."""
+        told = None if error is None else self._explain(error)
+        cost = None
+        if usage is not None and usage.cost.tokens and usage.tokens:  # a generation may have stopped early
+            cost = job.ticket.cost * usage.tokens / usage.cost.tokens
+        # The slot is free before the client hears of the end, so that its next request does not wait for this one.
+        self._scheduler.release(job.ticket, run_s, cost)
+        return told
 
     def _explain(self, error: BaseException) -> PatchbayError:
         """What the client is told; an error that is not ours is logged here and only named there."""
+        if self._failure is not None:
+            return _device_failed()
         if isinstance(error, PatchbayError):
             # The traceback's frames hold the tensors of the failed request.
             return error.with_traceback(None)
@@ -375,6 +345,12 @@ def exit_replica(error: BaseException) -> None:
     timer = threading.Timer(EXIT_GRACE_S, os._exit, (EXIT_DEVICE_FAILED,))
     timer.daemon = True
     timer.start()
+
+
+def default_forward_tokens(hosted: Hosted) -> int:
+    """Positions of one shared forward: on a CPU larger ones are no faster per position, and keep others waiting."""
+    device = getattr(hosted, "device", None)
+    return CPU_FORWARD_TOKENS if device is None or device.type == "cpu" else FORWARD_TOKENS
 
 
 def choose_torch_threads(configured: int | None, cores: int | None = None, *, sharing: int = 1) -> int:
@@ -454,6 +430,7 @@ def backends_of(config: Config, hosted: Sequence[Hosted], *, exit_on_device_fail
         model.card.name: LocalBackend(
             model,
             config.limits,
+            scheduling=config.scheduling,
             torch_threads=threads,
             on_device_failure=exit_replica if exit_on_device_failure else None,
         )
