@@ -101,6 +101,7 @@ def _load(config: Config, model: ModelConfig, sharing: int) -> LocalBackend:
     return LocalBackend(
         loaded.with_weights(model.weights),
         config.limits,
+        scheduling=config.scheduling,
         torch_threads=choose_torch_threads(config.torch_threads, sharing=sharing),
         on_device_failure=exit_replica,
     )
