@@ -81,7 +81,7 @@ def unroll(graph: Graph, max_nodes: int | None = None) -> Unrolled:
                 field=f"outputs[{index}]",
             )
     outputs = tuple(replace(o, node=first[o.node]) for o in graph.outputs)
-    return Unrolled(replace(graph, nodes=tuple(nodes), outputs=outputs), tuple(origin))
+    return Unrolled(Graph(graph.runs, tuple(nodes), outputs, graph.bodies, graph.body_facts), tuple(origin))
 
 
 def _steps(graph: Graph, run: int) -> int:

@@ -169,12 +169,11 @@ def _examined(
 def _refusal(found: Applicable, call: Call) -> str | None:
     """Why a module cannot be applied to one tensor; None where it can."""
     assert call.input is not None
+    again, failure = None, ""
     try:
         again = first_tensor(found.module(call.input))
     except Exception as error:  # noqa: BLE001 - modules raise what they like when something is missing
-        again, failure = None, error
-    else:
-        failure = None
+        failure = type(error).__name__
     if close(again, call.output):
         return None
     parameters = list(inspect.signature(found.module.forward).parameters.values())[1:]
@@ -183,8 +182,8 @@ def _refusal(found: Applicable, call: Call) -> str | None:
         told = [p.name for p in parameters if any(word in p.name for word in ("position", "alibi", "bias", "mask"))]
         names = ", ".join(required or told[:3]) or "unnamed"
         return f"it needs more than one tensor ({names}), which only the model's own forward has"
-    if failure is not None:
-        return f"by itself it fails ({type(failure).__name__})"
+    if failure:
+        return f"by itself it fails ({failure})"
     return "by itself it does not give what it gives in the model"
 
 
