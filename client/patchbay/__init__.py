@@ -27,7 +27,19 @@ if TYPE_CHECKING:
     from patchbay.results import Results
     from patchbay.saving import load_graph, save_graph
     from patchbay.tokens import Tokens
-    from patchbay.tracing import Artifact, AsyncTrace, Proxy, Run, Trace, function, grad
+    from patchbay.tracing import (
+        Artifact,
+        AsyncTrace,
+        Proxy,
+        Run,
+        Trace,
+        cond,
+        function,
+        grad,
+        scan,
+        vmap,
+        where,
+    )
 
 __all__ = [
     "Artifact",
@@ -49,6 +61,7 @@ __all__ = [
     "Trace",
     "TraceError",
     "__version__",
+    "cond",
     "connect",
     "connect_async",
     "errors",
@@ -58,6 +71,9 @@ __all__ = [
     "local",
     "ops",
     "save_graph",
+    "scan",
+    "vmap",
+    "where",
 ]
 
 _HOMES = {
@@ -79,6 +95,7 @@ _HOMES = {
     "Tokens": "tokens",
     "Trace": "tracing",
     "TraceError": "errors",
+    "cond": "tracing",
     "connect": "client",
     "connect_async": "client",
     "function": "tracing",
@@ -86,6 +103,9 @@ _HOMES = {
     "load_graph": "saving",
     "local": "client",
     "save_graph": "saving",
+    "scan": "tracing",
+    "vmap": "tracing",
+    "where": "tracing",
 }
 _MODULES = frozenset({"errors", "methods", "ops", "plots", "testing"})
 

@@ -54,14 +54,15 @@ class SavedGraph(Graph):
     writer: str
 
     def __init__(self, graph: Graph, *, model: str, revision: str, schema: int, writer: str) -> None:
-        super().__init__(graph.runs, graph.nodes, graph.outputs)
+        super().__init__(graph.runs, graph.nodes, graph.outputs, graph.bodies)
         for name, value in (("model", model), ("revision", revision), ("schema", schema), ("writer", writer)):
             object.__setattr__(self, name, value)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Graph):
             return NotImplemented
-        return (self.runs, self.nodes, self.outputs) == (other.runs, other.nodes, other.outputs)
+        mine = (self.runs, self.nodes, self.outputs, self.bodies)
+        return mine == (other.runs, other.nodes, other.outputs, other.bodies)
 
     __hash__ = Graph.__hash__
 

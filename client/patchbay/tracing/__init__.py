@@ -5,6 +5,8 @@ arrays.py      numpy arrays, lists and numbers <-> constants
 indexing.py    ``x[...]`` as data
 proxy.py       the value that stands for one still to be computed
 gradients.py   `patchbay.grad`
+scopes.py      functions under trace, cut out as bodies of the graph
+control.py     `patchbay.scan`, `cond`, `vmap`, `where`
 fragments.py   `patchbay.function`
 params.py      ``t.params[name]``: weights
 artifacts.py   tensors that stay on the server, as constants
@@ -18,10 +20,25 @@ from __future__ import annotations
 
 from patchbay.tracing import functions  # gives proxies their methods
 from patchbay.tracing.artifacts import Artifact
+from patchbay.tracing.control import cond, scan, vmap, where
 from patchbay.tracing.fragments import Function, function
 from patchbay.tracing.gradients import grad
 from patchbay.tracing.proxy import Proxy
 from patchbay.tracing.runs import Run
 from patchbay.tracing.trace import AsyncTrace, Trace
 
-__all__ = ["Artifact", "AsyncTrace", "Function", "Proxy", "Run", "Trace", "function", "functions", "grad"]
+__all__ = [
+    "Artifact",
+    "AsyncTrace",
+    "Function",
+    "Proxy",
+    "Run",
+    "Trace",
+    "cond",
+    "function",
+    "functions",
+    "grad",
+    "scan",
+    "vmap",
+    "where",
+]

@@ -7,6 +7,7 @@ what the verifier or the server says later.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,19 +17,23 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from patchbay.errors import CausalityError, DTypeError, GraphError, TraceError
 from patchbay.ir.artifacts import ArtifactInfo
+from patchbay.ir.bodies import body_key, check_body
 from patchbay.ir.card import ModelCard
 from patchbay.ir.facts import NO_ATTRS, AttrTable, Facts, Inference
 from patchbay.ir.fragments import Fragment
 from patchbay.ir.graph import Attr, Graph, Node, Output, Run, TensorData
+from patchbay.ir.ops.control import BODY_ATTRS
 from patchbay.ir.ops.spec import TensorSpec, ValueSpec
 from patchbay.ir.render import expression, render, show_index, show_spec, site_path
 from patchbay.ir.verify import infer_node
+from patchbay.tracing.scopes import PARAM, Scope, Scopes, identity
 
 if TYPE_CHECKING:
     from types import CodeType, FrameType
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _MAX_DEPTH = 3
+_BODY_NODE = re.compile(r"bodies\[(\d{1,9})\]\.nodes\[(\d{1,9})\]")
 
 _Error = TypeVar("_Error", bound=GraphError)
 #: Where a node was made: code object and line, made into text only when somebody asks.
@@ -42,6 +47,7 @@ class TracedGraph(Graph):
     places: tuple[Place, ...]
     fragments: tuple[Fragment | None, ...]
     facts: tuple[Facts, ...] | None
+    body_places: tuple[tuple[Place, ...], ...]
     model: str
     revision: str
 
@@ -53,10 +59,12 @@ class TracedGraph(Graph):
         *,
         fragments: Sequence[Fragment | None] | None = None,
         facts: Sequence[Facts] | None = None,
+        body_places: Sequence[tuple[Place, ...]] = (),
         model: str = "",
         revision: str = "",
     ) -> None:
-        super().__init__(graph.runs, graph.nodes, graph.outputs)
+        super().__init__(graph.runs, graph.nodes, graph.outputs, graph.bodies, graph.body_facts)
+        object.__setattr__(self, "body_places", tuple(body_places))
         object.__setattr__(self, "specs", tuple(specs))
         object.__setattr__(self, "places", tuple(places))
         object.__setattr__(self, "fragments", (None,) * len(graph.nodes) if fragments is None else tuple(fragments))
@@ -72,7 +80,8 @@ class TracedGraph(Graph):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Graph):
             return NotImplemented
-        return (self.runs, self.nodes, self.outputs) == (other.runs, other.nodes, other.outputs)
+        mine = (self.runs, self.nodes, self.outputs, self.bodies)
+        return mine == (other.runs, other.nodes, other.outputs, other.bodies)
 
     __hash__ = Graph.__hash__
 
@@ -111,14 +120,17 @@ class GraphBuilder:
         self._inference = Inference(card, infer_node)
         self._facts: list[Facts] = []
         self._draft = Graph()
+        self._scopes: Scopes | None = None
 
     # --- growing --------------------------------------------------------------------------------------------------
 
     def add_run(self, run: Run) -> int:
         """Appends a run; returns its index."""
         self._check_open()
+        if self._scopes is not None:
+            self._scopes.check_outermost("a run cannot begin")
         self.runs.append(run)
-        self._draft = Graph(runs=tuple(self.runs))
+        self._draft = replace(self._draft, runs=tuple(self.runs))
         return len(self.runs) - 1
 
     def add(
@@ -134,6 +146,8 @@ class GraphBuilder:
             self._check_open()
         node = Node(op, args, self._attrs.shared(attrs) if attrs else NO_ATTRS, run)
         try:
+            if self._scopes is not None:
+                self._scopes.check(op, args)
             facts = self._inference.facts(self._draft, node, self.specs)
         except GraphError as error:
             error.location = show_place(_users_place())
@@ -149,6 +163,8 @@ class GraphBuilder:
             frame = frame.f_back  # type: ignore[assignment]
         self._places.append(None if frame is None else (frame.f_code, frame.f_lineno))
         self._fragments.append(self._fragment)
+        if self._scopes is not None:
+            self._scopes.own(position, op)
         if op == "site.write":
             self._last_write[(run, attrs["site"])] = position  # type: ignore[index]
         return position
@@ -190,6 +206,67 @@ class GraphBuilder:
         finally:
             self._fragment = None
 
+    # --- bodies: functions that are traced to be run by the server as often as it takes ---------------------------
+
+    @contextmanager
+    def body(self, op: str) -> Iterator[Scope]:
+        """Nodes that are made inside belong to a function given to `op`."""
+        self._check_open()
+        if self._scopes is None:
+            self._scopes = Scopes(self.nodes, self.specs)
+        with self._scopes.inside(Scope(op, show_place(_users_place()))) as scope:
+            yield scope
+
+    def add_param(self, scope: Scope, spec: TensorSpec, name: str) -> int:
+        """The node that stands for what a function takes."""
+        assert self._scopes is not None and self._scopes.current is scope
+        self.nodes.append(Node(PARAM, (), {"name": name}))
+        self.specs.append(spec)
+        self._facts.append(Facts(spec, NO_ATTRS, 0, 0, spec.nbytes))
+        self._places.append(_users_place())
+        self._fragments.append(None)
+        self._scopes.own(len(self.nodes) - 1, PARAM)
+        scope.params.append(len(self.nodes) - 1)
+        return len(self.nodes) - 1
+
+    def captured(self, scope: Scope, results: Sequence[int]) -> list[int]:
+        """Values from outside that a function's results need."""
+        assert self._scopes is not None
+        return self._scopes.captured(scope, results)
+
+    def add_body(self, scope: Scope, results: Sequence[int], captured: Sequence[int]) -> int:
+        """The body that a traced function became: parameters first, then `captured`; returns its number.
+
+        Raises:
+            GraphError: a rule of bodies is broken; the user's line is named.
+        """
+        scopes = self._scopes
+        assert scopes is not None
+        body, origins = scopes.cut(scope, results, captured)
+        key = body_key(body, identity(scopes.bodies))
+        known = scopes.find(key)
+        if known is not None:
+            return known
+        draft = replace(self._draft, bodies=(*scopes.bodies, body), body_facts=tuple(scopes.facts))
+        try:
+            facts = check_body(draft, self.card, len(scopes.bodies), scopes.facts, infer_node)
+        except GraphError as error:
+            at = body_node(error.field)
+            error.location = scope.place if at is None else self.location(origins[at[1]])
+            raise
+        number = scopes.add(body, origins, facts, key)
+        self._draft = replace(draft, body_facts=tuple(scopes.facts))
+        return number
+
+    def check_visible(self, node: int) -> None:
+        """
+        Raises:
+            TraceError: the value lives inside a function that is run by the server as often as it takes.
+        """
+        if self._scopes is not None:
+            self._scopes.check_outermost("no value can be asked for")
+            self._scopes.check_visible(node)
+
     def written_since(self, run: int, site: str, node: int) -> bool:
         """Whether the site was written after `node` was made."""
         return self._last_write.get((run, site), -1) > node
@@ -221,10 +298,15 @@ class GraphBuilder:
         return self._traced(graph, keep)
 
     def _traced(self, graph: Graph, kept: Sequence[int]) -> TracedGraph:
+        origins: list[tuple[int, ...]] = []
+        if self._scopes is not None and any(node.op in BODY_ATTRS for node in graph.nodes):
+            graph = replace(graph, bodies=self._draft.bodies, body_facts=self._draft.body_facts)
+            origins = self._scopes.origins
         return TracedGraph(
             graph,
             [self.specs[i] for i in kept],
             [self._places[i] for i in kept],
+            body_places=[tuple(self._places[i] for i in nodes) for nodes in origins],
             fragments=[self._fragments[i] for i in kept],
             facts=[self._facts[i] for i in kept],
             model=self.card.name,
@@ -267,6 +349,8 @@ class GraphBuilder:
         if made.op == "site.write":
             arrays = ["..." for _ in made.args[1:]]
             return f"the write at {made.attrs['site']}{show_index(made.attrs.get('index', ()), arrays)}"
+        if made.op == PARAM:
+            return str(made.attrs["name"])
         if depth == 0:
             return "..."
         args = [self._formula(a, depth - 1) for a in made.args]
@@ -306,6 +390,10 @@ class GraphBuilder:
     def locate(self, error: _Error, graph: TracedGraph) -> _Error:
         """`error`, raised about a node of `graph`, with the user's lines joined to it."""
         known = len(graph.locations)
+        at = body_node(error.field)
+        if at is not None and error.location is None and at[0] < len(graph.body_places):
+            places = graph.body_places[at[0]]
+            error.location = show_place(places[at[1]]) if at[1] < len(places) else None
         if error.node is not None and 0 <= error.node < known and error.location is None:
             error.location = graph.locations[error.node]
         others = [i for i in error.related if 0 <= i < known]
@@ -315,6 +403,12 @@ class GraphBuilder:
                 shown.insert(0, f"\n  {_what(graph, error.node)} at {graph.locations[error.node]}")
             error.message += "".join(shown)
         return error
+
+
+def body_node(field: str | None) -> tuple[int, int] | None:
+    """Body and node of a field such as ``bodies[2].nodes[5]``; None for any other."""
+    found = _BODY_NODE.match(field or "")
+    return None if found is None else (int(found[1]), int(found[2]))
 
 
 def _what(graph: Graph, i: int) -> str:

@@ -248,6 +248,7 @@ class BaseTrace(abc.ABC):
         return self._outputs[value._node]
 
     def _want(self, node: int, name: str) -> None:
+        self.builder.check_visible(node)
         if node in self._outputs:
             return  # sent once; every name gets an array of its own
         self._outputs[node] = self._unique(name)
