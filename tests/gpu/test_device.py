@@ -90,7 +90,7 @@ def test_greedy_generation_equals_generate(device: str, dtype: torch.dtype) -> N
     )
     model = pb.local(placed("llama", device, dtype))
     with model.generate(IDS, max_new_tokens=8, eos=False) as run:
-        tokens = run.tokens.save()
+        tokens = run.generated.save()
     assert tokens.value.tolist() == theirs[:, len(IDS[0]) :].tolist()
 
 
