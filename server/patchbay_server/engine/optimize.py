@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from patchbay.ir.card import ModelCard
 from patchbay.ir.graph import Graph
-from patchbay.ir.schedule import is_access, site_chains
+from patchbay.ir.schedule import site_chains, topological_order
 
 
 @dataclass(frozen=True)
@@ -38,23 +38,47 @@ def common_subexpressions(graph: Graph, card: ModelCard) -> dict[int, int]:
     Precondition: a verified graph. Postcondition: no two pure nodes have equal op, args and attrs, and no two reads
     at one site of one run stand between the same writes of that site.
     """
-    del card
-    replacement: dict[int, int] = {}
+    return _merged(graph, card, tuple(range(len(graph.runs))))
+
+
+def merge_runs(graph: Graph, card: ModelCard) -> dict[int, int]:
+    """Merge reads of different runs over the same tokens that come after the same writes; so runs that are alike merge.
+
+    A read before its run's first write equals the same read of any run over the same tokens. Runs that something is
+    differentiated in are left alone: a gradient goes through the forward that its values were read in.
+
+    Precondition: a verified graph. Postcondition: as for `common_subexpressions`, over runs with equal rows.
+    """
+    if len(graph.runs) < 2:
+        return {i: i for i in range(len(graph.nodes))}
+    wrt = {a for node in graph.nodes if node.op == "grad" for a in node.args[1:]}
+    alone = {graph.nodes[a].run for a in wrt}
     first: dict[object, int] = {}
-    writes_before: dict[tuple[int | None, object], int] = {}
-    for i, node in enumerate(graph.nodes):
-        args = tuple(replacement[a] for a in node.args)
-        replacement[i] = i
-        if node.op == "site.write":
-            site = (node.run, node.attrs["site"])
-            writes_before[site] = writes_before.get(site, 0) + 1
-            continue
-        version = writes_before.get((node.run, node.attrs["site"]), 0) if node.op == "site.read" else 0
+    worlds = []
+    for index, run in enumerate(graph.runs):
+        key = index if index in alone else (run.tokens, run.inputs, run.generation)
+        worlds.append(first.setdefault(key, index))
+    if worlds == list(range(len(graph.runs))):
+        return {i: i for i in range(len(graph.nodes))}
+    return _merged(graph, card, worlds)
+
+
+def _merged(graph: Graph, card: ModelCard, worlds: Sequence[int]) -> dict[int, int]:
+    """For every node, the first that computes the same value; runs of one number in `worlds` have the same rows."""
+    chains = site_chains(graph, card)
+    known: dict[object, int] = {}
+    alike = [0] * len(graph.nodes)
+    smallest: dict[int, int] = {}
+    for i in topological_order(graph, chains):
+        node, chain = graph.nodes[i], chains[i]
         # repr keeps 1, 1.0 and True apart, and NaN equal to itself
         attrs = tuple((k, repr(v) if not hasattr(v, "data") else v) for k, v in sorted(node.attrs.items()))
-        key = (node.op, args, attrs, node.run, version)
-        replacement[i] = first.setdefault(key, i)
-    return replacement
+        world = None if node.run is None else worlds[node.run]
+        history = None if chain is None else alike[chain]
+        key = (node.op, tuple(alike[a] for a in node.args), attrs, world, history)
+        alike[i] = number = known.setdefault(key, len(known))
+        smallest[number] = min(i, smallest.get(number, i))
+    return {i: i if node.op == "site.write" else smallest[alike[i]] for i, node in enumerate(graph.nodes)}
 
 
 def dead_code(graph: Graph, card: ModelCard) -> dict[int, int]:
@@ -76,7 +100,7 @@ def dead_code(graph: Graph, card: ModelCard) -> dict[int, int]:
 
 
 PASSES: Mapping[str, RewritePass] = MappingProxyType(
-    {"common_subexpressions": common_subexpressions, "dead_code": dead_code}
+    {"common_subexpressions": common_subexpressions, "merge_runs": merge_runs, "dead_code": dead_code}
 )
 
 
@@ -106,4 +130,4 @@ def _apply(graph: Graph, origin: tuple[int, ...], replacement: Mapping[int, int]
     return replace(graph, nodes=nodes, outputs=outputs), tuple(origin[old] for old in kept)
 
 
-__all__ = ["PASSES", "Rewritten", "common_subexpressions", "dead_code", "is_access", "optimize"]
+__all__ = ["PASSES", "Rewritten", "common_subexpressions", "dead_code", "merge_runs", "optimize"]

@@ -244,6 +244,27 @@ def open_fused(
     return _opened(taps_of(module), q, k, v, scoring, plain).transpose(1, 2)
 
 
+@dataclass(frozen=True)
+class Prefix:
+    """Keys and values before the positions that a forward computes, the same for all of its rows.
+
+    Attributes:
+        keys, values: ``[1, kv_head, positions, d_head]``.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+def with_prefix(prefix: Prefix, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows' own keys and values behind the prefix, ``[rows, kv_head, prefix + own, d_head]``."""
+    rows = key.shape[0]
+    return (
+        torch.cat([prefix.keys.expand(rows, -1, -1, -1), key], dim=2),
+        torch.cat([prefix.values.expand(rows, -1, -1, -1), value], dim=2),
+    )
+
+
 def register() -> None:
     """Make the function known to transformers; harmless when done twice."""
     AttentionInterface.register(IMPLEMENTATION, tappable_attention)
