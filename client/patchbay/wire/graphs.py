@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, cast
 from google.protobuf.struct_pb2 import NULL_VALUE
 
 from patchbay.errors import GraphError, LimitExceededError, ProtocolError
+from patchbay.ir.bodies import Body
 from patchbay.ir.graph import Attr, Generation, Graph, Node, Output, Run, TensorData
 from patchbay.ir.limits import Limits
+from patchbay.ir.ops.spec import TensorSpec
 from patchbay.v1 import graph_pb2
 from patchbay.wire.bounds import (
     MAX_ARGS_PER_NODE,
@@ -23,7 +25,7 @@ from patchbay.wire.bounds import (
     MAX_NAME_CHARS,
     MAX_STRING_CHARS,
 )
-from patchbay.wire.tensors import decode_tensor, encode_tensor
+from patchbay.wire.tensors import decode_dtype, decode_shape, decode_tensor, encode_dtype, encode_tensor
 
 if TYPE_CHECKING:
     from google.protobuf.struct_pb2 import NullValue
@@ -51,19 +53,42 @@ def encode_graph(graph: Graph) -> graph_pb2.Graph:
             raise GraphError(f"runs[{index}] cannot be sent: {error}", field=f"runs[{index}]") from None
     for position, node in enumerate(graph.nodes):
         try:
-            encoded = message.nodes.add(op=node.op, args=node.args, run=node.run)
-            for name, value in node.attrs.items():
-                _encode_attr(value, encoded.attrs[name])
+            _encode_node(node, message.nodes.add())
         except GraphError:
             raise
         except (ValueError, TypeError) as error:
             raise GraphError(f"{node.op} cannot be sent: {error}", node=position) from None
+    for index, body in enumerate(graph.bodies):
+        try:
+            _encode_body(body, message.bodies.add())
+        except GraphError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise GraphError(f"bodies[{index}] cannot be sent: {error}", field=f"bodies[{index}]") from None
     for index, output in enumerate(graph.outputs):
         try:
-            message.outputs.add(name=output.name, node=output.node)
+            message.outputs.add(name=output.name, node=output.node, keep=output.keep)
         except (ValueError, TypeError) as error:
             raise GraphError(f"outputs[{index}] cannot be sent: {error}", field=f"outputs[{index}]") from None
     return message
+
+
+def _encode_node(node: Node, into: graph_pb2.Node) -> None:
+    into.op = node.op
+    into.args.extend(node.args)
+    if node.run is not None:
+        into.run = node.run
+    for name, value in node.attrs.items():
+        _encode_attr(value, into.attrs[name])
+
+
+def _encode_body(body: Body, into: graph_pb2.Body) -> None:
+    for node in body.nodes:
+        _encode_node(node, into.nodes.add())
+    into.results.extend(body.results)
+    for types, specs in ((into.params, body.params), (into.returns, body.returns)):
+        for spec in specs:
+            types.add(element_type=encode_dtype(spec.dtype), shape=spec.shape)
 
 
 def _encode_generation(how: Generation) -> graph_pb2.Generation:
@@ -114,7 +139,8 @@ def decode_graph(message: graph_pb2.Graph, limits: Limits | None = None) -> Grap
     state = _State(len(message.runs), limits.max_const_bytes)
     runs = tuple(_decode_run(run, f"runs[{index}]", state) for index, run in enumerate(message.runs))
     nodes = tuple(_decode_node(node, position, state) for position, node in enumerate(message.nodes))
-    return Graph(runs=runs, nodes=nodes, outputs=_decode_outputs(message, len(nodes)))
+    bodies = tuple(_decode_body(body, f"bodies[{index}]", state) for index, body in enumerate(message.bodies))
+    return Graph(runs=runs, nodes=nodes, outputs=_decode_outputs(message, len(nodes)), bodies=bodies)
 
 
 class _State:
@@ -139,7 +165,8 @@ class _State:
 def _check_counts(message: graph_pb2.Graph, limits: Limits) -> None:
     # len() of a repeated field is known without building its elements.
     counts = (
-        ("max_nodes", "nodes", len(message.nodes), limits.max_nodes),
+        # A body counts as a node, so that empty ones are not free.
+        ("max_nodes", "nodes", len(message.nodes) + len(message.bodies), limits.max_nodes),
         ("max_runs", "runs", len(message.runs), limits.max_runs),
         ("max_nodes", "outputs", len(message.outputs), limits.max_nodes),
     )
@@ -147,7 +174,11 @@ def _check_counts(message: graph_pb2.Graph, limits: Limits) -> None:
         _check_limit(limit, field, count, allowed)
     _check_limit("max_rows", "runs", sum(len(run.row_lengths) for run in message.runs), limits.max_rows)
     _check_limit("max_tokens", "runs", sum(len(run.tokens) for run in message.runs), limits.max_tokens)
+    inside = sum(1 + len(body.nodes) for body in message.bodies)
+    _check_limit("max_nodes", "nodes", len(message.nodes) + inside, limits.max_nodes)
     args = sum(len(node.args) for node in message.nodes)
+    for body in message.bodies:
+        args += len(body.params) + len(body.results) + len(body.returns) + sum(len(node.args) for node in body.nodes)
     _check_limit("max_args", "nodes", args, MAX_ARGS_PER_NODE * limits.max_nodes)
 
 
@@ -239,6 +270,35 @@ def _decode_node(message: graph_pb2.Node, position: int, state: _State) -> Node:
     return Node(op=state.intern(op), args=args, attrs=decoded, run=run)
 
 
+def _decode_body(message: graph_pb2.Body, field: str, state: _State) -> Body:
+    first = len(message.params)
+    nodes = []
+    for k, node in enumerate(message.nodes):
+        place = f"{field}.nodes[{k}]"
+        try:
+            decoded = _decode_node(node, first + k, state)
+        except LimitExceededError:
+            raise
+        except GraphError as error:
+            raise GraphError(f"{place}: {error.message}", field=place) from None
+        except ProtocolError as error:
+            raise ProtocolError(f"{field}: {error}", field=place) from None
+        if decoded.run is not None:
+            raise GraphError(f"{place} belongs to run {decoded.run}; bodies have no runs", field=place)
+        nodes.append(decoded)
+    results = tuple(message.results)
+    if any(not 0 <= result < first + len(nodes) for result in results):
+        raise GraphError(f"{field}: a result of a body is none of its values", field=f"{field}.results")
+    params = tuple(_decode_type(t, f"{field}.params[{i}]") for i, t in enumerate(message.params))
+    returns = tuple(_decode_type(t, f"{field}.returns[{i}]") for i, t in enumerate(message.returns))
+    return Body(params=params, nodes=tuple(nodes), results=results, returns=returns)
+
+
+def _decode_type(message: graph_pb2.TensorType, field: str) -> TensorSpec:
+    dtype = decode_dtype(message.element_type, f"{field}.element_type")
+    return TensorSpec(decode_shape(message.shape, dtype, f"{field}.shape"), dtype)
+
+
 def _decode_attr(message: graph_pb2.Attr, field: str, depth: int, state: _State) -> Attr:
     kind = message.WhichOneof("kind")
     if kind == "int_value":
@@ -278,7 +338,7 @@ def _decode_outputs(message: graph_pb2.Graph, n_nodes: int) -> tuple[Output, ...
             )
         if seen.setdefault(output.name, index) != index:
             raise GraphError(f"two outputs are called {output.name!r}", field=f"{field}.name")
-        outputs.append(Output(output.name, output.node))
+        outputs.append(Output(output.name, output.node, output.keep))
     return tuple(outputs)
 
 
