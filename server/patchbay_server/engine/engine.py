@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,6 +11,7 @@ from patchbay.errors import GraphError
 from patchbay.ir.events import Event, ExecuteOptions, Usage
 from patchbay.ir.graph import Graph
 from patchbay.ir.limits import Limits
+from patchbay_server.engine.decoding import DecodeBatches
 from patchbay_server.engine.executor import Execution
 from patchbay_server.engine.forwards import ForwardCall, run_forward
 from patchbay_server.engine.generate import check_generates
@@ -41,6 +42,7 @@ class Engine:
         self.limits = hosted.card.limits if limits is None else limits
         self._max_pass_tokens = max_pass_tokens
         self._depths = Depths(hosted.card)
+        self._batches = DecodeBatches(hosted)
 
     def prepare(self, graph: Graph, options: ExecuteOptions | None = None) -> Plan:
         """Verify, optimise and price `graph`; touches no tensor.
@@ -124,19 +126,22 @@ class Engine:
 
     def forward(self, calls: Sequence[ForwardCall]) -> None:
         """One forward of the model for all of `calls`."""
-        run_forward(self.hosted, calls)
+        run_forward(self.hosted, calls, self._batches)
 
     def wanted_by(self, call: ForwardCall) -> Wanted:
         """What a scheduler needs to know of `call`."""
-        card, together = self.hosted.card, None
-        if not call.alone and not call.inputs and self.hosted.row_independent:
+        card = self.hosted.card
+        together: Hashable | None = None
+        if call.decodes and call.decoding is not None and call.decoding.seat is not None:
+            together = ("step", id(call.decoding.seat[0]))
+        elif not call.alone and not call.inputs and self.hosted.row_independent:
             together = "tokens"
         return Wanted(
             rows=call.rows,
             seq=call.seq,
             depth=self._depths.of(call.stop_at),
             together=together,
-            bound=False,
+            bound=call.decodes,
             nbytes=activation_bytes(card, call.rows, call.seq, to_the_end=call.stop_at is None),
         )
 

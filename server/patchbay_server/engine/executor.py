@@ -17,6 +17,7 @@ from patchbay_server.engine.generate import Decoding
 from patchbay_server.engine.plan import (
     COBATCH,
     COMPILE,
+    CONTINUOUS_BATCHING,
     Actions,
     Compute,
     Emit,
@@ -138,11 +139,14 @@ class Execution:
     def _generation(self, each: Pass) -> Generator[ForwardCall, None, None]:
         self._check_cancelled()
         self._happen(each.before)
-        self._decoding = decoding = Decoding(self._hosted, each)
+        off = self._plan.options.disabled
+        shared = self._hosted.decodes_together and not self._alone and CONTINUOUS_BATCHING not in off
+        self._decoding = decoding = Decoding(self._hosted, each, shared=shared)
         try:
             for step in each.steps:
                 self._happen(step.before)
                 if decoding.ended:
+                    decoding.leave()
                     self._absent(step)
                     continue
                 self._check_cancelled()
@@ -156,12 +160,14 @@ class Execution:
                     inputs={},
                     sites={site: self._step_call(decoding, site, moment) for site, moment in step.sites.items()},
                     stop_at=None,
-                    alone=True,
+                    alone=not shared,
                     cancelled=self._cancelled,
+                    values=self._values,
                     decoding=decoding,
                 )
                 yield from self._asked_for(call, each, step.sites)
         finally:
+            decoding.leave()
             self._decoding = self._gone = None
 
     def _step_call(self, decoding: Decoding, site: str, moment: Actions) -> SiteCall:

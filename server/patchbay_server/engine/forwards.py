@@ -15,10 +15,11 @@ import torch
 
 from patchbay.errors import GraphError, RequestCancelledError
 from patchbay.ir.graph import TensorData
+from patchbay_server.engine.decoding import DecodeBatches, choose, prompt_logits
 from patchbay_server.kernels import to_tensor
 from patchbay_server.models.hosted import HostedModel
 from patchbay_server.models.inputs import forward
-from patchbay_server.models.taps import Handle
+from patchbay_server.models.taps import Handle, first_tensor
 
 if TYPE_CHECKING:
     from patchbay_server.engine.generate import Decoding
@@ -93,36 +94,79 @@ class _Stop(Exception):  # noqa: N818 - a signal, not an error
     """Everything that is needed has been seen; unwinds the forward."""
 
 
-def run_forward(hosted: HostedModel, calls: Sequence[ForwardCall]) -> None:
+def run_forward(hosted: HostedModel, calls: Sequence[ForwardCall], batches: DecodeBatches) -> None:
     """Run one forward for all of `calls`; what went wrong for one of them is its `error`.
 
     Args:
         hosted: the model.
-        calls: one, or several that may share: tokens alone, none of them `alone`, rows that do not change one another.
+        calls: one, or several that may share: tokens alone, none of them `alone`, rows that do not change one another;
+            or the steps of runs that generate in one batch.
+        batches: where rows that generate together are kept.
 
     Raises:
         BaseException: what is nobody's own fault, such as a device error.
     """
+    first = calls[0]
     try:
-        with _attached(hosted, calls), _compiled_layers(hosted, calls):
-            if calls[0].decoding is not None:
-                calls[0].decoding.advance()
-            else:
-                forward(hosted.model, _inputs(hosted, calls))
+        if first.decodes:
+            _step(hosted, calls, batches)
+        elif any(call.decoding is not None and not call.alone for call in calls):
+            _prompts(hosted, calls, batches)
+        else:
+            with _attached(hosted, calls, _starts(calls)), _compiled_layers(hosted, calls):
+                if first.decoding is not None:
+                    first.decoding.advance()
+                else:
+                    forward(hosted.model, _inputs(hosted, calls))
     except _Stop:
         pass
     except GraphError as error:
-        calls[0].error = calls[0].error or error
+        first.error = first.error or error
     except ValueError as error:  # how models say that what they were given does not fit together
-        if not calls[0].inputs:
+        if not first.inputs:
             raise
         refused = GraphError(f"the model does not take these inputs: {str(error).partition(chr(10))[0]}")
         refused.__cause__ = error
-        calls[0].error = refused
+        first.error = refused
+
+
+def _step(hosted: HostedModel, calls: Sequence[ForwardCall], batches: DecodeBatches) -> None:
+    """The newest tokens of runs that generate together."""
+    step = batches.step(calls)
+    with _attached(hosted, calls, step.starts), _compiled_layers(hosted, calls):
+        output = hosted.model(**step.inputs)
+    step.take(output)
+
+
+def _prompts(hosted: HostedModel, calls: Sequence[ForwardCall], batches: DecodeBatches) -> None:
+    """Prompts of runs that generate, beside whatever other rows of tokens there are."""
+    starts = _starts(calls)
+    inputs: dict[str, Any] = dict(_inputs(hosted, calls))
+    kept = prompt_logits(hosted, calls)
+    if kept is not None:
+        inputs["logits_to_keep"] = kept
+    cache = batches.prompts(calls, starts)
+    with _attached(hosted, calls, starts), _compiled_layers(hosted, calls):
+        output = hosted.model(**inputs, past_key_values=cache, use_cache=True)
+    logits = first_tensor(output)
+    assert logits is not None
+    runs = [(call, start) for call, start in zip(calls, starts, strict=True) if call.decoding is not None]
+    newest = [run.decoding.newest(logits[start : start + run.rows])[:, 0] for run, start in runs if run.decoding]
+    firsts = [sum(call.rows for call, _ in runs[:i]) for i in range(len(runs))]
+    choose([call for call, _ in runs], firsts, torch.cat(newest))
+
+
+def _starts(calls: Sequence[ForwardCall]) -> list[int]:
+    """The first row of each call, one after the other."""
+    starts, start = [], 0
+    for call in calls:
+        starts.append(start)
+        start += call.rows
+    return starts
 
 
 @contextmanager
-def _attached(hosted: HostedModel, calls: Sequence[ForwardCall]) -> Iterator[None]:
+def _attached(hosted: HostedModel, calls: Sequence[ForwardCall], starts: Sequence[int]) -> Iterator[None]:
     """Every site's handlers are on the model while the body runs."""
     model = hosted.model
     handles: list[Handle] = []
@@ -140,7 +184,7 @@ def _attached(hosted: HostedModel, calls: Sequence[ForwardCall]) -> Iterator[Non
     try:
         for path in hosted.layers:
             handles.append(model.get_submodule(path).register_forward_pre_hook(enter_layer))
-        for site, handler, writes in _handlers(hosted, calls):
+        for site, handler, writes in _handlers(hosted, calls, starts):
             handles.append(hosted.taps[site].attach(model, handler, writes=writes))
         yield
     finally:
@@ -160,7 +204,9 @@ def _compiled_layers(hosted: HostedModel, calls: Sequence[ForwardCall]) -> Itera
         yield
 
 
-def _handlers(hosted: HostedModel, calls: Sequence[ForwardCall]) -> Iterator[tuple[str, Handler, bool]]:
+def _handlers(
+    hosted: HostedModel, calls: Sequence[ForwardCall], starts: Sequence[int]
+) -> Iterator[tuple[str, Handler, bool]]:
     """Each site that any call visits, in forward order, with the one handler for all of them."""
     order = hosted.card.site
     stops = None
@@ -170,10 +216,6 @@ def _handlers(hosted: HostedModel, calls: Sequence[ForwardCall]) -> Iterator[tup
         for site, what in calls[0].sites.items():
             yield site, _alone(calls[0], site, what, stops=site == stops), what.writes
         return
-    starts, start = [], 0
-    for call in calls:
-        starts.append(start)
-        start += call.rows
     for site in sorted({site for call in calls for site in call.sites}, key=lambda site: order(site).order):
         parts = [(c, c.sites[site], first) for c, first in zip(calls, starts, strict=True) if site in c.sites]
         yield site, _together(parts, site, calls, stops=site == stops), any(what.writes for _, what, _ in parts)

@@ -17,6 +17,7 @@ from patchbay.ir.card import LOGITS
 from patchbay.ir.graph import Generation
 from patchbay_server.engine.plan import Pass
 from patchbay_server.models.hosted import HostedModel
+from patchbay_server.models.row_cache import RowCache, Seat
 from patchbay_server.models.taps import first_tensor
 
 #: Stands in for tokens that were never generated.
@@ -36,22 +37,37 @@ def check_generates(hosted: HostedModel, ragged: bool) -> None:
         raise GraphError(f"{hosted.card.name!r} generates from rows of one length only: it takes no positions")
 
 
+def takes(model: torch.nn.Module, argument: str) -> bool:
+    """Whether the model's forward has an argument of that name."""
+    return argument in inspect.signature(model.forward).parameters
+
+
 class Decoding:
     """One generating run while it runs.
+
+    Args:
+        hosted: the model.
+        each: the pass.
+        shared: whether its rows go through the model together with those of other runs (`engine.decoding`).
 
     Attributes:
         step: the forward that comes next, or is under way.
         so_far: int64 [rows, max_new_tokens], NO_TOKEN where there is no token (yet).
         stopped: bool [rows]: what rows ended before this step.
+        seat: where the keys and values of a run that shares are.
+        kept: positions of the prompt whose logits the model gave, where it did not give all.
     """
 
-    def __init__(self, hosted: HostedModel, each: Pass) -> None:
+    def __init__(self, hosted: HostedModel, each: Pass, *, shared: bool = False) -> None:
         assert each.generation is not None
-        self._hosted, self._pass, self._how = hosted, each, each.generation
+        self._hosted, self._pass, self._how, self._shared = hosted, each, each.generation, shared
+        self.seat: tuple[RowCache, Seat] | None = None
+        self.kept: tuple[int, ...] | None = None
         self._lengths = torch.tensor([len(row) for row in each.tokens])
         self._ragged = bool((self._lengths != each.seq).any())
         check_generates(hosted, self._ragged)
-        self._check_windows()
+        if not shared:
+            self._check_windows()
         self._cache: Any = None
         self.step = 0
         self.so_far = torch.full((each.rows, self._how.max_new_tokens), NO_TOKEN)
@@ -76,6 +92,33 @@ class Decoding:
             )
 
     @property
+    def rows(self) -> int:
+        """How many rows it has."""
+        return self._pass.rows
+
+    @property
+    def lengths(self) -> list[int]:
+        """Length of every prompt."""
+        return [len(row) for row in self._pass.tokens]
+
+    @property
+    def extent(self) -> int:
+        """Positions of its longest row, once everything is generated."""
+        return self._pass.seq + self._how.max_new_tokens
+
+    @property
+    def newest_tokens(self) -> torch.Tensor:
+        """What goes through the model next, int64 [rows, 1]; a filler in rows that have stopped."""
+        return self.so_far[:, self.step - 1 : self.step].clamp(min=_FILLER)
+
+    def leave(self) -> None:
+        """Give up the seat, where there is one."""
+        if self.seat is not None:
+            cache, seat = self.seat
+            cache.leave(seat)
+            self.seat = None
+
+    @property
     def ended(self) -> bool:
         """Whether no row goes on."""
         return bool(self.stopped.all()) or self.step >= self._how.max_new_tokens
@@ -92,12 +135,29 @@ class Decoding:
         self._cache = output.past_key_values
         logits = first_tensor(output)
         assert logits is not None and logits.ndim == 3
-        newest = self.newest(logits)[:, 0].float().cpu()  # [rows, vocab]
-        chosen = [_choose(newest[row], self._how, self._generators[row]) for row in range(self._pass.rows)]
+        newest = self.newest(logits)[:, 0]
+        self.take(newest, newest.argmax(-1).tolist())
+
+    def take(self, newest: torch.Tensor, likeliest: list[int]) -> None:
+        """Choose every row's next token.
+
+        Args:
+            newest: logits of the newest position, ``[rows, vocab]``.
+            likeliest: where each row's are highest.
+
+        Raises:
+            GraphError: no token can be drawn.
+        """
+        chosen = likeliest
+        if self._how.temperature:
+            logits = newest.float().cpu()
+            chosen = [_choose(logits[row], self._how, self._generators[row]) for row in range(self._pass.rows)]
         for row, token in enumerate(chosen):
             if not self.stopped[row]:
                 self.so_far[row, self.step] = token
         self.step += 1
+        if not self._stops:
+            return
         for row in range(self._pass.rows):
             made = self.so_far[row, : self.step].tolist()
             if any(made[-len(stop) :] == stop for stop in self._stops):
@@ -111,8 +171,7 @@ class Decoding:
             if not self._ragged and self._keeps_last_logits():
                 inputs["logits_to_keep"] = 1  # type: ignore[assignment]
             return inputs
-        tokens = self.so_far[:, step - 1 : step].clamp(min=_FILLER)
-        inputs = {"input_ids": tokens.to(device), "past_key_values": self._cache}
+        inputs = {"input_ids": self.newest_tokens.to(device), "past_key_values": self._cache}
         if self._ragged:
             at = torch.arange(each.seq + step)
             mask = (at[None] < self._lengths[:, None]) | (at[None] >= each.seq)
@@ -133,7 +192,14 @@ class Decoding:
         if value.shape[1] == 1:
             return value
         rows = torch.arange(value.shape[0], device=value.device)
-        return value[rows, self._lengths.to(value.device) - 1].unsqueeze(1)
+        return value[rows, self._newest_at(value)].unsqueeze(1)
+
+    def _newest_at(self, value: torch.Tensor) -> torch.Tensor:
+        """For every row, where its newest position is among those that `value` holds."""
+        last = self._lengths - 1
+        if self.kept is not None and value.shape[1] == len(self.kept):
+            last = torch.searchsorted(torch.tensor(self.kept), last)
+        return last.to(value.device)
 
     def seen_through(
         self, site: str, dims: tuple[Any, ...], handle: Callable[[torch.Tensor], torch.Tensor | None]
@@ -141,6 +207,8 @@ class Decoding:
         """`handle`, given what users see of `site` in this forward: the newest logits, keys without the padding."""
         if site == LOGITS and self.step == 0:
             return lambda value: self._at_newest(value, handle)
+        if self.step and self._shared and "key" in dims:
+            return lambda value: self._at_latest_keys(value, dims.index("key"), handle)
         if self.step and self._ragged and "key" in dims:
             return lambda value: self._at_keys(value, dims.index("key"), handle)
         return handle
@@ -155,7 +223,29 @@ class Decoding:
             return None
         result = value.clone()
         rows = torch.arange(value.shape[0], device=value.device)
-        result[rows, self._lengths.to(value.device) - 1] = new[:, 0]
+        result[rows, self._newest_at(value)] = new[:, 0]
+        return result
+
+    def _at_latest_keys(
+        self, value: torch.Tensor, axis: int, handle: Callable[[torch.Tensor], torch.Tensor | None]
+    ) -> torch.Tensor | None:
+        """Rows end together and may stand behind longer ones of other runs: the latest keys are their own."""
+        own = self._pass.seq + self.step
+        place = (axis, value.shape[axis] - own, own)
+        pads = [self._pass.seq - int(length) for length in self._lengths]
+        shown = value.narrow(*place)
+        if any(pads):
+            shown = shown.clone()
+            for row, pad in enumerate(pads):
+                shown[row].narrow(axis - 1, 0, pad).zero_()
+        new = handle(shown)
+        if new is None:
+            return None
+        result = value.clone()
+        for row, pad in enumerate(pads):  # padding ignores writes
+            kept = own - pad
+            target = result[row].narrow(axis - 1, value.shape[axis] - kept, kept)
+            target.copy_(new[row].narrow(axis - 1, pad, kept))
         return result
 
     def _at_keys(

@@ -36,6 +36,7 @@ class HostedModel:
         parameters: the way to every weight that the card names.
         compiled: its layers as torch compiled them, where the operator asked for that.
         row_independent: whether rows of different requests may share a forward, as proved at load.
+        decodes_together: whether rows that generate may join and leave one batch at every step, as proved at load.
     """
 
     model: torch.nn.Module
@@ -48,6 +49,7 @@ class HostedModel:
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     compiled: CompiledLayers | None = None
     row_independent: bool = False
+    decodes_together: bool = False
     _tokenizer_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property

@@ -7,6 +7,7 @@ are not finite stay in their row.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from typing import Any
 
 import torch
 
-from patchbay_server.models.inputs import DECODER_TOKENS, TOKENS, forward
+from patchbay_server.models.inputs import DECODER_TOKENS, MASK, TOKENS, forward
+from patchbay_server.models.row_cache import PromptCache, RowCache, Seat
 from patchbay_server.models.taps import first_tensor, replace_first_tensor
 
 log = logging.getLogger(__name__)
@@ -81,6 +83,80 @@ def row_independence(
         f"every layer's output of a row is the same alone, padded on the right, among {_MANY} like it, and beside a row "
         "of NaN",
     )
+
+
+def shared_decoding(model: torch.nn.Module, probe: Mapping[str, torch.Tensor]) -> Independence:
+    """Whether rows may generate in one batch that others join and leave, each as it does alone.
+
+    Three made-up rows of different lengths are continued in one `RowCache`; one joins late, one leaves early, and every
+    step's logits are compared with a plain forward over the whole row.
+
+    Args:
+        model: in eval mode, its rows independent.
+        probe: made-up inputs of at least two rows and six positions.
+    """
+    arguments = inspect.signature(model.forward).parameters
+    missing = {"past_key_values", "use_cache", "position_ids", MASK} - set(arguments)
+    if missing:
+        return Independence(False, f"its forward takes no {sorted(missing)[0]}")
+    first, second = probe[TOKENS][0], probe[TOKENS][1]
+    rows = [first, second[:-3], second[:-1]]
+    more = torch.stack([first.flip(0), second.flip(0), first.roll(2)])
+    try:
+        with torch.no_grad():
+            return _decoded_together(model, rows, more)
+    except Exception as error:  # noqa: BLE001 - models raise what they like about caches that they do not know
+        log.info("generating runs do not share forwards: %s", error)
+        return Independence(False, f"a batch with rows that come and go failed: {type(error).__name__}")
+
+
+def _decoded_together(model: torch.nn.Module, rows: list[torch.Tensor], more: torch.Tensor) -> Independence:
+    """Rows 0 and 1 begin, row 2 joins after one step, row 0 leaves after two; row i goes on with ``more[i]``."""
+    cache = RowCache()
+    seats: dict[int, Seat] = {}
+    so_far = dict(enumerate(rows))
+
+    def join(*joining: int) -> bool:
+        seats.update({i: cache.admit([len(rows[i])]) for i in joining})
+        longest = max(len(rows[i]) for i in joining)
+        tokens = torch.stack([_padded(rows[i], longest) for i in joining])
+        takers = [(place, cache, seats[i]) for place, i in enumerate(joining)]
+        output = first_tensor(model(input_ids=tokens, past_key_values=PromptCache(takers), use_cache=True))
+        assert output is not None
+        return all(_same(model, so_far[i], output[place, len(rows[i]) - 1]) for place, i in enumerate(joining))
+
+    def step(number: int) -> bool:
+        there = sorted(seats)
+        starts, positions, seen = cache.begin([seats[i] for i in there])
+        tokens = torch.zeros_like(positions)
+        for i, start in zip(there, starts, strict=True):
+            so_far[i] = torch.cat([so_far[i], more[i, number : number + 1]])
+            tokens[start, 0] = so_far[i][-1]
+        device = rows[0].device
+        mask = {} if seen is None else {MASK: seen.to(device)}
+        inputs = {"input_ids": tokens.to(device), "position_ids": positions.to(device), **mask}
+        output = first_tensor(model(**inputs, past_key_values=cache, use_cache=True))
+        assert output is not None
+        same = all(_same(model, so_far[i], output[start, -1]) for i, start in zip(there, starts, strict=True))
+        cache.end([seats[i] for i in there])
+        return same
+
+    held = join(0, 1) and step(0) and join(2) and step(1)
+    if held:
+        cache.leave(seats.pop(0))
+        held = step(2) and step(3)
+    if not held:
+        return Independence(False, "a row that others join or leave goes on as it does not alone")
+    return Independence(True, "rows of different lengths that join and leave one batch go on as each does alone")
+
+
+def _padded(row: torch.Tensor, length: int) -> torch.Tensor:
+    return torch.cat([row, row.new_zeros(length - len(row))])
+
+
+def _same(model: torch.nn.Module, row: torch.Tensor, newest: torch.Tensor) -> bool:
+    """Whether these are the logits of the row's last position in a plain forward."""
+    return _close(newest, forward(model, {TOKENS: row.unsqueeze(0)})[0, -1])
 
 
 def _close(value: torch.Tensor, expected: torch.Tensor) -> bool:

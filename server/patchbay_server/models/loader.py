@@ -18,7 +18,7 @@ from patchbay_server.models.applicable import find_applicable
 from patchbay_server.models.binding import Binding, derive
 from patchbay_server.models.cards import module_taps, write_card
 from patchbay_server.models.hosted import HostedModel
-from patchbay_server.models.independence import row_independence
+from patchbay_server.models.independence import row_independence, shared_decoding
 from patchbay_server.models.inputs import DECODER_TOKENS, MASK, TOKENS, ModelInputs, forward
 from patchbay_server.models.parameters import find_parameters
 from patchbay_server.models.proofs import Proof, prove, read_all
@@ -143,7 +143,9 @@ def host(
     card = replace(card, params=params, weights=USED_IN_GRAPH, callables=callables)
     sharing = row_independence(model, binding.layers, probes[0], causal=causal)
     shared = sharing.reason if sharing.holds else f"no: {sharing.reason}"
-    card = replace(card, attributes={**card.attributes, "shared_forwards": shared})
+    decoding = shared_decoding(model, probes[0]) if sharing.holds else sharing
+    together = decoding.reason if decoding.holds else f"no: {decoding.reason}"
+    card = replace(card, attributes={**card.attributes, "shared_forwards": shared, "shared_generation": together})
     return HostedModel(
         model=model,
         tokenizer=tokenizer,
@@ -154,6 +156,7 @@ def host(
         proofs=MappingProxyType({**proof.proved, **{n: f"absent: {r}" for n, r in binding.absent.items()}}),
         parameters=MappingProxyType(parameters),
         row_independent=sharing.holds,
+        decodes_together=decoding.holds,
     )
 
 
