@@ -107,7 +107,7 @@ _HOMES = {
     "vmap": "tracing",
     "where": "tracing",
 }
-_MODULES = frozenset({"errors", "methods", "ops", "plots", "testing"})
+_MODULES = frozenset({"datasets", "errors", "methods", "ops", "plots", "reduce", "testing"})
 
 
 def __getattr__(name: str) -> Any:

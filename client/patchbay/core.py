@@ -228,10 +228,14 @@ class ModelCore:
         tokenized = iter(texts)
         rows = [next(tokenized) if isinstance(g, Text) else g for g in given]
         for number, row in enumerate(rows):
-            self._check_row(row, f"row {number}" if len(rows) > 1 else "the input")
+            self.check_row(row, f"row {number}" if len(rows) > 1 else "the input")
         return rows
 
-    def _check_row(self, row: Tokens, what: str) -> None:
+    def check_row(self, row: Tokens, what: str) -> None:
+        """
+        Raises:
+            TraceError: the model cannot take these tokens; the message begins with `what`.
+        """
         card = self.card
         shown = f" {row.text!r}" if row.text is not None else ""
         if not row.ids:
@@ -315,6 +319,11 @@ class ModelCore:
                 raise ProtocolError(f"the server sent {value.dtype}{list(value.shape)} as {output.name!r}, not {spec}")
             arrays[output.name] = to_array(value)
         return Results(arrays, outcome.nonfinite, RunUsage.of(outcome.usage))
+
+    async def traffic(self) -> tuple[int, int]:
+        """Payload bytes sent and received over the connection so far."""
+        transport = await self._connection.transport()
+        return transport.bytes_sent, transport.bytes_received
 
     async def price(self, graph: Graph, timeout_s: float | None) -> Price:
         """The server's own price for a graph."""

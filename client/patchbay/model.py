@@ -10,7 +10,7 @@ import copy
 import operator
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
 
 from patchbay.core import ModelCore
@@ -24,9 +24,12 @@ from patchbay.tokens import Tokens
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
-    from typing_extensions import Self
+    from typing_extensions import Self, Unpack
 
     from patchbay.artifacts import Artifacts
+    from patchbay.datasets.entry import MapHow
+    from patchbay.datasets.results import MapResults
+    from patchbay.datasets.template import BatchRun
     from patchbay.ir.graph import Graph
     from patchbay.portal import Portal
     from patchbay.tracing.params import ModelParams
@@ -220,6 +223,38 @@ class Model(BaseModel):
             result = trace.apply(name, value).save()
         return result.value
 
+    def map(
+        self, dataset: Iterable[Any], function: Callable[[BatchRun], Mapping[str, Any]], **how: Unpack[MapHow]
+    ) -> MapResults:
+        """Runs one graph over every row of a data set, in batches, and gives what the function makes of all of them.
+
+        Args:
+            dataset: texts, token ids, conversations, or dicts with one of these under ``"text"`` and further fields;
+                any iterable, a generator too, which is read as it is needed.
+            function: takes a run over a batch (`patchbay.datasets.BatchRun`) and returns a dict (of dicts, lists) of
+                reductions (`patchbay.reduce`), which are folded over all rows on the server, and values, rows first,
+                which come back for every row. It is called once for each shape of batch.
+            how: batch: rows that go through the model together, at most (32). max_tokens: positions of a batch, padding
+                included, at most (16384). window: rows that are sorted by length together, make one shard, and after
+                which progress is saved (8 batches). lanes: batches in flight (4). prepend_bos: as for `trace`. to: a
+                folder to write values of rows to. keep: leave them on the server as artifacts. resume: a file that
+                records what is done; the same call goes on from there. progress: called with a `MapProgress` after each
+                batch; left out, a terminal shows a line. deterministic, disabled, timeout_s: as for `trace`, of each
+                batch. patience_s: how long to wait for a server that is away or full (300).
+
+        Returns:
+            The same tree with numbers. A value of rows is an array where all rows have one shape, else an array for
+            each row; what was written to a folder comes back as `patchbay.datasets.Shards`.
+
+        Raises:
+            TraceError: the data set, the function's result or the state to resume from cannot be used.
+            GraphError: the graph breaks a rule; raised before anything is sent.
+            ServiceError: the server failed, and did not come back in time.
+        """
+        from patchbay.datasets.entry import map_blocking
+
+        return map_blocking(self, dataset, function, how)
+
     @overload
     def trace(
         self,
@@ -391,6 +426,17 @@ class AsyncModel(BaseModel):
         async with self.trace() as trace:
             result = trace.apply(name, value).save()
         return result.value
+
+    async def map(
+        self,
+        dataset: Iterable[Any] | AsyncIterable[Any],
+        function: Callable[[BatchRun], Mapping[str, Any]],
+        **how: Unpack[MapHow],
+    ) -> MapResults:
+        """Runs one graph over every row of a data set; see `Model.map`. Asynchronous iterables are taken too."""
+        from patchbay.datasets.entry import map_awaited
+
+        return await map_awaited(self, dataset, function, how)
 
     @overload
     def trace(
