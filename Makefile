@@ -122,6 +122,7 @@ serve: $(STAMP) ## keep a service with the embedded model running (ARGS="--model
 .PHONY: docs
 docs: $(STAMP) ## regenerate what is written from the code: pages, the editors' stub of pb.ops, the chart's schema
 	@$(PY) -m patchbay_server.docs
+	@$(PY) -m benchmarks --page
 	@$(PY) -m patchbay.tracing.stubs >$(VENV)/ops.pyi && mv $(VENV)/ops.pyi client/patchbay/ops.pyi
 	@$(PY) deploy/generate_chart.py
 
@@ -157,8 +158,35 @@ $(TL_STAMP): constraints.txt
 compare-transformerlens: $(TL_STAMP) ## compare every site name shared with TransformerLens on the same weights
 	@$(TL_VENV)/bin/python benchmarks/sites_against_transformerlens.py
 
+# nnsight by itself, and the client by itself: their sizes are measured, so nothing else may lie beside them.
+NN_VENV := .venv-nnsight
+NN_STAMP := $(NN_VENV)/.installed-0.8.1
+THIN_VENV := .venv-thin
+THIN_STAMP := $(THIN_VENV)/.installed
+
+$(NN_STAMP):
+	@python=$$($(find_python)); echo "making $(NN_VENV) (nnsight; some minutes)"; \
+	"$$python" -m venv --clear $(NN_VENV); \
+	$(NN_VENV)/bin/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) torch==2.13.0 nnsight==0.8.1 \
+	  >$(NN_VENV)/install.log 2>&1 || { tail -n 25 $(NN_VENV)/install.log >&2; exit 1; }; \
+	touch $@
+
+$(THIN_STAMP): pyproject.toml constraints.txt
+	@python=$$($(find_python)); echo "making $(THIN_VENV) (the client alone)"; \
+	"$$python" -m venv --clear $(THIN_VENV); \
+	$(THIN_VENV)/bin/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt . \
+	  >$(THIN_VENV)/install.log 2>&1 || { tail -n 25 $(THIN_VENV)/install.log >&2; exit 1; }; \
+	touch $@
+
+.PHONY: bench
+bench: $(STAMP) $(TL_STAMP) $(NN_STAMP) $(THIN_STAMP) ## measure every figure of docs/performance.md, peers beside (ARGS=--quick: under 5 minutes)
+	@$(THIN_VENV)/bin/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) --no-deps --force-reinstall . \
+	  >$(THIN_VENV)/install.log 2>&1 || { tail -n 25 $(THIN_VENV)/install.log >&2; exit 1; }
+	@$(PY) -m benchmarks --place transformerlens=$(TL_VENV)/bin/python --place nnsight=$(NN_VENV)/bin/python \
+	  --place client=$(THIN_VENV)/bin/python $(ARGS)
+
 .PHONY: clean
 clean: ## remove everything that make made here
-	rm -rf $(VENV) $(PROTO_VENV) $(LOCK_VENV) $(TL_VENV) .tools build dist demo-report.html \
+	rm -rf $(VENV) $(PROTO_VENV) $(LOCK_VENV) $(TL_VENV) $(NN_VENV) $(THIN_VENV) .tools build dist demo-report.html \
 	  .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

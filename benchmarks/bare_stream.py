@@ -1,0 +1,44 @@
+"""A `grpc.aio` server that streams bytes and knows nothing else; it stops when its stdin ends."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from typing import Any
+
+METHOD = "/bare.Stream/Bytes"
+#: Large windows, as Patchbay's own transports use, so that the comparison is of the same gRPC.
+OPTIONS = [
+    ("grpc.max_receive_message_length", 64 * 2**20),
+    ("grpc.http2.lookahead_bytes", 16 * 2**20),
+    ("grpc.http2.max_frame_size", 256 * 2**10),
+]
+
+
+async def stream(request: bytes, context: Any) -> AsyncIterator[bytes]:
+    """`total` bytes in messages of `chunk`."""
+    del context
+    total, chunk = map(int, request.split())
+    block = bytes(chunk)
+    for start in range(0, total, chunk):
+        yield block if total - start >= chunk else block[: total - start]
+
+
+async def main() -> None:
+    import grpc
+    import grpc.aio
+
+    server = grpc.aio.server(options=OPTIONS)
+    handler = grpc.unary_stream_rpc_method_handler(stream)
+    service = grpc.method_handlers_generic_handler("bare.Stream", {"Bytes": handler})
+    server.add_generic_rpc_handlers((service,))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    print(port, flush=True)
+    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+    await server.stop(grace=0)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

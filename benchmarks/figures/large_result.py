@@ -1,0 +1,164 @@
+"""How fast a large result travels, beside the same bytes through gRPC alone."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.figure import Contender, Figure, Plan, Scale, Service, Trials
+from benchmarks.samples import Finding
+from benchmarks.work import Work
+
+
+class Bare(Work):
+    """A generic `grpc.aio` stream between two processes: no protobuf, no checksum, no model.
+
+    Args:
+        megabytes: MiB of a result.
+        chunk_kib: size of a message.
+    """
+
+    def __init__(self, megabytes: int, chunk_kib: int) -> None:
+        self._bytes, self._chunk = megabytes * 2**20, chunk_kib * 2**10
+
+    def prepare(self) -> None:
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.bare_stream"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self._server.stdout is not None
+        self._port = int(self._server.stdout.readline())
+        self._loop = asyncio.new_event_loop()
+
+    def run(self, round_: int) -> Mapping[str, float]:
+        return self._loop.run_until_complete(self._receive())
+
+    async def _receive(self) -> Mapping[str, float]:
+        import time
+
+        import grpc.aio
+        import numpy as np
+
+        from benchmarks.bare_stream import METHOD, OPTIONS
+
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{self._port}", options=OPTIONS) as channel:
+            await channel.channel_ready()
+            call = channel.unary_stream(METHOD)
+            start = time.perf_counter()
+            self._found = np.empty(self._bytes, np.uint8)
+            into, at = memoryview(self._found), 0
+            async for piece in call(f"{self._bytes} {self._chunk}".encode()):
+                into[at : at + len(piece)] = piece
+                at += len(piece)
+            wall_s = time.perf_counter() - start
+        if at != self._bytes:
+            raise ValueError(f"received {at} bytes of {self._bytes}")
+        return {"wall_s": wall_s, "bytes": float(at)}
+
+    def close(self) -> None:
+        self._loop.close()
+        assert self._server.stdin is not None
+        self._server.stdin.close()
+        self._server.wait(timeout=20)
+
+
+class Result(Work):
+    """The same number of bytes as a result of Patchbay: an `arange`, so that the model does nothing.
+
+    Args:
+        megabytes: MiB of a result.
+        address: of the service.
+        keys: of its accounts.
+    """
+
+    def __init__(self, megabytes: int, address: str, keys: Mapping[str, str | None]) -> None:
+        self._count = megabytes * 2**20 // 4
+        self._address, self._keys = address, keys
+
+    def prepare(self) -> None:
+        import patchbay as pb
+
+        self._arange = pb.ops.arange
+        self._client = pb.connect(self._address, api_key=self._keys.get(""))
+        (summary,) = self._client.models()
+        self._model = self._client.model(summary.name)
+
+    def run(self, round_: int) -> Mapping[str, float]:
+        with self._model.trace() as t:
+            t.save(x=self._arange(self._count, dtype="float32"))
+        found = t.results.x
+        if found.shape != (self._count,) or found[-1] != self._count - 1 or found[self._count // 2] != self._count // 2:
+            raise ValueError("the result is not what was asked for")
+        return {"bytes": float(found.nbytes), "engine_s": t.usage.run_ms / 1e3}
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def plan(scale: Scale) -> Plan:
+    megabytes = scale.choose(full=64, quick=64, tiny=4)
+    shared: dict[str, Any] = {"settings": {"megabytes": megabytes}, "own_process": True}
+    bare = [
+        Contender(
+            f"bare_{kib}",
+            f"bare grpc.aio stream, {kib} KiB messages",
+            "Bare",
+            own_process=True,
+            settings={"megabytes": megabytes, "chunk_kib": kib},
+        )
+        for kib in (512, 1024)
+    ]
+    ours = [
+        Contender("plain", "Patchbay, plain gRPC (direct)", "Result", service="plain", **shared),
+        Contender("ray", "Patchbay, Ray Serve through HAProxy", "Result", service="ray", **shared),
+    ]
+    return Plan(
+        contenders=bare[:1] if scale.mode == "tiny" else [*bare, *ours],
+        rounds=scale.choose(full=15, quick=5, tiny=1),
+        settings={"megabytes": megabytes},
+        services={"plain": Service("demo"), "ray": Service("demo", plain=False)},
+    )
+
+
+def findings(trials: Trials, scale: Scale) -> list[Finding]:
+    del scale
+    names = [name for name in ("bare_512", "bare_1024") if trials.has(name)]
+    if not names:
+        return []
+    best = min(names, key=trials.median)
+    found = [
+        *trials.faster("ray", best, "64 MB result through HAProxy: against a bare stream", 0.6),
+        *trials.faster("plain", best, "64 MB result, direct: against a bare stream", 0.9),
+    ]
+    from benchmarks.spread import spread
+
+    for name, what in (
+        (best, "the bare stream itself"),
+        ("plain", "64 MB result, direct"),
+        ("ray", "64 MB result through HAProxy"),
+    ):
+        if trials.has(name):
+            pairs = zip(trials.series(name, "bytes"), trials.series(name), strict=True)
+            found.append(Finding(what, spread([b / s / 1e9 for b, s in pairs]), "GB/s"))
+    return found
+
+
+FIGURE = Figure(
+    name="large_result",
+    title="A result of 64 MB",
+    what=(
+        "64 MiB of float32 made by one operation (`arange`), received as a numpy array. The bare stream: the "
+        "same number of bytes from one `grpc.aio` process to another in messages of raw bytes, written into a "
+        "preallocated array."
+    ),
+    why="Harvesting activations is bound by the wire.",
+    how=(
+        "Time of the call as the client sees it: for Patchbay the making of the values, the checksums and the "
+        "decoding are part of it, for the bare stream nothing but the stream (whichever size of message is "
+        "faster)."
+    ),
+    plan=plan,
+    findings=findings,
+)
