@@ -11,9 +11,12 @@ import torch
 from patchbay.errors import GraphError, RequestCancelledError
 from patchbay.ir.events import Event, Progress, TensorValue, Usage
 from patchbay.ir.graph import TensorData
+from patchbay.ir.ops.control import BODY_ATTRS
 from patchbay.ir.ops.spec import TensorSpec
+from patchbay_server.engine.bodies import SIDE_BY_SIDE
 from patchbay_server.engine.forwards import ForwardCall, SiteCall
 from patchbay_server.engine.generate import Decoding
+from patchbay_server.engine.loops import Loops
 from patchbay_server.engine.plan import (
     COBATCH,
     COMPILE,
@@ -52,6 +55,7 @@ class Execution:
         self._decoding: Decoding | None = None
         self._gone: torch.Tensor | None = None
         self._forwards = self._positions = 0
+        self._loops: Loops | None = None
 
     @property
     def exclusive(self) -> bool:
@@ -80,7 +84,7 @@ class Execution:
             self._happen(plan.after)
         layers = len(self._hosted.layers) * self._forwards
         skipped = layers - self._layers_run
-        saved = {**plan.saved, "early_stop": skipped}
+        saved = {**plan.saved, "early_stop": skipped, **({} if self._loops is None else self._loops.saved)}
         if self._layers_compiled:
             saved[COMPILE] = self._layers_compiled
         return Usage(
@@ -140,7 +144,7 @@ class Execution:
         self._check_cancelled()
         self._happen(each.before)
         off = self._plan.options.disabled
-        shared = self._hosted.decodes_together and not self._alone and CONTINUOUS_BATCHING not in off
+        shared = self._hosted.decodes_together and not self._alone and not {COBATCH, CONTINUOUS_BATCHING} & set(off)
         self._decoding = decoding = Decoding(self._hosted, each, shared=shared)
         try:
             for step in each.steps:
@@ -354,8 +358,17 @@ class Execution:
             return self._values[step.args[0]][step.attrs["index"]]
         if step.op == "grad":
             return self._gradients(step)
+        if step.op in BODY_ATTRS:
+            return self._run_loop(step)
         assert step.op == "call", step.op
         return self._hosted.callables[step.attrs["target"]](self._values[step.args[0]])
+
+    def _run_loop(self, step: Compute) -> tuple[torch.Tensor, ...]:
+        if self._loops is None:
+            hosted, plan = self._hosted, self._plan
+            disabled = (*plan.options.disabled, *((SIDE_BY_SIDE,) if plan.options.deterministic else ()))
+            self._loops = Loops(plan.graph, hosted.device, hosted.callables, self._check_cancelled, disabled)
+        return self._loops.run(step.op, step.attrs, [self._values[a] for a in step.args])
 
     def _send(self, node: int, names: Sequence[str]) -> None:
         if not names:
@@ -377,7 +390,7 @@ class Execution:
     def _named(self, error: GraphError, node: int) -> GraphError:
         if error.node is None:
             error.node = self._plan.origin[node]
-            error.field = f"nodes[{error.node}]"
+            error.field = error.field or f"nodes[{error.node}]"
         return error
 
 
