@@ -363,6 +363,35 @@ def loop_steps(graph: Graph, specs: Sequence[ValueSpec], facts: Sequence[BodyFac
     return steps
 
 
+def recorded_bytes(graph: Graph, specs: Sequence[ValueSpec]) -> int:
+    """What is kept of loops that a gradient of the graph is taken through; those that it might be are all counted."""
+    if not graph.bodies:
+        return 0
+    users: list[list[int]] = [[] for _ in graph.nodes]
+    for i, node in enumerate(graph.nodes):
+        for a in node.args:
+            users[a].append(i)
+    # What a write changes may reach any metric, by way of the model.
+    metrics = {n.args[0] for n in graph.nodes if n.op == "grad"}
+    if not metrics:
+        return 0
+    leads = bytearray(len(graph.nodes))
+    for i in range(len(graph.nodes) - 1, -1, -1):
+        leads[i] = i in metrics or graph.nodes[i].op == "site.write" or any(leads[u] for u in users[i])
+    wrt = {a for n in graph.nodes if n.op == "grad" for a in n.args[1:]}
+    reads = any(graph.nodes[w].op == "site.read" for w in wrt)
+    follows = bytearray(len(graph.nodes))
+    total = 0
+    for i, node in enumerate(graph.nodes):
+        seen = node.op == "site.read" and reads
+        follows[i] = i in wrt or seen or any(follows[a] for a in node.args)
+        if follows[i] and leads[i] and node.op in BODY_ATTRS:
+            args = [value for a in node.args if isinstance(value := specs[a], TensorSpec)]
+            attrs = op_spec(node.op).fill(node.attrs)
+            total += loop_cost(node.op, attrs, args, specs[i], graph.body_facts).recorded
+    return total
+
+
 def check_loop_steps(steps: int, allowed: int) -> None:
     """
     Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from patchbay.ir.bodies import recorded_bytes
 from patchbay.ir.card import ModelCard
 from patchbay.ir.events import Cost
 from patchbay.ir.facts import Facts, facts_of, value_bytes
@@ -43,6 +44,7 @@ def price(graph: Graph, specs: Sequence[ValueSpec], facts: Sequence[Facts] | Non
         if live + known.workspace > peak:
             peak = live + known.workspace
         live -= dying[i]
+    peak += recorded_bytes(graph, specs)
     results = sum(facts[output.node].nbytes for output in graph.outputs if not output.keep)
     stays = sum(facts[output.node].nbytes for output in graph.outputs if output.keep)
     tokens = sum(run.rows * run.positions for run in graph.runs)
