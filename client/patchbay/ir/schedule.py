@@ -71,19 +71,19 @@ def positions(graph: Graph, card: ModelCard) -> tuple[int, ...]:
 
     Generating runs must be written out (see `patchbay.ir.generation.unroll`).
     """
-    width = span(card)
-    found = []
-    for node in graph.nodes:
-        if not is_access(node):
-            found.append(BEFORE)
+    found = [BEFORE] * len(graph.nodes)
+    width: int | None = None
+    for i, node in enumerate(graph.nodes):
+        if node.op not in ACCESSES:
             continue
         assert node.run is not None
         at = card.site(str(node.attrs["site"])).order if node.op != "run.tokens" else BEFORE
         if graph.runs[node.run].generation is not None:
             step = node.attrs.get("step")
             assert isinstance(step, int), "generating runs are written out before they are scheduled"
+            width = span(card) if width is None else width
             at += 1 + step * width
-        found.append(at)
+        found[i] = at
     return tuple(found)
 
 
@@ -95,7 +95,7 @@ def site_chains(graph: Graph, card: ModelCard) -> tuple[int | None, ...]:
     at = positions(graph, card)
     accesses: dict[int, list[tuple[int, int]]] = {}
     for i, node in enumerate(graph.nodes):
-        if is_access(node):
+        if node.op in ACCESSES:
             assert node.run is not None
             accesses.setdefault(node.run, []).append((at[i], i))
     before: list[int | None] = [None] * len(graph.nodes)
@@ -210,24 +210,39 @@ def schedule(graph: Graph, card: ModelCard, *, joint: bool) -> Schedule:
     chains = site_chains(graph, card)
     order = topological_order(graph, chains)
     at = positions(graph, card)
-    moments: list[Moment] = [Moment(0, BEFORE)] * len(graph.nodes)
+    start = Moment(0, BEFORE)
+    moments: list[Moment] = [start] * len(graph.nodes)
     chain_levels = [0] * len(graph.nodes)
     for i in order:
         node = graph.nodes[i]
+        if node.op not in ACCESSES:
+            # Most nodes take constants and values of one forward: the latest of those is it.
+            moment = start
+            for a in node.args:
+                other = moments[a]
+                if other is moment or other is start:
+                    continue
+                if moment is start:
+                    moment = other
+                elif other.level == moment.level and other.run == moment.run and moment.position > BEFORE:
+                    moment = other if other.position > moment.position else moment
+                else:
+                    moment = _latest([moments[a] for a in node.args])
+                    break
+            moments[i] = moment
+            continue
         chain = chains[i]
         seen = chain_levels[chain] if chain is not None else 0
         if is_read(node):
             moments[i] = Moment(seen, at[i], node.run)
             chain_levels[i] = seen
-        elif node.op == "site.write":
+        else:
             value = _latest([moments[a] for a in node.args])
             position = at[i]
             in_time = value.position == BEFORE or (value.position <= position and (joint or value.run == node.run))
             level = value.level if in_time else value.level + 1
             moments[i] = Moment(level, position, node.run)
             chain_levels[i] = max(level, seen)
-        else:
-            moments[i] = _latest([moments[a] for a in node.args])
     levels = 1 + max((m.level for m in moments), default=0)
     return Schedule(order, tuple(moments), levels)
 

@@ -6,12 +6,14 @@ a Python object is built, references, nesting, tensors. What an operation or a s
 
 from __future__ import annotations
 
+from collections.abc import Mapping, MutableMapping
 from typing import TYPE_CHECKING, cast
 
 from google.protobuf.struct_pb2 import NULL_VALUE
 
 from patchbay.errors import GraphError, LimitExceededError, ProtocolError
 from patchbay.ir.bodies import Body
+from patchbay.ir.facts import NO_ATTRS
 from patchbay.ir.graph import Attr, Generation, Graph, Node, Output, Run, TensorData
 from patchbay.ir.limits import Limits
 from patchbay.ir.ops.spec import TensorSpec
@@ -124,6 +126,9 @@ def _encode_attr(value: Attr, into: graph_pb2.Attr) -> None:
         raise TypeError(f"an attribute cannot hold a {type(value).__name__}")
 
 
+#: Attributes of more bytes are not looked up among those decoded before.
+_MAX_SHARED_BYTES = 1_024
+
 # --- decoding -----------------------------------------------------------------------------------------------------
 
 
@@ -138,7 +143,7 @@ def decode_graph(message: graph_pb2.Graph, limits: Limits | None = None) -> Grap
     _check_counts(message, limits)
     state = _State(len(message.runs), limits.max_const_bytes)
     runs = tuple(_decode_run(run, f"runs[{index}]", state) for index, run in enumerate(message.runs))
-    nodes = tuple(_decode_node(node, position, state) for position, node in enumerate(message.nodes))
+    nodes = tuple([_decode_node(node, position, state) for position, node in enumerate(message.nodes)])
     bodies = tuple(_decode_body(body, f"bodies[{index}]", state) for index, body in enumerate(message.bodies))
     return Graph(runs=runs, nodes=nodes, outputs=_decode_outputs(message, len(nodes)), bodies=bodies)
 
@@ -150,14 +155,17 @@ class _State:
         self.n_runs = n_runs
         self._max_const_bytes = max_const_bytes
         self._const_bytes = 0
-        self._names: dict[str, str] = {}
+        #: One object for equal names, and for equal attributes: thousands of nodes share a few dozen.
+        self.names: dict[str, str] = {}
+        self.attrs: dict[tuple[object, ...], Mapping[str, Attr]] = {}
+        self.charged = 0
 
     def intern(self, name: str) -> str:
-        """The same object for equal names: thousands of nodes share a few dozen."""
-        return self._names.setdefault(name, name)
+        return self.names.setdefault(name, name)
 
     def charge(self, size: int, field: str) -> None:
         """Charge an inline tensor, before its bytes are copied out of the message."""
+        self.charged += 1
         self._const_bytes += size
         _check_limit("max_const_bytes", field, self._const_bytes, self._max_const_bytes)
 
@@ -242,13 +250,7 @@ def _decode_generation(message: graph_pb2.Generation, field: str) -> Generation:
 def _decode_node(message: graph_pb2.Node, position: int, state: _State) -> Node:
     args = tuple(message.args)
     if args and (min(args) < 0 or max(args) >= position):
-        index = next(i for i, arg in enumerate(args) if not 0 <= arg < position)
-        raise GraphError(
-            f"argument {index} of node {position} is node {args[index]}; arguments refer to earlier nodes only",
-            node=position,
-            related=(args[index],),
-            field=f"nodes[{position}].args[{index}]",
-        )
+        raise _forward_reference(args, position)
     run = message.run if message.HasField("run") else None
     if run is not None and not 0 <= run < state.n_runs:
         raise GraphError(
@@ -256,18 +258,54 @@ def _decode_node(message: graph_pb2.Node, position: int, state: _State) -> Node:
             node=position,
             field=f"nodes[{position}].run",
         )
-    op = message.op
-    _check_name(op, f"nodes[{position}].op")
+    name = message.op
+    op = state.names.get(name)
+    if op is None:
+        _check_name(name, f"nodes[{position}].op")
+        op = state.intern(name)
     attrs = message.attrs
+    return Node(op, args, _decode_attrs(op, attrs, position, state) if attrs else NO_ATTRS, run)
+
+
+def _forward_reference(args: tuple[int, ...], position: int) -> GraphError:
+    index = next(i for i, arg in enumerate(args) if not 0 <= arg < position)
+    return GraphError(
+        f"argument {index} of node {position} is node {args[index]}; arguments refer to earlier nodes only",
+        node=position,
+        related=(args[index],),
+        field=f"nodes[{position}].args[{index}]",
+    )
+
+
+def _decode_attrs(
+    op: str, attrs: MutableMapping[str, graph_pb2.Attr], position: int, state: _State
+) -> Mapping[str, Attr]:
+    """The attributes of a node; nodes whose attributes are the same bytes share one object."""
     if len(attrs) > MAX_ATTRS:
         field = f"nodes[{position}].attrs"
         raise ProtocolError(f"{field}: {len(attrs)} attributes; at most {MAX_ATTRS}", field=field)
+    key: tuple[object, ...] | None = None
+    if op != "const":
+        parts: list[object] = []
+        for name in attrs:
+            value = attrs[name]
+            if value.ByteSize() > _MAX_SHARED_BYTES:  # a tensor, most likely: its bytes are not worth a copy
+                break
+            parts += (name, value.SerializeToString())
+        else:
+            key = tuple(parts)
+            known = state.attrs.get(key)
+            if known is not None:
+                return known
     decoded: dict[str, Attr] = {}
+    charged = state.charged
     for name in attrs:
         _check_name(name, f"nodes[{position}].attrs")
         field = f'nodes[{position}].attrs["{name}"]'
         decoded[state.intern(name)] = _decode_attr(attrs[name], field, 0, state)
-    return Node(op=state.intern(op), args=args, attrs=decoded, run=run)
+    if key is not None and state.charged == charged:  # tensors are charged each time
+        state.attrs[key] = decoded
+    return decoded
 
 
 def _decode_body(message: graph_pb2.Body, field: str, state: _State) -> Body:
