@@ -16,7 +16,8 @@ from patchbay_server.engine.executor import Execution
 from patchbay_server.engine.forwards import ForwardCall, run_forward
 from patchbay_server.engine.generate import check_generates
 from patchbay_server.engine.memory import held_to
-from patchbay_server.engine.plan import OPTIMISATIONS, Plan, make_plan
+from patchbay_server.engine.plan import OPTIMISATIONS, Means, Plan, make_plan
+from patchbay_server.engine.prefix import LAYER_COST_CPU, LAYER_COST_GPU
 from patchbay_server.engine.running import (
     Depths,
     Running,
@@ -41,6 +42,11 @@ class Engine:
         self.hosted = hosted
         self.limits = hosted.card.limits if limits is None else limits
         self._max_pass_tokens = max_pass_tokens
+        self._means = Means(
+            hosted.continuation,
+            hosted.unembedding,
+            LAYER_COST_CPU if hosted.device.type == "cpu" else LAYER_COST_GPU,
+        )
         self._depths = Depths(hosted.card)
         self._batches = DecodeBatches(hosted)
 
@@ -61,7 +67,9 @@ class Engine:
         for name in options.disabled:
             if name not in OPTIMISATIONS:
                 raise GraphError(f"no optimisation is called {name!r} (there are: {', '.join(OPTIMISATIONS)})")
-        plan = make_plan(graph, self.hosted.card, self.limits, options, max_pass_tokens=self._max_pass_tokens)
+        plan = make_plan(
+            graph, self.hosted.card, self.limits, options, max_pass_tokens=self._max_pass_tokens, means=self._means
+        )
         return held_to(plan, self.limits)
 
     def start(
@@ -153,6 +161,6 @@ class Engine:
     def one_by_one(self, plan: Plan) -> Plan:
         """`plan` with one run per forward."""
         alone = make_plan(
-            plan.graph, self.hosted.card, self.limits, replace(plan.options, deterministic=True), max_pass_tokens=0
+            plan.source, self.hosted.card, self.limits, replace(plan.options, deterministic=True), max_pass_tokens=0
         )
-        return replace(alone, origin=tuple(plan.origin[o] for o in alone.origin), received=plan.received)
+        return replace(alone, origin=tuple(plan.source_origin[o] for o in alone.origin), received=plan.received)

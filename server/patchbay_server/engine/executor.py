@@ -9,45 +9,59 @@ from typing import Any
 import torch
 
 from patchbay.errors import GraphError, RequestCancelledError
+from patchbay.ir.card import LOGITS
 from patchbay.ir.events import Event, Progress, TensorValue, Usage
 from patchbay.ir.graph import TensorData
 from patchbay.ir.ops.control import BODY_ATTRS
 from patchbay.ir.ops.spec import TensorSpec
 from patchbay_server.engine.bodies import SIDE_BY_SIDE
-from patchbay_server.engine.forwards import ForwardCall, SiteCall
+from patchbay_server.engine.forwards import ForwardCall, GoingOn, Leaving, SiteCall
 from patchbay_server.engine.generate import Decoding
 from patchbay_server.engine.loops import Loops
 from patchbay_server.engine.plan import (
     COBATCH,
     COMPILE,
     CONTINUOUS_BATCHING,
+    Plan,
+)
+from patchbay_server.engine.rows import left_padded, own_rows, seen_rows, write_back
+from patchbay_server.engine.steps import (
     Actions,
     Compute,
     Emit,
     Forward,
     Generated,
+    Part,
     Pass,
-    Plan,
     Read,
     Resume,
     Slot,
     Step,
     Write,
 )
-from patchbay_server.engine.rows import left_padded, own_rows, seen_rows, write_back
 from patchbay_server.kernels import index_get, index_put, to_data, to_tensor, to_torch_dtype
+from patchbay_server.models.continuation import Trunk
 from patchbay_server.models.hosted import HostedModel
+from patchbay_server.models.narrowing import positions
 
 
 class Execution:
     """One run of one plan; used once, by one thread."""
 
     def __init__(
-        self, hosted: HostedModel, plan: Plan, emit: Callable[[Event], None], cancelled: Callable[[], bool]
+        self,
+        hosted: HostedModel,
+        plan: Plan,
+        emit: Callable[[Event], None],
+        cancelled: Callable[[], bool],
+        left: Callable[[int, Trunk], None] = lambda run, trunk: None,
     ) -> None:
         self._hosted, self._plan, self._emit, self._cancelled = hosted, plan, emit, cancelled
         self._values: dict[int, Any] = {}
-        self._layers_run = self._layers_compiled = 0
+        #: What runs left for others to go on from, and who else is told.
+        self._trunks: dict[int, Trunk] = dict(plan.trunks)
+        self._left = left
+        self._layers_run = self._layers_compiled = self._layers_shared = 0
         #: Memory of the model's own tensors while one of its sites is visited; nothing that outlives the visit may
         #: share it.
         self._borrowed: set[int] = set()
@@ -84,7 +98,11 @@ class Execution:
             self._happen(plan.after)
         layers = len(self._hosted.layers) * self._forwards
         skipped = layers - self._layers_run
-        saved = {**plan.saved, "early_stop": skipped, **({} if self._loops is None else self._loops.saved)}
+        saved = {
+            **plan.saved,
+            "early_stop": skipped - self._layers_shared,
+            **({} if self._loops is None else self._loops.saved),
+        }
         if self._layers_compiled:
             saved[COMPILE] = self._layers_compiled
         return Usage(
@@ -103,23 +121,54 @@ class Execution:
     def _pass(self, each: Pass) -> Generator[ForwardCall, None, None]:
         self._check_cancelled()
         self._happen(each.before)
-        self._positions += each.rows * each.seq
-        yield from self._asked_for(
-            ForwardCall(
-                rows=each.rows,
-                seq=each.seq,
-                tokens=each.tokens,
-                inputs=each.inputs,
-                sites={site: self._site_call(site, moment) for site, moment in each.sites.items()},
-                stop_at=each.stop_at,
-                alone=self._alone or bool(each.inputs) or COBATCH in self._plan.options.disabled,
-                cancelled=self._cancelled,
-                values=self._values,
-                compiled=not self._alone and COMPILE not in self._plan.options.disabled,
-            ),
-            each,
-            each.sites,
+        self._positions += each.positions
+        going = None
+        if each.goes_on is not None:
+            going = GoingOn(each.goes_on, self._trunks[each.goes_on.base])
+            self._layers_shared += each.goes_on.skipped
+        leaving = Leaving(Trunk(), each.keeps_through) if each.keeps else None
+        apart = self._alone or bool(each.inputs) or going is not None or leaving is not None
+        call = ForwardCall(
+            rows=each.rows,
+            seq=each.seq,
+            tokens=each.tokens,
+            inputs=each.inputs,
+            sites={site: self._site_call(site, moment) for site, moment in each.sites.items()},
+            stop_at=each.stop_at,
+            alone=apart or COBATCH in self._plan.options.disabled,
+            cancelled=self._cancelled,
+            values=self._values,
+            compiled=not self._alone and going is None and COMPILE not in self._plan.options.disabled,
+            going=going,
+            leaving=leaving,
+            logits=each.logits,
         )
+        if each.logits is not None and LOGITS in call.sites:
+            call.sites = {**call.sites, LOGITS: self._some_logits(call, call.sites[LOGITS])}
+        yield from self._asked_for(call, each, each.sites)
+        if leaving is not None:
+            for slot in each.keeps:
+                self._trunks[slot.run] = trunk = leaving.trunk.rows(slot.start, slot.stop, slot.seq)
+                self._left(slot.run, trunk)
+        for run in each.drops:
+            self._trunks.pop(run, None)
+
+    def _some_logits(self, call: ForwardCall, what: SiteCall) -> SiteCall:
+        """What happens at the logits, for handlers that see those of some positions; chosen here when all were made."""
+
+        def handle(value: torch.Tensor) -> torch.Tensor | None:
+            if call.narrowed:
+                return what.handler(value)
+            assert call.logits is not None
+            rows, at = positions(call.logits, value.device)
+            new = what.handler(value[rows, at].unsqueeze(0))
+            if new is None:
+                return None
+            result = value.clone()
+            result[rows, at] = new[0]
+            return result
+
+        return SiteCall(handle, what.writes)
 
     def _asked_for(
         self, call: ForwardCall, each: Pass, sites: Mapping[str, Actions]
@@ -227,7 +276,10 @@ class Execution:
         self._borrowed = {_storage(value)}
         for step in moment.steps:
             if isinstance(step, Read):
-                seen = self._living(seen_rows(current, axes, step.slot), step.node)
+                seen = seen_rows(current, axes, step.slot)
+                if step.part is not None:
+                    seen = self._taken(seen, step.part)
+                seen = self._living(seen, step.node)
                 owned = False  # somebody looks at it now: the next write works on a copy
                 if step.differentiated:
                     seen = self._begin_gradients(seen)
@@ -261,6 +313,14 @@ class Execution:
         self._borrowed = set()
         return current if current is not value else None
 
+    def _taken(self, seen: torch.Tensor, part: Part) -> torch.Tensor:
+        """The positions of a value that are used, those that were not computed taken from the base's."""
+        own = seen.narrow(part.axis, part.start, part.count)
+        if part.before is not None:
+            earlier: torch.Tensor = self._values[part.before]
+            own = torch.cat([earlier.narrow(part.axis, part.before_start, part.before_count), own], dim=part.axis)
+        return own.contiguous()
+
     def _living(self, seen: torch.Tensor, node: int) -> torch.Tensor:
         """In a generating run: `seen` with zeros in the rows that have stopped."""
         if self._decoding is None:
@@ -279,6 +339,8 @@ class Execution:
         if isinstance(new, torch.Tensor):
             new = new.to(current.dtype)
         arrays = [self._values[i] for i in step.indices]
+        for array, seq, by in step.moved:
+            arrays[array] = arrays[array].remainder(seq) - by
         if slot.covers(current, axes) and not step.index:
             return _meet(current, new, step.mode)
         result = current if owned else current.clone()

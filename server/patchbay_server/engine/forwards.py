@@ -7,22 +7,26 @@ wrong in one call's handlers ends that call and no other.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 from patchbay.errors import GraphError, RequestCancelledError
+from patchbay.ir.card import LOGITS
 from patchbay.ir.graph import TensorData
 from patchbay_server.engine.decoding import DecodeBatches, choose, prompt_logits
 from patchbay_server.kernels import to_tensor
+from patchbay_server.models.continuation import Trunk, continuing, keeping
 from patchbay_server.models.hosted import HostedModel
 from patchbay_server.models.inputs import forward
+from patchbay_server.models.narrowing import narrowed, positions
 from patchbay_server.models.taps import Handle, first_tensor
 
 if TYPE_CHECKING:
     from patchbay_server.engine.generate import Decoding
+    from patchbay_server.engine.steps import Start
 
 #: Token that fills rows up to the longest of their forward; causal rows never see it.
 FILLER = 0
@@ -47,6 +51,27 @@ class SiteCall:
     writes: bool
 
 
+@dataclass(frozen=True, slots=True)
+class GoingOn:
+    """Where the rows of a call start, and what they start from."""
+
+    start: Start
+    trunk: Trunk
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """What a call leaves for others to go on from.
+
+    Attributes:
+        trunk: where it is put.
+        through: the layer after which the forward ends; None where `ForwardCall.stop_at` says when.
+    """
+
+    trunk: Trunk
+    through: int | None
+
+
 @dataclass(eq=False, slots=True)
 class ForwardCall:
     """One forward that an execution wants, and what came of it.
@@ -62,6 +87,10 @@ class ForwardCall:
         decoding: the generating run whose next forward this is; None for a forward of its own.
         compiled: whether layers may run as torch compiled them.
         values: what the execution remembers; put back when the forward has to be run again.
+        going: what its rows go on from, whose tokens `tokens` then are; None for whole rows. Such a call is `alone`.
+        leaving: what others go on from. Such a call is `alone`.
+        logits: the only positions at which it needs logits: row, first position, number of positions.
+        narrowed: whether logits are there at those positions only, ``[1, all of them, d_vocab]``.
         reached: the sites that the forward came to.
         layers_run: decoder layers that ran.
         layers_compiled: how many of the model's layers were there as torch compiled them.
@@ -79,6 +108,10 @@ class ForwardCall:
     decoding: Decoding | None = None
     compiled: bool = False
     values: dict[int, Any] = field(default_factory=dict)
+    going: GoingOn | None = None
+    leaving: Leaving | None = None
+    logits: tuple[tuple[int, int, int], ...] | None = None
+    narrowed: bool = False
     reached: set[str] = field(default_factory=set)
     layers_run: int = 0
     layers_compiled: int = 0
@@ -88,6 +121,9 @@ class ForwardCall:
     def decodes(self) -> bool:
         """Whether it is a forward of a run that generates beside others, after its prompt's."""
         return self.decoding is not None and not self.alone and self.decoding.step > 0
+
+
+_Own: TypeAlias = "slice | tuple[slice, slice]"
 
 
 class _Stop(Exception):  # noqa: N818 - a signal, not an error
@@ -113,11 +149,7 @@ def run_forward(hosted: HostedModel, calls: Sequence[ForwardCall], batches: Deco
         elif any(call.decoding is not None and not call.alone for call in calls):
             _prompts(hosted, calls, batches)
         else:
-            with _attached(hosted, calls, _starts(calls)), _compiled_layers(hosted, calls):
-                if first.decoding is not None:
-                    first.decoding.advance()
-                else:
-                    forward(hosted.model, _inputs(hosted, calls))
+            _plain(hosted, calls)
     except _Stop:
         pass
     except GraphError as error:
@@ -128,6 +160,69 @@ def run_forward(hosted: HostedModel, calls: Sequence[ForwardCall], batches: Deco
         refused = GraphError(f"the model does not take these inputs: {str(error).partition(chr(10))[0]}")
         refused.__cause__ = error
         first.error = refused
+
+
+def _plain(hosted: HostedModel, calls: Sequence[ForwardCall]) -> None:
+    """A forward of whole rows, or of one call that goes on from another forward or leaves something for others."""
+    first, starts = calls[0], _starts(calls)
+    with ExitStack() as stack:
+        inputs: dict[str, Any] = {}
+        if first.going is not None:
+            inputs = stack.enter_context(_going_on(hosted, first.going, first.tokens))
+        elif first.leaving is not None:
+            inputs = stack.enter_context(_leaving(hosted, first.leaving))
+        if first.decoding is None:
+            stack.enter_context(_some_logits(hosted, calls, starts))
+        stack.enter_context(_attached(hosted, calls, starts))
+        stack.enter_context(_compiled_layers(hosted, calls))
+        if first.decoding is not None:
+            first.decoding.advance()
+        elif first.going is not None:
+            hosted.model(**inputs)
+        elif first.leaving is not None:
+            hosted.model(**_inputs(hosted, calls), **inputs)
+        else:
+            forward(hosted.model, _inputs(hosted, calls))
+
+
+def _going_on(
+    hosted: HostedModel, going: GoingOn, tokens: Sequence[Sequence[int]]
+) -> AbstractContextManager[dict[str, Any]]:
+    assert hosted.continuation is not None
+    start, seq = going.start, max(map(len, tokens))
+    ids = torch.tensor([[*row, *([FILLER] * (seq - len(row)))] for row in tokens], device=hosted.device)
+    return continuing(hosted.model, hosted.continuation, going.trunk, ids, start.first, start.rows, start.after)
+
+
+def _leaving(hosted: HostedModel, leaving: Leaving) -> AbstractContextManager[dict[str, Any]]:
+    def finished(layer: int) -> None:
+        if layer == leaving.through:
+            raise _Stop
+
+    return keeping(hosted.model, hosted.layers, leaving.trunk, finished)
+
+
+@contextmanager
+def _some_logits(hosted: HostedModel, calls: Sequence[ForwardCall], starts: Sequence[int]) -> Iterator[None]:
+    """Logits are computed where some call reads them, if each says where."""
+    where, site = hosted.unembedding, hosted.card.site
+    for call in calls:
+        call.narrowed = False
+    if where is None or not any(call.logits is not None for call in calls):
+        yield
+        return
+    if any(call.logits is None and any(site(s).order >= where.order for s in call.sites) for call in calls):
+        yield
+        return
+    spans = [
+        (start + row, first, count)
+        for call, start in zip(calls, starts, strict=True)
+        for row, first, count in call.logits or ()
+    ]
+    for call in calls:
+        call.narrowed = True
+    with narrowed(hosted.model, where, *positions(spans, hosted.device)):
+        yield
 
 
 def _step(hosted: HostedModel, calls: Sequence[ForwardCall], batches: DecodeBatches) -> None:
@@ -181,8 +276,9 @@ def _attached(hosted: HostedModel, calls: Sequence[ForwardCall], starts: Sequenc
         if all(call.error is not None for call in calls):
             raise _Stop
 
+    going = calls[0].going
     try:
-        for path in hosted.layers:
+        for path in hosted.layers[0 if going is None else going.start.skipped :]:
             handles.append(model.get_submodule(path).register_forward_pre_hook(enter_layer))
         for site, handler, writes in _handlers(hosted, calls, starts):
             handles.append(hosted.taps[site].attach(model, handler, writes=writes))
@@ -217,7 +313,7 @@ def _handlers(
             yield site, _alone(calls[0], site, what, stops=site == stops), what.writes
         return
     for site in sorted({site for call in calls for site in call.sites}, key=lambda site: order(site).order):
-        parts = [(c, c.sites[site], first) for c, first in zip(calls, starts, strict=True) if site in c.sites]
+        parts = [(c, c.sites[site], _own(calls, starts, n, site)) for n, c in enumerate(calls) if site in c.sites]
         yield site, _together(parts, site, calls, stops=site == stops), any(what.writes for _, what, _ in parts)
 
 
@@ -238,16 +334,24 @@ def _alone(call: ForwardCall, site: str, what: SiteCall, *, stops: bool) -> Hand
     return handle
 
 
+def _own(calls: Sequence[ForwardCall], starts: Sequence[int], number: int, site: str) -> _Own:
+    """Which part of a site's value is a call's."""
+    call = calls[number]
+    if site != LOGITS or not call.narrowed:
+        return slice(starts[number], starts[number] + call.rows)
+    counts = [sum(count for _, _, count in each.logits or ()) for each in calls]
+    return (slice(None), slice(sum(counts[:number]), sum(counts[: number + 1])))
+
+
 def _together(
-    parts: Sequence[tuple[ForwardCall, SiteCall, int]], site: str, calls: Sequence[ForwardCall], *, stops: bool
+    parts: Sequence[tuple[ForwardCall, SiteCall, _Own]], site: str, calls: Sequence[ForwardCall], *, stops: bool
 ) -> Handler:
     def handle(value: torch.Tensor) -> torch.Tensor | None:
         result, owned = value, False
-        for call, what, first in parts:
+        for call, what, own in parts:
             if call.error is not None:
                 continue
             call.reached.add(site)
-            own = slice(first, first + call.rows)
             try:
                 new = what.handler(result[own])
             except DEVICE_ERRORS:

@@ -15,7 +15,7 @@ import torch
 from patchbay.errors import GraphError
 from patchbay.ir.card import LOGITS
 from patchbay.ir.graph import Generation
-from patchbay_server.engine.plan import Pass
+from patchbay_server.engine.steps import Pass
 from patchbay_server.models.hosted import HostedModel
 from patchbay_server.models.row_cache import RowCache, Seat
 from patchbay_server.models.taps import first_tensor

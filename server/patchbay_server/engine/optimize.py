@@ -7,9 +7,12 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TypeAlias
 
+from patchbay.ir.bodies import canonical, with_bodies
 from patchbay.ir.card import ModelCard
 from patchbay.ir.graph import Graph
 from patchbay.ir.schedule import site_chains, topological_order
+
+MERGE_RUNS = "merge_runs"
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,9 @@ def _merged(graph: Graph, card: ModelCard, worlds: Sequence[int]) -> dict[int, i
     known: dict[object, int] = {}
     alike = [0] * len(graph.nodes)
     smallest: dict[int, int] = {}
+    same = canonical(graph.bodies)
     for i in topological_order(graph, chains):
-        node, chain = graph.nodes[i], chains[i]
+        node, chain = with_bodies(graph.nodes[i], same), chains[i]
         # repr keeps 1, 1.0 and True apart, and NaN equal to itself
         attrs = tuple((k, repr(v) if not hasattr(v, "data") else v) for k, v in sorted(node.attrs.items()))
         world = None if node.run is None else worlds[node.run]
@@ -100,7 +104,7 @@ def dead_code(graph: Graph, card: ModelCard) -> dict[int, int]:
 
 
 PASSES: Mapping[str, RewritePass] = MappingProxyType(
-    {"common_subexpressions": common_subexpressions, "merge_runs": merge_runs, "dead_code": dead_code}
+    {"common_subexpressions": common_subexpressions, MERGE_RUNS: merge_runs, "dead_code": dead_code}
 )
 
 
@@ -130,4 +134,4 @@ def _apply(graph: Graph, origin: tuple[int, ...], replacement: Mapping[int, int]
     return replace(graph, nodes=nodes, outputs=outputs), tuple(origin[old] for old in kept)
 
 
-__all__ = ["PASSES", "Rewritten", "common_subexpressions", "dead_code", "merge_runs", "optimize"]
+__all__ = ["MERGE_RUNS", "PASSES", "Rewritten", "common_subexpressions", "dead_code", "merge_runs", "optimize"]

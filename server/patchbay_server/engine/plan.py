@@ -4,24 +4,41 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from patchbay.ir.card import LOGITS, ModelCard
 from patchbay.ir.events import Cost, ExecuteOptions
-from patchbay.ir.graph import Generation, Graph, Node, Run, TensorData
+from patchbay.ir.graph import Graph, Node, Run, TensorData
 from patchbay.ir.limits import Limits
 from patchbay.ir.ops import spec as op_spec
 from patchbay.ir.ops.spec import ValueSpec
-from patchbay.ir.price import price, with_forwards
+from patchbay.ir.price import price, value_bytes, with_forwards
 from patchbay.ir.schedule import BEFORE, Schedule, is_read, positions, schedule, span
 from patchbay.ir.verify import verify
-from patchbay_server.engine.optimize import PASSES, optimize
+from patchbay_server.engine.bodies import LOOP_INVARIANTS, SIDE_BY_SIDE
+from patchbay_server.engine.optimize import MERGE_RUNS, PASSES, optimize
+from patchbay_server.engine.prefix import LAYER_COST_CPU, WORTHWHILE, Group, Planner, Sharing, bucketed
+from patchbay_server.engine.steps import (
+    Actions,
+    Compute,
+    Emit,
+    Forward,
+    Generated,
+    Part,
+    Pass,
+    Read,
+    Resume,
+    Slot,
+    Start,
+    Step,
+    Write,
+)
+from patchbay_server.engine.windows import Windows, find_windows, item_at, moved, narrowed, position_axis
 from patchbay_server.kernels import kernel
-
-if TYPE_CHECKING:
-    import torch
+from patchbay_server.models.continuation import EMBEDDING, Continuation, Trunk
+from patchbay_server.models.narrowing import Unembedding
 
 #: Optimisations of the planner and the executor, by the name that switches them off.
 BATCH_RUNS = "batch_runs"
@@ -31,173 +48,41 @@ COMPILE = "compile"
 COBATCH = "cobatch"
 CONTINUOUS_BATCHING = "continuous_batching"
 FUSE_WRITES = "fuse_writes"
-OPTIMISATIONS = (*PASSES, BATCH_RUNS, EARLY_STOP, LIVENESS, COMPILE, COBATCH, CONTINUOUS_BATCHING, FUSE_WRITES)
+WINDOWS = "windows"
+NARROW_LOGITS = "narrow_logits"
+SHARED_PREFIX = "shared_prefix"
+PREFIX_CACHE = "prefix_cache"
+OPTIMISATIONS = (
+    *PASSES,
+    LOOP_INVARIANTS,
+    SIDE_BY_SIDE,
+    *(WINDOWS, NARROW_LOGITS, SHARED_PREFIX, PREFIX_CACHE),
+    *(BATCH_RUNS, EARLY_STOP, LIVENESS, COMPILE, COBATCH, CONTINUOUS_BATCHING, FUSE_WRITES),
+)
 
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """The rows of a forward that belong to one run.
-
-    Attributes:
-        run: the run.
-        start, stop: its rows in the forward.
-        seq: extent of its sequence axes as its user sees them.
-        lengths: real length of each row.
-        ragged: whether the lengths differ.
-    """
-
-    run: int
-    start: int
-    stop: int
-    seq: int
-    lengths: tuple[int, ...]
-    ragged: bool
-
-    def covers(self, value: torch.Tensor, axes: Sequence[int]) -> bool:
-        """Whether the run's rows, as its user sees them, are all of a forward's value."""
-        whole = not self.ragged and self.start == 0 and self.stop == value.shape[0]
-        return whole and all(value.shape[axis] == self.seq for axis in axes)
-
-
-@dataclass(frozen=True, slots=True)
-class Read:
-    """Take the value of a run's rows at the site.
-
-    Attributes:
-        node: the read.
-        slot: the run's rows.
-        differentiated: a gradient is taken with respect to the value, so the model goes on with it.
-    """
-
-    node: int
-    slot: Slot
-    differentiated: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Resume:
-    """Let a later forward of the run go on with the value that an earlier one read, so that gradients reach it.
-
-    Attributes:
-        node: the read.
-        slot: the run's rows.
-        free: values to forget afterwards.
-    """
-
-    node: int
-    slot: Slot
-    free: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Write:
-    """Change a run's rows at the site."""
-
-    node: int
-    slot: Slot
-    value: int
-    indices: tuple[int, ...]
-    mode: str
-    index: tuple[Any, ...]
-    free: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Compute:
-    """Apply a kernel to values. `function` is None for constants, ``item`` and ``call``, which the executor knows."""
-
-    node: int
-    op: str
-    function: Callable[..., Any] | None
-    args: tuple[int, ...]
-    attrs: Mapping[str, Any]
-    outputs: tuple[str, ...] = ()
-    free: tuple[int, ...] = ()
-    differentiated: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Emit:
-    """Send a value that was read, under each of the names."""
-
-    node: int
-    outputs: tuple[str, ...]
-    free: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Generated:
-    """Take the tokens that the run has generated so far."""
-
-    node: int
-
-
-Step = Read | Resume | Write | Compute | Emit | Generated
-
-
-@dataclass(frozen=True, slots=True)
-class Actions:
-    """What happens when a forward reaches one site (or before it begins, or after the last).
-
-    Attributes:
-        steps: in program order.
-        survivors: values made here that are needed later, and so must not share memory with the model's tensors.
-    """
-
-    steps: tuple[Step, ...] = ()
-    survivors: tuple[int, ...] = ()
+_NO_WINDOWS = Windows(MappingProxyType({}), MappingProxyType({}))
 
 
 @dataclass(frozen=True)
-class Forward:
-    """One of the forwards of a generating run.
+class Means:
+    """What a model was proved to allow, and what is known of earlier requests.
 
     Attributes:
-        before: what happens before it begins.
-        sites: what happens at each site, in forward order.
+        continuation: how it goes on from earlier forwards; None where it does not.
+        unembedding: what makes its logits, where that is able to make some of them.
+        layer_cost: what it costs to run one layer at all, in token positions.
+        worthwhile: what sharing may cost at most, as a part of what whole forwards cost; infinite to share whatever can
+            be shared.
+        trunk_of: what an earlier request of the account left for a run's tokens.
+        wanted: whether what a run leaves should be kept for later requests.
     """
 
-    before: Actions
-    sites: Mapping[str, Actions]
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One forward of the model, or all of a generating run's.
-
-    Attributes:
-        slots: whose rows it carries.
-        rows, seq: extents of its batch; shorter rows are padded on the right.
-        tokens: one tuple of ids per row, unpadded; none where the model takes no tokens.
-        inputs: further inputs by name, one value per slot.
-        before: what happens before it begins.
-        sites: what happens at each site, in forward order.
-        stop_at: the last site that anything needs; None runs the model to its end.
-        generation: how tokens are generated; None for a single forward.
-        steps: the forwards of a generating run as far as anything needs them, instead of `sites`; the last may hold
-            only what happens once the tokens are there.
-    """
-
-    slots: tuple[Slot, ...]
-    rows: int
-    seq: int
-    tokens: tuple[tuple[int, ...], ...]
-    inputs: Mapping[str, tuple[TensorData, ...]]
-    before: Actions
-    sites: Mapping[str, Actions]
-    stop_at: str | None
-    generation: Generation | None = None
-    steps: tuple[Forward, ...] = ()
-
-    @property
-    def forwards(self) -> int:
-        """Forwards of the model, at most."""
-        return min(len(self.steps), self.generation.max_new_tokens) if self.generation else 1
-
-    @property
-    def positions(self) -> int:
-        """Token positions that it puts through the model, at most."""
-        return self.rows * (self.seq + self.forwards - 1)
+    continuation: Continuation | None = None
+    unembedding: Unembedding | None = None
+    layer_cost: int = LAYER_COST_CPU
+    worthwhile: float = WORTHWHILE
+    trunk_of: Callable[[Run], Trunk | None] = lambda _: None
+    wanted: Callable[[Run], bool] = lambda _: False
 
 
 @dataclass(frozen=True)
@@ -215,6 +100,9 @@ class Plan:
         received: number of nodes received, those of every generated step counted.
         options: as requested.
         last_grad: the node after which no gradient is taken any more; None where none is.
+        source, source_origin: the graph and its origins as they were before runs were made to share.
+        trunks: what was kept of earlier requests, by the run that goes on from it.
+        wanted: runs that leave something which later requests may go on from.
     """
 
     graph: Graph
@@ -226,14 +114,26 @@ class Plan:
     saved: Mapping[str, int]
     received: int
     options: ExecuteOptions
-    last_grad: int | None = None
+    last_grad: int | None
+    source: Graph
+    source_origin: tuple[int, ...]
+    trunks: Mapping[int, Trunk] = field(default_factory=lambda: MappingProxyType({}))
+    wanted: tuple[int, ...] = ()
 
 
 #: When something happens: index of the pass, order of the site in it (BEFORE: before it begins).
 _Time = tuple[int, int]
 
 
-def make_plan(graph: Graph, card: ModelCard, limits: Limits, options: ExecuteOptions, *, max_pass_tokens: int) -> Plan:
+def make_plan(
+    graph: Graph,
+    card: ModelCard,
+    limits: Limits,
+    options: ExecuteOptions,
+    *,
+    max_pass_tokens: int,
+    means: Means = Means(),
+) -> Plan:
     """Verify, rewrite, schedule and price `graph`.
 
     Args:
@@ -242,53 +142,117 @@ def make_plan(graph: Graph, card: ModelCard, limits: Limits, options: ExecuteOpt
         limits: what to hold it to.
         options: as requested.
         max_pass_tokens: token positions that one forward may carry; runs beyond it go into further forwards.
+        means: what the model allows beyond whole forwards.
 
     Raises:
         GraphError: what `verify` raises.
     """
     verified = verify(graph, card, limits)
-    rewritten = optimize(verified.flat, card, options.disabled)
-    small = rewritten.graph
-    together = not options.deterministic and BATCH_RUNS not in options.disabled
+    off = set(options.disabled)
+    if options.deterministic:  # every forward is then the very one that somebody would make by hand
+        off |= {MERGE_RUNS, WINDOWS, NARROW_LOGITS, SHARED_PREFIX}
+    rewritten = optimize(verified.flat, card, tuple(off))
+    source, origin = rewritten.graph, rewritten.origin
+    specs = tuple(verified.flat_specs[o] for o in origin)
+    differentiated = frozenset(a for n in source.nodes if n.op == "grad" for a in n.args[1:])
+    unembedding = means.unembedding if NARROW_LOGITS not in off else None
+
+    def windows_of(graph: Graph, specs: Sequence[ValueSpec], uses: Mapping[int, tuple[int, int]]) -> Windows:
+        if WINDOWS in off:
+            return _NO_WINDOWS
+        return find_windows(graph, card, specs, differentiated, logits=unembedding is not None, uses=uses)
+
+    small, windows = source, windows_of(source, specs, {})
+    sharing: Sharing | None = None
+    if means.continuation is not None and SHARED_PREFIX not in off:
+        kept = PREFIX_CACHE not in off
+        planner = Planner(
+            source,
+            card,
+            means.continuation,
+            windows,
+            layer_cost=means.layer_cost,
+            worthwhile=means.worthwhile,
+            budget=max_pass_tokens,
+            trunk_of=means.trunk_of if kept else lambda _: None,
+            wanted=means.wanted if kept else lambda _: False,
+        )
+        sharing = planner.share(specs, origin)
+    if sharing is not None:
+        small, specs, origin = sharing.graph, sharing.specs, sharing.origin
+        windows = windows_of(small, specs, sharing.uses)
+    small, specs = narrowed(small, card, specs, windows.reads)
+    together = not options.deterministic and BATCH_RUNS not in off
     size = sum(r.rows for r in small.runs) * max((r.seq for r in small.runs), default=0)
     alike = len({_signature(r, card) for r in small.runs}) <= 1
-    joint = together and alike and size <= max_pass_tokens
+    joint = together and alike and size <= max_pass_tokens and sharing is None
     timeline = schedule(small, card, joint=joint)
-    groups = _group_runs(small, card, timeline, max_pass_tokens if together else 0)
-    builder = _Builder(small, card, timeline, groups, options)
+    groups = _group_runs(small, card, timeline, max_pass_tokens if together else 0, sharing, means)
+    builder = _Builder(small, card, timeline, groups, options, means.continuation, unembedding, windows)
     passes, after = builder.build()
-    specs = tuple(verified.flat_specs[o] for o in rewritten.origin)
-    facts = tuple(verified.facts[o] for o in rewritten.origin)
+    facts = tuple(verified.facts[o] for o in origin)
+    facts = tuple(
+        known if known.spec == spec else replace(known, spec=spec, nbytes=value_bytes(spec))
+        for known, spec in zip(facts, specs, strict=True)
+    )
     tokens, forwards = sum(p.positions for p in passes), sum(p.forwards for p in passes)
     cost = with_forwards(replace(price(small, specs, facts), tokens=tokens, passes=forwards), card)
+    saved = {**rewritten.saved, WINDOWS: len(windows.reads)}
+    if unembedding is not None:
+        saved[NARROW_LOGITS] = sum(
+            p.rows * p.seq - sum(n for _, _, n in p.logits) for p in passes if p.logits is not None
+        )
+    if sharing is not None:
+        saved |= {SHARED_PREFIX: sharing.saved, PREFIX_CACHE: len(sharing.trunks)}
     return Plan(
         graph=small,
-        origin=tuple(verified.origin[o] for o in rewritten.origin),
+        origin=tuple(verified.origin[o] for o in origin),
         passes=passes,
         after=after,
         cost=cost,
-        saved=rewritten.saved,
+        saved=saved,
         received=len(verified.flat.nodes),
         options=options,
         last_grad=builder.last_grad(),
         specs=specs,
+        source=source,
+        source_origin=tuple(verified.origin[o] for o in rewritten.origin),
+        trunks={} if sharing is None else sharing.trunks,
+        wanted=() if sharing is None else tuple(sharing.bases),
     )
 
 
-def _group_runs(graph: Graph, card: ModelCard, timeline: Schedule, budget: int) -> list[tuple[int, tuple[int, ...]]]:
-    """Pairs of level and runs that share a forward; a budget of 0 gives every run its own."""
+def _group_runs(
+    graph: Graph, card: ModelCard, timeline: Schedule, budget: int, sharing: Sharing | None, means: Means
+) -> list[Group]:
+    """Runs that share a forward, in the order of the forwards; a budget of 0 gives every run its own."""
     needed: dict[int, set[int]] = defaultdict(set)
     for i, node in enumerate(graph.nodes):
         if is_read(node):
             assert node.run is not None
             needed[timeline.moments[i].level].add(node.run)
-    groups: list[tuple[int, tuple[int, ...]]] = []
+    starts = {} if sharing is None else sharing.runs
+    bases = {} if sharing is None else sharing.bases
+    if bases:
+        needed[0] |= set(bases)
+    groups: list[Group] = []
     for level in sorted(needed):
         alike: dict[object, list[int]] = defaultdict(list)
-        for run in sorted(needed[level]):
-            alike[_signature(graph.runs[run], card)].append(run)
-        for runs in alike.values():
-            groups.extend((level, group) for group in _cut(graph, runs, budget))
+        later: dict[int, list[int]] = defaultdict(list)
+        for run in sorted(needed[level], key=lambda run: (run not in bases, run)):
+            if run in starts:
+                later[starts[run].base].append(run)
+            else:
+                alike[(run in bases, _signature(graph.runs[run], card))].append(run)
+        for (keeps, _), runs in alike.items():
+            for group in _cut(graph, runs, budget):
+                through = max((bases[run] for run in group), default=-1) if keeps else -1
+                groups.append(Group(level, group, keeps=group if keeps else (), through=through))
+        for runs in later.values():
+            assert means.continuation is not None
+            members = [(run, starts[run], graph.runs[run]) for run in runs]
+            for bucket in bucketed(members, means.layer_cost, means.continuation.growing, budget):
+                groups.append(Group(level, tuple(run for run, _, _ in bucket), tuple(start for _, start, _ in bucket)))
     return groups
 
 
@@ -324,12 +288,19 @@ class _Builder:
         graph: Graph,
         card: ModelCard,
         timeline: Schedule,
-        groups: Sequence[tuple[int, tuple[int, ...]]],
+        groups: Sequence[Group],
         options: ExecuteOptions,
+        how: Continuation | None,
+        unembedding: Unembedding | None,
+        windows: Windows,
     ) -> None:
         self.graph, self.card, self.timeline, self.groups, self.options = graph, card, timeline, groups, options
+        self.how, self.unembedding, self.windows = how, unembedding, windows
         self.order = positions(graph, card)
-        self.slots = [self._slots(runs) for _, runs in groups]
+        self.slots = [self._slots(group) for group in groups]
+        #: Of every forward that computes some logits only: each run's slot in them.
+        self.flat: dict[int, dict[int, Slot]] = {}
+        self.logits: dict[int, tuple[tuple[int, int, int], ...]] = {}
         #: Values that a gradient is taken with respect to.
         self.differentiated = {a for n in graph.nodes if n.op == "grad" for a in n.args[1:]}
         #: Forwards after the first in which a differentiated read must be put back, by node.
@@ -339,16 +310,17 @@ class _Builder:
         for output in graph.outputs:
             self.names[output.node].append(output.name)
 
-    def _slots(self, runs: Sequence[int]) -> tuple[Slot, ...]:
-        slots, start = [], 0
-        for run in runs:
+    def _slots(self, group: Group) -> dict[int, Slot]:
+        slots, start = {}, 0
+        for run in group.runs:
             r = self.graph.runs[run]
-            slots.append(Slot(run, start, start + r.rows, r.seq, r.lengths, r.ragged))
+            slots[run] = Slot(run, start, start + r.rows, r.seq, r.lengths, r.ragged, group.first)
             start += r.rows
-        return tuple(slots)
+        return slots
 
     def build(self) -> tuple[tuple[Pass, ...], Actions]:
         self.times = times = self._times()
+        self._choose_logits()
         last_use = self._last_uses(times)
         events: dict[_Time, list[int]] = defaultdict(list)
         for i, when in enumerate(times):
@@ -356,38 +328,104 @@ class _Builder:
                 events[time].append(i)
         moments = {time: self._actions(time, sorted(nodes), last_use) for time, nodes in events.items()}
         site_at = self.card.names_by_order
+        visited: dict[int, list[int]] = defaultdict(list)
+        for p, order in moments:
+            if order != BEFORE:
+                visited[p].append(order)
+        last_from = {group.goes_on[0].base: p for p, group in enumerate(self.groups) if group.goes_on}
         passes = []
-        for p, (_, runs) in enumerate(self.groups):
-            if self.graph.runs[runs[0]].generation is not None:
-                passes.append(self._generating(p, runs[0], moments, site_at))
+        for p, group in enumerate(self.groups):
+            at = sorted(visited[p])
+            if self.graph.runs[group.runs[0]].generation is not None:
+                passes.append(self._generating(p, group.runs[0], moments, site_at, at))
                 continue
-            at = sorted(order for (q, order) in moments if q == p and order != BEFORE)
-            tokens = tuple(row for run in runs for row in self.graph.runs[run].tokens)
-            stops = EARLY_STOP not in self.options.disabled and at
+            rows = tuple(row for run in group.runs for row in self.graph.runs[run].tokens)
+            start = self._start(group)
+            stop_at, through = self._end(group, [site_at[order] for order in at])
             passes.append(
                 Pass(
-                    slots=self.slots[p],
-                    rows=sum(self.graph.runs[run].rows for run in runs),
-                    seq=max(self.graph.runs[run].seq for run in runs),
-                    tokens=tokens,
-                    inputs=self._inputs(runs),
+                    slots=tuple(self.slots[p].values()),
+                    rows=sum(self.graph.runs[run].rows for run in group.runs),
+                    seq=max(self.graph.runs[run].seq for run in group.runs),
+                    tokens=rows if start is None else self.graph.runs[start.base].tokens,
+                    inputs=self._inputs(group.runs),
                     before=moments.get((p, BEFORE), Actions()),
                     sites=MappingProxyType({site_at[order]: moments[p, order] for order in at}),
-                    stop_at=site_at[at[-1]] if stops else None,
+                    stop_at=stop_at,
+                    goes_on=start,
+                    keeps=tuple(self.slots[p][run] for run in group.keeps),
+                    keeps_through=through,
+                    drops=() if start is None or last_from[start.base] > p else (start.base,),
+                    logits=self.logits.get(p),
                 )
             )
         return tuple(passes), moments.get((len(self.groups), BEFORE), Actions())
 
-    def _generating(self, p: int, index: int, moments: Mapping[_Time, Actions], site_at: Mapping[int, str]) -> Pass:
+    def _start(self, group: Group) -> Start | None:
+        if not group.goes_on:
+            return None
+        rows: list[int] = []
+        after: list[int] = []
+        for run, start in zip(group.runs, group.goes_on, strict=True):
+            count = self.graph.runs[run].rows
+            rows.extend(range(count))
+            after.extend([start.after] * count)
+        return Start(group.goes_on[0].base, group.first, tuple(rows), tuple(after))
+
+    def _end(self, group: Group, sites: Sequence[str]) -> tuple[str | None, int | None]:
+        """The site after which a forward ends, or the layer, where others need more of it than it needs itself."""
+        if EARLY_STOP in self.options.disabled:
+            return None, None
+        if not group.keeps:
+            return (sites[-1] if sites else None), None
+        assert self.how is not None
+        reaches = [self.how.reaches.get(site) for site in sites]
+        if any(reach is None for reach in reaches):
+            return None, None
+        last = max((reach.after for reach in reaches if reach is not None), default=EMBEDDING)
+        return (sites[-1], None) if last >= group.through else (None, group.through)
+
+    def _choose_logits(self) -> None:
+        """Decide which forwards compute logits at some positions only, and where each run's are among them."""
+        if self.unembedding is None:
+            return
+        ends: dict[int, set[tuple[str, int]]] = defaultdict(set)
+        for i, when in enumerate(self.times):
+            node = self.graph.nodes[i]
+            if node.op in ("site.read", "site.write") and node.run is not None:
+                for p, order in (*when, *self.resumed.get(i, ())):
+                    if order >= self.unembedding.order:
+                        ends[p].add((str(node.attrs["site"]), node.run))
+        for p, there in ends.items():
+            runs = [run for run in self.slots[p] if (LOGITS, run) in there]
+            generates = self.graph.runs[next(iter(self.slots[p]))].generation is not None
+            if generates or any(s != LOGITS for s, _ in there) or any(run not in self.windows.logits for run in runs):
+                continue
+            count = 0
+            spans: list[tuple[int, int, int]] = []
+            self.flat[p] = {}
+            for run in runs:
+                slot, (start, stop) = self.slots[p][run], self.windows.logits[run]
+                start = max(start, slot.first)
+                width = max(stop - start, 0)
+                lengths = (width,) * len(slot.lengths)
+                self.flat[p][run] = replace(slot, seq=width, lengths=lengths, ragged=False, first=start, flat=count)
+                for row, length in enumerate(slot.lengths):
+                    spans.append((slot.start + row, start - (slot.seq - length) - slot.first, width))
+                count += width * len(slot.lengths)
+            self.logits[p] = tuple(spans)
+
+    def _generating(
+        self, p: int, index: int, moments: Mapping[_Time, Actions], site_at: Mapping[int, str], at: Sequence[int]
+    ) -> Pass:
         run, width = self.graph.runs[index], span(self.card)
-        at = sorted(order for (q, order) in moments if q == p and order != BEFORE)
         steps = []
         for step in range(1 + at[-1] // width):
             orders = [order for order in at if order // width == step and order % width]
             sites = {site_at[order % width - 1]: moments[p, order] for order in orders}
             steps.append(Forward(moments.get((p, step * width), Actions()), MappingProxyType(sites)))
         return Pass(
-            slots=self.slots[p],
+            slots=tuple(self.slots[p].values()),
             rows=run.rows,
             seq=run.seq,
             tokens=run.tokens,
@@ -414,7 +452,10 @@ class _Builder:
     def _times(self) -> list[tuple[_Time, ...]]:
         """When each node happens: once, but for writes, which happen in every forward of their run that shows them."""
         end: _Time = (len(self.groups), BEFORE)
-        pass_of = {(level, run): p for p, (level, runs) in enumerate(self.groups) for run in runs}
+        pass_of = {(group.level, run): p for p, group in enumerate(self.groups) for run in group.runs}
+        passes_of: dict[int, list[int]] = defaultdict(list)
+        for (_, run), p in pass_of.items():
+            passes_of[run].append(p)
         last_read: dict[tuple[int, int], int] = {}
         for i, node in enumerate(self.graph.nodes):
             if is_read(node):
@@ -432,14 +473,15 @@ class _Builder:
                 if i in self.differentiated:
                     self.resumed[i] = tuple(
                         (p, self.order[i])
-                        for p, (_, runs) in enumerate(self.groups)
-                        if p > first and node.run in runs and self.order[i] <= last_read[p, node.run]
+                        for p in passes_of[node.run]
+                        if p > first and self.order[i] <= last_read[p, node.run]
                     )
             elif node.op == "site.write":
+                assert node.run is not None
                 times[i] = tuple(
                     (p, self.order[i])
-                    for p, (pass_level, runs) in enumerate(self.groups)
-                    if node.run in runs and pass_level >= level and self.order[i] <= last_read[p, node.run]
+                    for p in passes_of[node.run]
+                    if self.groups[p].level >= level and self.order[i] <= last_read.get((p, node.run), BEFORE)
                 )
             elif node.op != "const":
                 times[i] = (max((t for a in node.args for t in times[a]), default=(0, BEFORE)),)
@@ -485,17 +527,56 @@ class _Builder:
                 return [Resume(i, self._slot(time, node), free)]
             read: Step = Generated(i)
             if node.op == "site.read":
-                read = Read(i, self._slot(time, node), i in self.differentiated)
+                slot = self._slot(time, node)
+                read = Read(i, slot, i in self.differentiated, self._part(i, node, slot))
             return [read, Emit(i, names, free)] if names or free else [read]
         attrs = op_spec(node.op).fill(node.attrs)
         if node.op == "site.write":
-            slot = self._slot(time, node)
-            return [Write(i, slot, node.args[0], node.args[1:], attrs["mode"], attrs["index"], free)]
+            return [self._write(i, node, self._slot(time, node), attrs, free)]
         function = None if op_spec(node.op).structural else kernel(op_spec(node.op))
         return [Compute(i, node.op, function, node.args, attrs, names, free, i in self.differentiated)]
 
     def _slot(self, time: _Time, node: Node) -> Slot:
-        slot = next(s for s in self.slots[time[0]] if s.run == node.run)
-        if self.graph.runs[slot.run].generation and (node.attrs["step"] or node.attrs["site"] == LOGITS):
-            return replace(slot, seq=1, lengths=(1,) * len(slot.lengths), ragged=False)  # the newest position alone
+        assert node.run is not None
+        slot, site = self.slots[time[0]][node.run], node.attrs["site"]
+        if self.graph.runs[slot.run].generation:
+            if node.attrs["step"] or site == LOGITS:
+                return replace(slot, seq=1, lengths=(1,) * len(slot.lengths), ragged=False)  # the newest one alone
+            return slot
+        if site == LOGITS and time[0] in self.flat:
+            return self.flat[time[0]][node.run]
+        if slot.first:
+            assert self.how is not None
+            return replace(slot, short=self.how.reaches[str(site)].short)
         return slot
+
+    def _shown(self, slot: Slot, axis: int) -> int:
+        """The first position that a slot of a run's value shows."""
+        return slot.first if slot.flat is not None or axis in slot.short else 0
+
+    def _part(self, i: int, node: Node, slot: Slot) -> Part | None:
+        axis = position_axis(self.card, str(node.attrs["site"]))
+        run = self.graph.runs[slot.run]
+        if axis is None or run.generation is not None:
+            return None
+        (start, stop), shown = self.windows.reads.get(i, (0, run.seq)), self._shown(slot, axis)
+        if start >= shown:
+            whole = (start, stop) == (0, run.seq) or slot.flat is not None
+            return None if whole else Part(axis, start - shown, stop - start)
+        (base,) = node.args
+        lacks = min(stop, shown) - start
+        before_start = start - self.windows.reads.get(base, (0, run.seq))[0]
+        return Part(axis, 0, max(stop - shown, 0), base, before_start, lacks)
+
+    def _write(self, i: int, node: Node, slot: Slot, attrs: Mapping[str, Any], free: tuple[int, ...]) -> Write:
+        site, index = str(node.attrs["site"]), attrs["index"]
+        axis, ndim = position_axis(self.card, site), len(self.card.site(site).dims)
+        shown = 0 if axis is None else self._shown(slot, axis)
+        arrays: tuple[tuple[int, int, int], ...] = ()
+        if shown and axis is not None:
+            seq = self.graph.runs[slot.run].seq
+            place = item_at(index, ndim, axis)
+            if place is not None and index[place][0] == "array":
+                arrays = ((index[place][1], seq, shown),)
+            index = moved(index, ndim, axis, seq, shown)
+        return Write(i, slot, node.args[0], node.args[1:], attrs["mode"], index, free, arrays)

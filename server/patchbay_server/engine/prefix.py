@@ -111,6 +111,7 @@ class Planner:
         windows: of the graph's reads.
         layer_cost: what it costs to run one layer at all, in token positions.
         budget: token positions that one forward may carry.
+        worthwhile: what sharing may cost at most, as a part of what whole forwards cost.
         trunk_of: what an earlier request kept for a run's tokens, if anything.
         wanted: whether a run's tokens were seen before, so that what it leaves will be kept.
     """
@@ -124,11 +125,12 @@ class Planner:
         *,
         layer_cost: int,
         budget: int,
+        worthwhile: float = WORTHWHILE,
         trunk_of: Callable[[Run], Trunk | None] = lambda _: None,
         wanted: Callable[[Run], bool] = lambda _: False,
     ) -> None:
         self.graph, self.card, self.how, self.windows = graph, card, how, windows
-        self.layer_cost, self.budget = layer_cost, budget
+        self.layer_cost, self.budget, self.worthwhile = layer_cost, budget, worthwhile
         self.trunk_of, self.wanted = trunk_of, wanted
         self.accesses: dict[int, list[int]] = defaultdict(list)
         for i, node in enumerate(graph.nodes):
@@ -239,7 +241,7 @@ class Planner:
             first = min(g.first for _, g, _ in bucket)
             shared += sum(r.rows * (r.seq - first) * (g.through - g.after) for _, g, r in bucket)
             overhead += self.layer_cost * _layers(bucket)
-        if shared + overhead > WORTHWHILE * (whole + passes * deepest * self.layer_cost):
+        if shared + overhead > self.worthwhile * (whole + passes * deepest * self.layer_cost):
             return None
         return max(whole - shared, 0)
 

@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from patchbay_server.engine.plan import Slot
+    from patchbay_server.engine.steps import Slot
 
 
 def own_rows(value: torch.Tensor, axes: Sequence[int], slot: Slot) -> torch.Tensor:
     """A run's rows of a forward's value, cut to its length but still padded on the right; a view."""
+    if slot.flat is not None:  # [1, some positions of every row, ...]
+        rows = slot.stop - slot.start
+        return value[0, slot.flat : slot.flat + rows * slot.seq].unflatten(0, (rows, slot.seq))
     part = value[slot.start : slot.stop]
     for axis in axes:
-        if part.shape[axis] != slot.seq:
-            part = part.narrow(axis, 0, slot.seq)
+        if part.shape[axis] != slot.extent(axis):
+            part = part.narrow(axis, 0, slot.extent(axis))
     return part
 
 

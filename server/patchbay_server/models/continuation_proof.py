@@ -17,6 +17,7 @@ import torch
 from patchbay.ir.card import SEQUENCE_DIMS, ModelCard
 from patchbay_server.models.binding import close
 from patchbay_server.models.continuation import EMBEDDING, Continuation, Reach, Trunk, continuing, keeping
+from patchbay_server.models.inputs import TOKENS
 from patchbay_server.models.taps import Handle, Handler, Tap, first_tensor, replace_first_tensor
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,11 @@ class ContinuationProof:
 
 
 def prove_continuation(
-    model: torch.nn.Module, layers: Sequence[str], taps: Mapping[str, Tap], card: ModelCard, probe: torch.Tensor
+    model: torch.nn.Module,
+    layers: Sequence[str],
+    taps: Mapping[str, Tap],
+    card: ModelCard,
+    probe: Mapping[str, torch.Tensor],
 ) -> ContinuationProof:
     """Try it out on made-up tokens.
 
@@ -45,14 +50,15 @@ def prove_continuation(
         layers: paths of its layers.
         taps: the way to every site.
         card: its card.
-        probe: tokens, ``[2, seq]``.
+        probe: made-up inputs of two rows.
     """
     arguments = inspect.signature(model.forward).parameters
-    if not (card.causal and card.takes_tokens and layers):
+    if not (card.causal and set(probe) == {TOKENS} and layers):
         return ContinuationProof(None, "only causal models of tokens go on from an earlier forward")
     if not {"past_key_values", "use_cache"} <= set(arguments):
         return ContinuationProof(None, "it keeps no keys and values between forwards")
-    trial = _Trial(model, tuple(layers), taps, card, probe[[0, 1, 0]])
+    assert probe[TOKENS].shape[0] == 2
+    trial = _Trial(model, tuple(layers), taps, card, probe[TOKENS][[0, 1, 0]])
     with torch.no_grad():
         failure = ""
         for growing in (True, False):

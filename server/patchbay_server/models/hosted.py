@@ -16,7 +16,9 @@ from patchbay.ir.events import ChatMessage, ModelSummary, TokenizedRow
 from patchbay.ir.limits import Limits
 from patchbay.ir.params import NONE
 from patchbay_server.models.compiling import CompiledLayers
+from patchbay_server.models.continuation import Continuation
 from patchbay_server.models.inputs import Extents, ModelInputs, forward
+from patchbay_server.models.narrowing import Unembedding
 from patchbay_server.models.parameters import Parameter
 from patchbay_server.models.taps import Tap
 
@@ -37,6 +39,8 @@ class HostedModel:
         compiled: its layers as torch compiled them, where the operator asked for that.
         row_independent: whether rows of different requests may share a forward, as proved at load.
         decodes_together: whether rows that generate may join and leave one batch at every step, as proved at load.
+        continuation: how forwards go on from earlier ones, as proved at load; None where they do not.
+        unembedding: what makes the logits, where it was seen to make those of some positions alone.
     """
 
     model: torch.nn.Module
@@ -50,7 +54,14 @@ class HostedModel:
     compiled: CompiledLayers | None = None
     row_independent: bool = False
     decodes_together: bool = False
+    continuation: Continuation | None = None
+    unembedding: Unembedding | None = None
     _tokenizer_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @property
+    def continues(self) -> bool:
+        """Whether a forward may start at a later layer and position, against an earlier one's keys and values."""
+        return self.continuation is not None
 
     @property
     def device(self) -> torch.device:

@@ -17,9 +17,11 @@ from patchbay_server.models import attention
 from patchbay_server.models.applicable import find_applicable
 from patchbay_server.models.binding import Binding, derive
 from patchbay_server.models.cards import module_taps, write_card
+from patchbay_server.models.continuation_proof import prove_continuation
 from patchbay_server.models.hosted import HostedModel
 from patchbay_server.models.independence import row_independence, shared_decoding
 from patchbay_server.models.inputs import DECODER_TOKENS, MASK, TOKENS, ModelInputs, forward
+from patchbay_server.models.narrowing import find_unembedding
 from patchbay_server.models.parameters import find_parameters
 from patchbay_server.models.proofs import Proof, prove, read_all
 from patchbay_server.models.recording import Recording, record
@@ -146,17 +148,23 @@ def host(
     decoding = shared_decoding(model, probes[0]) if sharing.holds else sharing
     together = decoding.reason if decoding.holds else f"no: {decoding.reason}"
     card = replace(card, attributes={**card.attributes, "shared_forwards": shared, "shared_generation": together})
+    offered = MappingProxyType({s.name: taps[s.name] for s in card.sites if s.absent is None})
+    going_on = prove_continuation(model, binding.layers, offered, card, probes[0])
+    said = going_on.sentence if going_on.how is not None else f"no: {going_on.sentence}"
+    card = replace(card, attributes={**card.attributes, "shared_prefixes": said})
     return HostedModel(
         model=model,
         tokenizer=tokenizer,
         card=card,
-        taps=MappingProxyType({s.name: taps[s.name] for s in card.sites if s.absent is None}),
+        taps=offered,
         layers=tuple(binding.layers),
         callables=MappingProxyType(applicable),
         proofs=MappingProxyType({**proof.proved, **{n: f"absent: {r}" for n, r in binding.absent.items()}}),
         parameters=MappingProxyType(parameters),
         row_independent=sharing.holds,
         decodes_together=decoding.holds,
+        continuation=going_on.how,
+        unembedding=find_unembedding(model, binding.unembed, offered, card, probes[0]),
     )
 
 
