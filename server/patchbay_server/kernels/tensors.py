@@ -13,6 +13,7 @@ from patchbay.ir.graph import TensorData
 
 _TO_TORCH: Mapping[DType, torch.dtype] = MappingProxyType({d: getattr(torch, d.name) for d in DTYPES.values()})
 _FROM_TORCH: Mapping[torch.dtype, DType] = MappingProxyType({t: d for d, t in _TO_TORCH.items()})
+_FLOATING = frozenset(t for t in _FROM_TORCH if t.is_floating_point)
 
 
 def to_torch_dtype(dtype: DType) -> torch.dtype:
@@ -98,14 +99,28 @@ def common_dtype(*values: torch.Tensor | bool | int | float, floating: bool = Fa
     return _TO_TORCH[result]
 
 
+def _agree(values: tuple[torch.Tensor | bool | int | float, ...]) -> bool:
+    """Whether `values` are two tensors of one floating dtype, or one and a float, which nothing has to be done to."""
+    if len(values) != 2:
+        return False
+    a, b = values
+    if not isinstance(a, torch.Tensor) or a.dtype not in _FLOATING:
+        return False
+    return type(b) is float or (isinstance(b, torch.Tensor) and b.dtype is a.dtype)
+
+
 def promoted(*values: torch.Tensor | bool | int | float, floating: bool = False) -> tuple:
     """`values` with every tensor cast to their common dtype; Python numbers stay, to be taken at full precision."""
+    if _agree(values):
+        return values
     dtype = common_dtype(*values, floating=floating)
     return tuple(v.to(dtype) if isinstance(v, torch.Tensor) else v for v in values)
 
 
 def promoted_tensors(*values: torch.Tensor | bool | int | float, floating: bool = False) -> tuple[torch.Tensor, ...]:
     """As `promoted`, with Python numbers made tensors: for torch functions that take tensors only."""
+    if _agree(values) and all(isinstance(v, torch.Tensor) for v in values):
+        return values  # type: ignore[return-value]
     dtype = common_dtype(*values, floating=floating)
     device = next(v.device for v in values if isinstance(v, torch.Tensor))
     return tuple(
