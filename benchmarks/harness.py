@@ -135,9 +135,7 @@ class _Session:
 
     def _start(self, place: str) -> Worker:
         log = self._scratch / f"{place}-{len(list(self._scratch.iterdir()))}.log"
-        worker = Worker(self._bench.environments[place], self._bench.environment(place), log)
-        worker.ask("threads", count=self._bench.scale.threads)
-        return worker
+        return Worker(self._bench.environments[place], self._bench.environment(place), log)
 
     def _load(self, contender: Contender) -> None:
         key = contender.name if contender.own_process else contender.place

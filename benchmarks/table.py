@@ -51,6 +51,12 @@ def verdict(finding: Finding, trusted: bool = True) -> str:
     return f"missed by {number(missing)}x" if math.isfinite(missing) else "missed"
 
 
+def shortened(reason: str, characters: int = 90) -> str:
+    """The first line of an error, not wider than a table can bear."""
+    line = reason.partition("\n")[0]
+    return line if len(line) <= characters else f"{line[: characters - 3]}..."
+
+
 def trusted(measured: Measured) -> bool:
     """Whether every comparison of values held."""
     return all(check.equal for check in measured.checks)
@@ -63,7 +69,7 @@ def rows(measured: Sequence[Measured]) -> list[tuple[str, str, str, str]]:
         if each.name == "ablation":
             continue
         if each.error:
-            found.append((each.title, "not measured", "", each.error.partition("\n")[0]))
+            found.append((each.title, "not measured", "", shortened(each.error)))
         for finding in each.findings:
             found.append(
                 (finding.what, reached(finding.reached, finding.unit), target(finding), verdict(finding, trusted(each)))

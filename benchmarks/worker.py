@@ -18,15 +18,6 @@ from typing import Any
 from benchmarks.work import Work
 
 
-def set_threads(count: int) -> None:
-    """Let torch, where it is installed, use `count` threads."""
-    try:
-        import torch
-    except ImportError:
-        return
-    torch.set_num_threads(count)
-
-
 class Contenders:
     """The contenders of this process, by name."""
 
@@ -34,11 +25,8 @@ class Contenders:
         self._works: dict[str, Work] = {}
 
     def answer(self, question: dict[str, Any]) -> dict[str, Any]:
-        """Do one of: threads, load, warm, run, values, close."""
-        verb, name = question["verb"], question.get("name", "")
-        if verb == "threads":
-            set_threads(question["count"])
-            return {}
+        """Do one of: load, warm, run, values, close."""
+        verb, name = question["verb"], question["name"]
         if verb == "load":
             work = getattr(importlib.import_module(question["module"]), question["work"])(**question["settings"])
             work.prepare()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ class Peak(Work):
         before = resident("VmRSS")
         _RESET.write_text("5")  # the high-water mark begins anew
         self._found = self._do(long)
-        return {"peak_bytes": float(resident("VmHWM") - before)}
+        return {"peak_bytes": float(max(resident("VmHWM") - before, resource.getpagesize()))}
 
     def _do(self, ids: list[int]) -> Any:
         import torch
