@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from benchmarks.table import number, rows, trusted
 
 #: The runs that the page shows, in this order, where they exist.
 RESULTS = ("full", "gpu")
+_WIDTH = 120
 _TITLES = {"full": "The table", "gpu": "On a GPU", "quick": "A quick run"}
 _HEAD = """# Performance
 
@@ -84,7 +86,9 @@ def _ablation(measured: Measured) -> str:
 
 def _figure(name: str, reports: Sequence[Report]) -> str:
     figure = figures.load(name)
-    lines = [f"## {figure.title}\n", figure.what, "", f"*Why*: {figure.why}", "", f"*How*: {figure.how}", ""]
+    lines = [f"## {figure.title}\n"]
+    for paragraph in (figure.what, f"*Why*: {figure.why}", f"*How*: {figure.how}"):
+        lines += [*textwrap.wrap(paragraph, _WIDTH, break_on_hyphens=False, break_long_words=False), ""]
     for report in reports:
         measured = next((m for m in report.measured if m.name == name), None)
         if measured is None or name == "ablation":
@@ -103,7 +107,8 @@ def _figure(name: str, reports: Sequence[Report]) -> str:
             if not trusted(measured):
                 said = f"**The values differ**: {worst.contender} from {worst.against} {allowed}."
             lines += [said, ""]
-        lines += [f"- {_cell(note)}" for note in measured.notes]
+        for note in measured.notes:
+            lines += textwrap.wrap(f"- {_cell(note)}", _WIDTH, subsequent_indent="  ", break_on_hyphens=False)
         lines += [""] if measured.notes else []
     return "\n".join(lines)
 
