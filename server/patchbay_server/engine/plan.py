@@ -10,6 +10,7 @@ from typing import Any
 
 from patchbay.ir.card import LOGITS, ModelCard
 from patchbay.ir.events import Cost, ExecuteOptions
+from patchbay.ir.facts import Facts
 from patchbay.ir.graph import Graph, Node, Run, TensorData
 from patchbay.ir.limits import Limits
 from patchbay.ir.ops import spec as op_spec
@@ -93,6 +94,7 @@ class Plan:
         graph: the graph as rewritten.
         origin: for every node of it, its id in the graph as it was received.
         specs: for every node of it, its value's shape and dtype.
+        facts: for every node of it, what else is known of it.
         passes: forwards, in order.
         after: what is left to compute when the last has ended.
         cost: the price.
@@ -108,6 +110,7 @@ class Plan:
     graph: Graph
     origin: tuple[int, ...]
     specs: tuple[ValueSpec, ...]
+    facts: tuple[Facts, ...]
     passes: tuple[Pass, ...]
     after: Actions
     cost: Cost
@@ -192,7 +195,7 @@ def make_plan(
     passes, after = builder.build()
     facts = tuple(verified.facts[o] for o in origin)
     facts = tuple(
-        known if known.spec == spec else replace(known, spec=spec, nbytes=value_bytes(spec))
+        known if known.spec is spec or known.spec == spec else replace(known, spec=spec, nbytes=value_bytes(spec))
         for known, spec in zip(facts, specs, strict=True)
     )
     tokens, forwards = sum(p.positions for p in passes), sum(p.forwards for p in passes)
@@ -215,6 +218,7 @@ def make_plan(
         options=options,
         last_grad=builder.last_grad(),
         specs=specs,
+        facts=facts,
         source=source,
         source_origin=tuple(verified.origin[o] for o in rewritten.origin),
         trunks={} if sharing is None else sharing.trunks,
@@ -296,6 +300,9 @@ class _Builder:
     ) -> None:
         self.graph, self.card, self.timeline, self.groups, self.options = graph, card, timeline, groups, options
         self.how, self.unembedding, self.windows = how, unembedding, windows
+        self.kernels: dict[str, Callable[..., Any] | None] = {}
+        #: Attributes with defaults filled in, by operation and identity: most nodes share theirs with others.
+        self.filled: dict[tuple[str, int], Mapping[str, Any]] = {}
         self.order = positions(graph, card)
         self.slots = [self._slots(group) for group in groups]
         #: Of every forward that computes some logits only: each run's slot in them.
@@ -322,11 +329,14 @@ class _Builder:
         self.times = times = self._times()
         self._choose_logits()
         last_use = self._last_uses(times)
+        dying = self._dying(last_use)
         events: dict[_Time, list[int]] = defaultdict(list)
         for i, when in enumerate(times):
             for time in (*when, *self.resumed.get(i, ())):
                 events[time].append(i)
-        moments = {time: self._actions(time, sorted(nodes), last_use) for time, nodes in events.items()}
+        moments = {
+            time: self._actions(time, sorted(nodes), last_use, dying.get(time, {})) for time, nodes in events.items()
+        }
         site_at = self.card.names_by_order
         visited: dict[int, list[int]] = defaultdict(list)
         for p, order in moments:
@@ -462,6 +472,7 @@ class _Builder:
                 assert node.run is not None
                 key = (pass_of[self.timeline.moments[i].level, node.run], node.run)
                 last_read[key] = max(last_read.get(key, BEFORE), self.order[i])
+        start: tuple[_Time, ...] = ((0, BEFORE),)
         times: list[tuple[_Time, ...]] = [()] * len(self.graph.nodes)
         for i in self.timeline.order:
             node = self.graph.nodes[i]
@@ -484,44 +495,67 @@ class _Builder:
                     if self.groups[p].level >= level and self.order[i] <= last_read.get((p, node.run), BEFORE)
                 )
             elif node.op != "const":
-                times[i] = (max((t for a in node.args for t in times[a]), default=(0, BEFORE)),)
+                latest = start
+                for a in node.args:
+                    at = times[a]
+                    if at is not latest and at:
+                        at = at if len(at) == 1 else (max(at),)
+                        latest = at if at > latest else latest
+                times[i] = latest
         # Constants are made when they are first needed, so that none lies about.
-        first_use: dict[int, _Time] = {}
+        first_use = {i: end for i, node in enumerate(self.graph.nodes) if node.op == "const"}
+        used = set()
         for i, node in enumerate(self.graph.nodes):
             for a in node.args:
-                if self.graph.nodes[a].op == "const" and times[i]:
-                    first_use[a] = min(first_use.get(a, end), min(times[i]))
-        for i, node in enumerate(self.graph.nodes):
-            if node.op == "const":
-                times[i] = (first_use.get(i, (0, BEFORE)),)
+                if a in first_use and times[i]:
+                    first_use[a] = min(first_use[a], min(times[i]))
+                    used.add(a)
+        for i, time in first_use.items():
+            times[i] = (time,) if i in used else start
         return times
 
     def _last_uses(self, times: Sequence[tuple[_Time, ...]]) -> dict[int, tuple[_Time, int]]:
         """For every node, the time and node of its last use (itself, when nothing uses it)."""
         last: dict[int, tuple[_Time, int]] = {}
         for i, node in enumerate(self.graph.nodes):
-            if times[i]:
-                last.setdefault(i, (max((*times[i], *self.resumed.get(i, ()))), i))
-                for a in node.args:
-                    last[a] = max(last[a], (max(times[i]), i))
+            when = times[i]
+            if not when:
+                continue
+            latest = when[0] if len(when) == 1 else max(when)
+            use = (latest, i)
+            last[i] = use if i not in self.resumed else (max((latest, *self.resumed[i])), i)
+            for a in node.args:
+                if last[a] < use:
+                    last[a] = use
         return last
 
-    def _actions(self, time: _Time, nodes: Sequence[int], last_use: Mapping[int, tuple[_Time, int]]) -> Actions:
+    def _dying(self, last_use: Mapping[int, tuple[_Time, int]]) -> Mapping[_Time, Mapping[int, list[int]]]:
+        """The values that are used for the last time: at each time, by each node."""
+        dying: dict[_Time, dict[int, list[int]]] = {}
+        if LIVENESS not in self.options.disabled:
+            for i, (when, user) in last_use.items():
+                if self.graph.nodes[i].op != "site.write":
+                    dying.setdefault(when, {}).setdefault(user, []).append(i)
+        return dying
+
+    def _actions(
+        self,
+        time: _Time,
+        nodes: Sequence[int],
+        last_use: Mapping[int, tuple[_Time, int]],
+        dying: Mapping[int, list[int]],
+    ) -> Actions:
         keep_all = LIVENESS in self.options.disabled
-        dying: dict[int, list[int]] = defaultdict(list)
-        for i in {a for n in nodes for a in (n, *self.graph.nodes[n].args)}:
-            when, user = last_use[i]
-            if when == time and not keep_all and self.graph.nodes[i].op != "site.write":
-                dying[user].append(i)
         steps: list[Step] = []
         for i in nodes:
-            steps.extend(self._steps(i, time, tuple(dying[i])))
+            steps.extend(self._steps(i, time, tuple(dying.get(i, ()))))
         made = [i for i in nodes if self.graph.nodes[i].op not in ("site.write", "const")]
         survivors = tuple(i for i in made if keep_all or last_use[i][0] > time)
         return Actions(tuple(steps), survivors)
 
     def _steps(self, i: int, time: _Time, free: tuple[int, ...]) -> list[Step]:
-        node, names = self.graph.nodes[i], tuple(self.names.get(i, ()))
+        node = self.graph.nodes[i]
+        names = tuple(self.names[i]) if i in self.names else ()
         if is_read(node):
             if time in self.resumed.get(i, ()):
                 return [Resume(i, self._slot(time, node), free)]
@@ -530,11 +564,14 @@ class _Builder:
                 slot = self._slot(time, node)
                 read = Read(i, slot, i in self.differentiated, self._part(i, node, slot))
             return [read, Emit(i, names, free)] if names or free else [read]
-        attrs = op_spec(node.op).fill(node.attrs)
+        attrs = self.filled.get((node.op, id(node.attrs)))
+        if attrs is None:
+            attrs = self.filled[node.op, id(node.attrs)] = op_spec(node.op).fill(node.attrs)
         if node.op == "site.write":
             return [self._write(i, node, self._slot(time, node), attrs, free)]
-        function = None if op_spec(node.op).structural else kernel(op_spec(node.op))
-        return [Compute(i, node.op, function, node.args, attrs, names, free, i in self.differentiated)]
+        if node.op not in self.kernels:
+            self.kernels[node.op] = None if op_spec(node.op).structural else kernel(op_spec(node.op))
+        return [Compute(i, node.op, self.kernels[node.op], node.args, attrs, names, free, i in self.differentiated)]
 
     def _slot(self, time: _Time, node: Node) -> Slot:
         assert node.run is not None
