@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from patchbay.reference import creation, elementwise, indexing, linalg, nn, reductions, shape
 from patchbay.reference.arrays import from_numpy_dtype, to_array, to_data, to_numpy_dtype
+from patchbay.reference.control import evaluate_control, run_body
 from patchbay.reference.registry import evaluate, has_reference, implements, spec_of
 
 __all__ = [
     "creation",
     "elementwise",
     "evaluate",
+    "evaluate_control",
     "from_numpy_dtype",
     "has_reference",
     "implements",
@@ -17,6 +19,7 @@ __all__ = [
     "linalg",
     "nn",
     "reductions",
+    "run_body",
     "shape",
     "spec_of",
     "to_array",
