@@ -240,7 +240,8 @@ class Model(BaseModel):
                 folder to write values of rows to. keep: leave them on the server as artifacts. resume: a file that
                 records what is done; the same call goes on from there. progress: called with a `MapProgress` after each
                 batch; left out, a terminal shows a line. deterministic, disabled, timeout_s: as for `trace`, of each
-                batch. patience_s: how long to wait for a server that is away or full (300).
+                batch; left out, only the sharing of forwards with other requests is disabled, so that the same call
+                gives the same bits. patience_s: how long to wait for a server that is away or full (300).
 
         Returns:
             The same tree with numbers. A value of rows is an array where all rows have one shape, else an array for

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from patchbay.model import AsyncModel, Model
 
 
+#: Batches fill a forward by themselves. Sharing one with whatever else waits would make their last bits depend on it.
+NOT_SHARED = ("cobatch",)
+
+
 class MapHow(TypedDict, total=False):
     """Keyword arguments of `Model.map`, which says what they are."""
 
@@ -74,7 +78,7 @@ def _planned(how: MapHow) -> tuple[Plan, Callable[[MapProgress], Any] | None]:
     if unknown:
         raise TypeError(f"map takes no {unknown[0]!r}; it takes: {', '.join(MapHow.__annotations__)}")
     progress = cast("Callable[[MapProgress], Any] | None", given.pop("progress", None))
-    options = ExecuteOptions(given.pop("deterministic", False), tuple(given.pop("disabled", ())))
+    options = ExecuteOptions(given.pop("deterministic", False), tuple(given.pop("disabled", NOT_SHARED)))
     for name in ("to", "resume"):
         if given.get(name) is not None:
             given[name] = Path(given[name])

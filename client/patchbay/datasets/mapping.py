@@ -180,6 +180,7 @@ class Mapper:
         self._patience = Patience(plan.patience_s, self._show)
         self._slots = asyncio.Semaphore(_OPEN_WINDOWS)
         self._closing = asyncio.Lock()
+        self._tracing = asyncio.Lock()
         self._traffic = (0, 0)
         self._chores: set[asyncio.Future[None]] = set()
 
@@ -341,15 +342,16 @@ class Mapper:
 
     async def _traced(self, batch: Batch, *, begins: bool) -> Template:
         key = (*batch.shape, begins)
-        found = self._templates.get(key)
-        if found is None:
-            found = await self._host(self._tracer.trace, batch, begins, self._plan.keep)
-            if not found.concrete:
-                self._templates[key] = found
-                while len(self._templates) > _TEMPLATES:
-                    self._templates.popitem(last=False)
-        else:
-            self._templates.move_to_end(key)
+        async with self._tracing:  # lanes that meet a new shape at the same time trace it once
+            found = self._templates.get(key)
+            if found is None:
+                found = await self._host(self._tracer.trace, batch, begins, self._plan.keep)
+                if not found.concrete:
+                    self._templates[key] = found
+                    while len(self._templates) > _TEMPLATES:
+                        self._templates.popitem(last=False)
+            else:
+                self._templates.move_to_end(key)
         return found
 
     async def _execute(self, graph: Graph, template: Template) -> tuple[Outcome, dict[str, ArtifactInfo]]:
@@ -377,6 +379,7 @@ class Mapper:
     def _take(self, batch: Batch, template: Template, outcome: Outcome, kept: Mapping[str, ArtifactInfo]) -> None:
         """Puts what came back to the batch's window, row by row."""
         window = self._open[batch.window]
+        used: set[str] = set()
         for leaf in template.collected:
             if leaf.output in kept:
                 info = kept[leaf.output]
@@ -392,6 +395,9 @@ class Mapper:
                 )
                 continue
             whole = to_array(outcome.values[leaf.output].value)
+            if leaf.output in used:
+                whole = whole.copy()
+            used.add(leaf.output)
             rows = window.values.setdefault(leaf.name, {})
             for i, row in enumerate(batch.rows):
                 tokens = slice(batch.seq - len(row.tokens), None)

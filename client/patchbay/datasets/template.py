@@ -341,6 +341,7 @@ class Tracer:
         samples = trace.samples
         outputs: list[Output] = []
         collected: list[Collected] = []
+        sent: dict[int, str] = {}
         reductions: list[Reduction] = []
         parts: list[Parts] = []
         replaced: dict[tuple[str, ...], Any] = {}
@@ -354,10 +355,13 @@ class Tracer:
             elif isinstance(leaf, Proxy):
                 if leaf._trace is not trace:
                     raise TraceError(f"{name!r} is a value of another trace")
-                one = Collected(name, f"value.{name}", known(axes[path], leaf, name))
+                output = sent.get(leaf._node, f"value.{name}")
+                one = Collected(name, output, known(axes[path], leaf, name))
                 replaced[path] = one
                 collected.append(one)
-                outputs.append(Output(one.output, leaf._node, keep))
+                if leaf._node not in sent:
+                    sent[leaf._node] = output
+                    outputs.append(Output(output, leaf._node, keep))
         layout = layout_of(parts)
         state_data: TensorData | None = None
         if reductions:
