@@ -21,7 +21,7 @@ from patchbay.errors import (
     TraceError,
     UnsupportedError,
 )
-from patchbay.ir.artifacts import UPLOAD_ABOVE_BYTES, ArtifactInfo, check_digest, digest_of
+from patchbay.ir.artifacts import NOT_THERE, UPLOAD_ABOVE_BYTES, ArtifactInfo, check_digest, digest_of, not_there
 from patchbay.ir.graph import Attr, Graph, Node, TensorData
 
 if TYPE_CHECKING:
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from patchbay.ir.limits import Limits
     from patchbay.tracing.artifacts import Artifact
 
-#: Reason that a server gives where a graph names a tensor that it does not have.
-NOT_THERE = "ARTIFACT_NOT_FOUND"
 #: Digests that a connection remembers to be on the server.
 _REMEMBERED = 65_536
 
@@ -125,6 +123,12 @@ class StoredArtifacts:
         while len(self._there) > _REMEMBERED:
             del self._there[next(iter(self._there))]
 
+    @staticmethod
+    def uploaded(graph: Graph, named: Graph) -> set[str]:
+        """Digests of the constants of `graph` that `named` names: those that can be uploaded again."""
+        pairs = zip(graph.nodes, named.nodes, strict=True)
+        return {str(new.attrs["artifact"]) for old, new in pairs if old is not new and "artifact" in new.attrs}
+
     def explain(self, error: NotFoundError, graph: Graph) -> NotFoundError:
         """`error`, about an artifact that `graph` names, with the user's line."""
         node = error.metadata.get("node", "")
@@ -217,16 +221,6 @@ class StoredArtifacts:
         await transport.delete_artifact(digest)
 
 
-def not_there(digest: str) -> NotFoundError:
-    """The error for an artifact that the server does not have, or that is somebody else's: nobody can tell."""
-    return NotFoundError(
-        f"you have no artifact {digest} on this server: it was deleted, or has not been used until it expired, or was"
-        " never there. Put it there again (client.artifacts.put, or the trace that kept it)",
-        reason=NOT_THERE,
-        metadata={"digest": digest},
-    )
-
-
 def _constant(digest: str, value: TensorData) -> Node:
     attrs: dict[str, Attr] = {"artifact": digest, "shape": value.shape, "dtype": value.dtype.name}
     return Node("const", (), attrs)
@@ -291,6 +285,3 @@ class Artifacts:
 
     def __repr__(self) -> str:
         return "<artifacts: put, list, handle, get, delete>"
-
-
-__all__ = ["NOT_THERE", "Artifacts", "StoredArtifacts", "not_there"]

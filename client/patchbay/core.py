@@ -11,9 +11,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from patchbay.artifacts import StoredArtifacts
-from patchbay.errors import ProtocolError, TraceError
+from patchbay.errors import NotFoundError, ProtocolError, TraceError
 from patchbay.inputs import Chat, Text, WithBos, chat_of
-from patchbay.ir.artifacts import ArtifactInfo
+from patchbay.ir.artifacts import NOT_THERE, ArtifactInfo
 from patchbay.ir.card import InputSpec, ModelCard
 from patchbay.ir.events import Done, Event, ExecuteOptions, Kept, TensorValue, TokenizedRow, Usage
 from patchbay.ir.ops.spec import TensorSpec
@@ -39,8 +39,8 @@ class Outcome:
     kept: dict[str, ArtifactInfo]
     nonfinite: tuple[str, ...]
     usage: Usage
-    sent_bytes: int
-    received_bytes: int
+    sent_bytes: int = 0
+    received_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -256,9 +256,32 @@ class ModelCore:
         timeout_s: float | None,
         on_event: Callable[[Event], Any] | None = None,
     ) -> Outcome:
-        """Runs a graph and gathers what it sends back."""
+        """Runs a graph and gathers what it sends back; constants that are large travel beside it, once."""
         transport = await self._connection.transport()
-        sent, received = transport.bytes_sent, transport.bytes_received
+        before = (transport.bytes_sent, transport.bytes_received)
+        limits = self.card.limits
+        named = await self.stored.named(graph, self.card.name, limits)
+        try:
+            outcome = await self._execute(named, options, timeout_s, on_event)
+        except NotFoundError as error:
+            if error.reason != NOT_THERE:
+                raise
+            if error.metadata.get("digest") not in self.stored.uploaded(graph, named):
+                raise self.stored.explain(error, graph) from None
+            # It was there once, and has expired or given way to others. Nothing has been handed on by then.
+            named = await self.stored.named(graph, self.card.name, limits, again=True)
+            outcome = await self._execute(named, options, timeout_s, on_event)
+        traffic = (transport.bytes_sent - before[0], transport.bytes_received - before[1])
+        return replace(outcome, sent_bytes=traffic[0], received_bytes=traffic[1])
+
+    async def _execute(
+        self,
+        graph: Graph,
+        options: ExecuteOptions,
+        timeout_s: float | None,
+        on_event: Callable[[Event], Any] | None,
+    ) -> Outcome:
+        transport = await self._connection.transport()
         limit = self._connection.timeout_s if timeout_s is None else timeout_s
         values: dict[str, TensorValue] = {}
         kept: dict[str, ArtifactInfo] = {}
@@ -278,8 +301,7 @@ class ModelCore:
                     on_event(event)
         if usage is None:
             raise ProtocolError("the server ended the stream without saying that it was done")
-        traffic = (transport.bytes_sent - sent, transport.bytes_received - received)
-        return Outcome(values, kept, tuple(nonfinite), usage, *traffic)
+        return Outcome(values, kept, tuple(nonfinite), usage)
 
     async def run(
         self,

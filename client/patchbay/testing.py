@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 from patchbay.errors import GraphError, NotFoundError, UnavailableError
+from patchbay.ir.artifacts import ArtifactInfo, digest_of, not_there
 from patchbay.ir.card import CallableSpec, ModelCard, SiteSpec
 from patchbay.ir.dtypes import float32
 from patchbay.ir.events import (
@@ -28,6 +29,7 @@ from patchbay.ir.events import (
     Done,
     Event,
     ExecuteOptions,
+    Kept,
     ModelSummary,
     Progress,
     Started,
@@ -98,6 +100,7 @@ class FakeModel:
     def __init__(self, name: str = "fake") -> None:
         self.card = fake_card(name)
         self.summary = ModelSummary(name, "fake", "patchbay.testing", 0, N_LAYERS, D_MODEL)
+        self.artifacts: dict[str, tuple[ArtifactInfo, TensorData]] = {}
 
     def tokenize(self, texts: Sequence[str], add_special_tokens: bool = True) -> tuple[TokenizedRow, ...]:
         """Words between white space; a word's id depends on its letters only and is never `BOS`."""
@@ -111,6 +114,23 @@ class FakeModel:
         """Every id has a name of its own; words cannot be told from their ids."""
         strings = tuple("<bos>" if i == BOS else f"word{i}" for i in ids)
         return TokenizedRow(tuple(ids), strings, ((0, 0),) * len(strings), tuple(i == BOS for i in ids))
+
+    def store(self, tensor: TensorData, name: str) -> ArtifactInfo:
+        """Keeps a tensor; nothing expires."""
+        digest = digest_of(tensor)
+        copy = TensorData(tensor.dtype, tensor.shape, bytes(tensor.data))
+        info = ArtifactInfo(digest, tensor.dtype, tensor.shape, tensor.nbytes, name)
+        return self.artifacts.setdefault(digest, (info, copy))[0]
+
+    def stored(self, digest: str, **metadata: str) -> tuple[ArtifactInfo, TensorData]:
+        """A tensor that was kept.
+
+        Raises:
+            NotFoundError: there is none of that digest.
+        """
+        if digest not in self.artifacts:
+            raise not_there(digest, **metadata)
+        return self.artifacts[digest]
 
     def execute(self, graph: Graph, options: ExecuteOptions) -> Iterator[Event]:
         """The events of running `graph`.
@@ -130,7 +150,12 @@ class FakeModel:
             yield Done(Usage(nodes=len(graph.nodes), cost=cost))
             return
         yield Started()
-        values = _Evaluation(graph, self.card).values()
+        nodes = list(graph.nodes)
+        for i, node in enumerate(nodes):
+            if "artifact" in node.attrs:
+                value = self.stored(str(node.attrs["artifact"]), node=str(i))[1]
+                nodes[i] = Node("const", (), {"value": value})
+        values = _Evaluation(Graph(graph.runs, tuple(nodes)), self.card).values()
         yield Progress(len(graph.runs), len(graph.runs))
         sent = 0
         for output in graph.outputs:
@@ -138,8 +163,11 @@ class FakeModel:
 
             array = np.asarray(values[output.node])
             tensor = from_numpy(array)
-            sent += tensor.nbytes
             finite = bool(np.isfinite(array.astype(np.float64)).all())
+            if output.keep:
+                yield Kept(output.name, self.store(tensor, output.name), finite)
+                continue
+            sent += tensor.nbytes
             yield TensorValue(output.name, tensor, finite)
         tokens = sum(run.rows * run.seq for run in graph.runs)
         layers = N_LAYERS * len(graph.runs)
@@ -189,6 +217,33 @@ class FakeTransport(Transport):
             if isinstance(event, TensorValue):
                 self.bytes_received += event.value.nbytes
             yield event
+
+    async def put_artifact(
+        self, info: ArtifactInfo, tensor: TensorData, *, automatic: bool = False, model: str | None = None
+    ) -> ArtifactInfo:
+        self._check_open()
+        if info.digest not in self.model.artifacts:
+            self.bytes_sent += tensor.nbytes
+        return self.model.store(tensor, info.name)
+
+    async def get_artifact(self, digest: str, *, model: str | None = None) -> tuple[ArtifactInfo, TensorData]:
+        self._check_open()
+        info, tensor = self.model.stored(digest)
+        self.bytes_received += tensor.nbytes
+        return info, tensor
+
+    async def stat_artifacts(self, digests: Sequence[str], *, model: str | None = None) -> tuple[ArtifactInfo, ...]:
+        self._check_open()
+        return tuple(self.model.artifacts[digest][0] for digest in digests if digest in self.model.artifacts)
+
+    async def list_artifacts(self) -> tuple[ArtifactInfo, ...]:
+        self._check_open()
+        return tuple(info for _, (info, _) in sorted(self.model.artifacts.items()))
+
+    async def delete_artifact(self, digest: str) -> None:
+        self._check_open()
+        self.model.stored(digest)
+        del self.model.artifacts[digest]
 
     async def close(self) -> None:
         self._closed = True

@@ -152,6 +152,37 @@ class SchedulingConfig(_Section):
     )
 
 
+class ArtifactsConfig(_Section):
+    """Tensors that clients leave on the server: large constants, uploaded once, and results that are kept."""
+
+    path: Path | None = Field(
+        default=None,
+        description="Folder for them; replicas of one service must see the same one. Default: `<cache folder>/patchbay/"
+        "artifacts`.",
+    )
+    quota_bytes: int = Field(
+        default=32 * 2**30, ge=0, description="Bytes of one account's artifacts; 0: this server keeps none."
+    )
+    max_bytes: int = Field(default=8 * 2**30, ge=1, description="Bytes of one artifact.")
+    max_count: int = Field(default=10_000, ge=1, description="Artifacts of one account.")
+    ttl_s: float = Field(
+        default=30 * 24 * 3600.0, gt=0, description="Seconds after its last use after which an artifact goes."
+    )
+    device_cache_bytes: int = Field(
+        default=1 * 2**30,
+        ge=0,
+        description="Bytes of artifacts that each model keeps on its device for their next use; 0: none.",
+    )
+
+    @property
+    def folder(self) -> Path:
+        """Where they are."""
+        if self.path is not None:
+            return self.path
+        base = os.environ.get("XDG_CACHE_HOME")
+        return (Path(base) if base else Path.home() / ".cache") / "patchbay" / "artifacts"
+
+
 class KeysConfig(_Section):
     """Where the keys that may use the service are kept."""
 
@@ -210,6 +241,7 @@ class Config(_Section):
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="What is logged.")
     limits: LimitsConfig = LimitsConfig()
     scheduling: SchedulingConfig = SchedulingConfig()
+    artifacts: ArtifactsConfig = ArtifactsConfig()
     keys: KeysConfig = KeysConfig()
     tls: TlsConfig | None = None
     ray: RayConfig = RayConfig()
@@ -284,6 +316,7 @@ def _walk(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str
     inner: dict[str, type[BaseModel]] = {
         "limits": LimitsConfig,
         "scheduling": SchedulingConfig,
+        "artifacts": ArtifactsConfig,
         "keys": KeysConfig,
         "tls": TlsConfig,
         "ray": RayConfig,
@@ -375,6 +408,7 @@ def _known_keys(path: tuple[Any, ...]) -> list[str]:
         "models": ModelConfig,
         "limits": LimitsConfig,
         "scheduling": SchedulingConfig,
+        "artifacts": ArtifactsConfig,
         "keys": KeysConfig,
         "tls": TlsConfig,
         "ray": RayConfig,

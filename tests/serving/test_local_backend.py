@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -35,7 +35,7 @@ from patchbay.ir.events import (
     TokenizedRow,
     Usage,
 )
-from patchbay.ir.graph import Graph, TensorData
+from patchbay.ir.graph import Graph, Node, TensorData
 from patchbay_server.config import LimitsConfig, SchedulingConfig
 from patchbay_server.engine.running import Wanted
 from patchbay_server.serving import local, work
@@ -135,7 +135,7 @@ class Engine:
 
 def graph(nodes: int = 0) -> Graph:
     """A graph of which only the length matters here."""
-    return cast(Graph, type("G", (), {"nodes": (None,) * nodes})())
+    return Graph(nodes=(Node("zeros", (), {"shape": ()}),) * nodes)
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from patchbay.errors import DTypeError, GraphError, ShapeError
+from patchbay.errors import DTypeError, GraphError, NotFoundError, ShapeError
 from patchbay.ir.dtypes import DTYPES, DType
 from patchbay.ir.graph import TensorData
 from patchbay.ir.limits import MAX_DIMS, MAX_TENSOR_SPAN
@@ -45,6 +45,10 @@ SAFETENSORS_NAMES: Mapping[str, str] = MappingProxyType(
 PREFIX = "sha256:"
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}", re.ASCII)
 _HASH_BYTES = 4 * 2**20
+
+
+#: Reason of the error about an artifact that its caller does not have.
+NOT_THERE = "ARTIFACT_NOT_FOUND"
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,3 +140,13 @@ def digest_of(tensor: TensorData) -> str:
     for offset in range(0, len(data), _HASH_BYTES):
         state.update(data[offset : offset + _HASH_BYTES])
     return PREFIX + state.hexdigest()
+
+
+def not_there(digest: str, **metadata: str) -> NotFoundError:
+    """The error for an artifact that is not there or is somebody else's: nobody can tell which."""
+    return NotFoundError(
+        f"you have no artifact {digest} on this server: it was deleted, or was not used until it expired, or was never"
+        " there. Put it there again (client.artifacts.put, or the trace that kept it)",
+        reason=NOT_THERE,
+        metadata={"digest": digest, **metadata},
+    )

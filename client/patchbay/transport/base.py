@@ -5,9 +5,10 @@ from __future__ import annotations
 import abc
 from collections.abc import AsyncIterator, Sequence
 
+from patchbay.ir.artifacts import ArtifactInfo
 from patchbay.ir.card import ModelCard
 from patchbay.ir.events import ChatMessage, Event, ExecuteOptions, ModelSummary, TokenizedRow
-from patchbay.ir.graph import Graph
+from patchbay.ir.graph import Graph, TensorData
 
 
 class Transport(abc.ABC):
@@ -79,6 +80,47 @@ class Transport(abc.ABC):
             graph: what to run.
             options: how.
             timeout_s: seconds until the call is given up; None waits as long as the server does.
+        """
+
+    @abc.abstractmethod
+    async def put_artifact(
+        self, info: ArtifactInfo, tensor: TensorData, *, automatic: bool = False, model: str | None = None
+    ) -> ArtifactInfo:
+        """Store a tensor under its digest; one that is there already is not sent again.
+
+        Args:
+            info: its digest, form and name.
+            tensor: its elements; not copied.
+            automatic: on behalf of a graph: the server may drop it where room is short.
+            model: name of the model whose replica should take it; None: whichever part of the service answers.
+
+        Raises:
+            ResourceExhaustedError: too large, beyond the quota, or the disk is full.
+            UnsupportedError: the server keeps no artifacts.
+        """
+
+    @abc.abstractmethod
+    async def get_artifact(self, digest: str, *, model: str | None = None) -> tuple[ArtifactInfo, TensorData]:
+        """A tensor of the caller's.
+
+        Raises:
+            NotFoundError: the caller has none of that digest.
+        """
+
+    @abc.abstractmethod
+    async def stat_artifacts(self, digests: Sequence[str], *, model: str | None = None) -> tuple[ArtifactInfo, ...]:
+        """Those of `digests` that the caller has, in order; asking counts as use."""
+
+    @abc.abstractmethod
+    async def list_artifacts(self) -> tuple[ArtifactInfo, ...]:
+        """All that the caller has, ordered by digest."""
+
+    @abc.abstractmethod
+    async def delete_artifact(self, digest: str) -> None:
+        """Remove one.
+
+        Raises:
+            NotFoundError: the caller has none of that digest.
         """
 
     @abc.abstractmethod

@@ -1,15 +1,17 @@
-"""The four calls as messages, shared by every transport: requests from IR objects, and answers back to them."""
+"""The calls as messages, shared by every transport: requests from IR objects, and answers back to them."""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from patchbay.errors import PatchbayError, ProtocolError, RequestRangeError
+from patchbay.ir.artifacts import ArtifactInfo
 from patchbay.ir.card import ModelCard
 from patchbay.ir.events import ChatMessage, ExecuteOptions, ModelSummary, TokenizedRow
 from patchbay.ir.graph import Graph
-from patchbay.v1 import service_pb2
+from patchbay.v1 import artifact_pb2, service_pb2
+from patchbay.wire.artifacts import decode_artifact, encode_digest
 from patchbay.wire.cards import decode_card, decode_summary
 from patchbay.wire.events import encode_options
 from patchbay.wire.graphs import encode_graph
@@ -100,6 +102,31 @@ def read_rows(response: service_pb2.TokenizeResponse, expected: int) -> tuple[To
     if len(response.texts) != expected:
         raise ProtocolError(f"{len(response.texts)} tokenized texts for {expected} texts", field="texts")
     return tuple(decode_row(row, f"texts[{index}]") for index, row in enumerate(response.texts))
+
+
+#: Names of one StatArtifacts call.
+MAX_NAMES = 1_024
+
+
+def stat_requests(digests: Sequence[str]) -> Iterator[artifact_pb2.StatArtifactsRequest]:
+    names = [encode_digest(digest) for digest in digests]
+    for start in range(0, len(names), MAX_NAMES):
+        yield artifact_pb2.StatArtifactsRequest(names=names[start : start + MAX_NAMES])
+
+
+def read_artifacts(artifacts: Iterable[artifact_pb2.Artifact]) -> list[ArtifactInfo]:
+    return [decode_artifact(artifact, f"artifacts[{i}]") for i, artifact in enumerate(artifacts)]
+
+
+def read_put(response: artifact_pb2.PutArtifactResponse, wanted: ArtifactInfo) -> ArtifactInfo:
+    """
+    Raises:
+        ProtocolError: the server stored something else.
+    """
+    info = decode_artifact(response.artifact, "artifact")
+    if (info.digest, info.dtype, info.shape) != (wanted.digest, wanted.dtype, wanted.shape):
+        raise ProtocolError(f"the server stored {info.digest}, not {wanted.digest}", field="artifact")
+    return info
 
 
 def execute_request(model: str, graph: Graph, options: ExecuteOptions) -> service_pb2.ExecuteRequest:

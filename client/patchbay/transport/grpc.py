@@ -25,12 +25,14 @@ from patchbay.errors import (
     ServiceError,
     UnavailableError,
 )
+from patchbay.ir.artifacts import ArtifactInfo
 from patchbay.ir.card import ModelCard
 from patchbay.ir.events import ChatMessage, Event, ExecuteOptions, ModelSummary, TokenizedRow
-from patchbay.ir.graph import Graph
+from patchbay.ir.graph import Graph, TensorData
 from patchbay.transport import calls
 from patchbay.transport.base import Transport
-from patchbay.v1 import service_pb2
+from patchbay.v1 import artifact_pb2, service_pb2
+from patchbay.wire.artifacts import ArtifactDecoder, encode_digest, encode_put
 from patchbay.wire.bounds import MAX_RESULT_BYTES
 from patchbay.wire.events import EventDecoder
 from patchbay.wire.parse import parse, serialize
@@ -53,16 +55,21 @@ MAX_RETRY_DELAY_S = 2.0
 #: Name of the application on a Ray Serve port that knows about all models.
 CONTROL_APPLICATION = "control"
 
+#: An upload's deadline allows for a connection as slow as this.
+SLOWEST_BYTES_PER_S = 256 * 2**10
+
 _TLS_SCHEMES = ("https://", "grpcs://")
 _PLAIN_SCHEMES = ("http://", "grpc://")
 #: How gRPC words the end of a stream that its server did not end.
 _BROKEN_OFF = ("RST_STREAM", "Stream removed")
 _DETAILS_KEY = "grpc-status-details-bin"
 
+#: Calls that gRPC itself may send again.
+_REPEATABLE = ("ListModels", "GetModel", "Tokenize", "StatArtifacts", "ListArtifacts")
 _SERVICE_CONFIG = {
     "methodConfig": [
         {
-            "name": [{"service": calls.SERVICE, "method": method} for method in ("ListModels", "GetModel", "Tokenize")],
+            "name": [{"service": calls.SERVICE, "method": method} for method in _REPEATABLE],
             "retryPolicy": {
                 "maxAttempts": 4,
                 "initialBackoff": "0.1s",
@@ -178,7 +185,8 @@ class GrpcTransport(Transport):
             remaining_s = None if give_up_at is None else max(give_up_at - time.monotonic(), 0.001)
             decoder = EventDecoder(self._max_result_bytes)
             try:
-                async with aclosing(self._stream(model, data, remaining_s)) as messages:
+                stream = self._stream(model, data, remaining_s, "Execute", service_pb2.ExecuteResponse)
+                async with aclosing(stream) as messages:
                     async for message in messages:
                         event = decoder.feed(message)
                         heard = True
@@ -193,6 +201,80 @@ class GrpcTransport(Transport):
                     raise
                 delay_s = RETRY_DELAY_S if error.retry_after_s is None else error.retry_after_s
                 await asyncio.sleep(min(max(delay_s, 0.0), MAX_RETRY_DELAY_S))
+
+    async def put_artifact(
+        self, info: ArtifactInfo, tensor: TensorData, *, automatic: bool = False, model: str | None = None
+    ) -> ArtifactInfo:
+        application = CONTROL_APPLICATION if model is None else model
+        for last_try in (False, True):
+            try:
+                return await self._upload(info, tensor, automatic, application)
+            except ServiceError as error:
+                if last_try or not _lost(error):  # the same bytes under the same name: safe to send again
+                    raise
+                await asyncio.sleep(RETRY_DELAY_S)
+        raise AssertionError("the second try returns or raises")
+
+    async def _upload(
+        self, info: ArtifactInfo, tensor: TensorData, automatic: bool, application: str
+    ) -> ArtifactInfo:
+        channel = self._open()
+        import grpc
+        from grpc import aio
+
+        async def parts() -> AsyncIterator[bytes]:
+            for part in encode_put(info, tensor, automatic):
+                data = serialize(part)
+                self.bytes_sent += len(data)
+                yield data
+
+        start: Any = channel.stream_unary(f"/{calls.SERVICE}/PutArtifact")
+        timeout_s = self._timeout_s + tensor.nbytes / SLOWEST_BYTES_PER_S
+        call = start(parts(), timeout=timeout_s, metadata=self._metadata(application))
+        try:
+            answer: bytes = await call
+        except (grpc.RpcError, aio.BaseError) as error:
+            raise self._translated(error, timeout_s) from None
+        finally:
+            call.cancel()
+        self.bytes_received += len(answer)
+        return calls.read_put(parse(artifact_pb2.PutArtifactResponse, answer), info)
+
+    async def get_artifact(self, digest: str, *, model: str | None = None) -> tuple[ArtifactInfo, TensorData]:
+        request = serialize(artifact_pb2.GetArtifactRequest(name=encode_digest(digest)))
+        decoder = ArtifactDecoder(self._max_result_bytes)
+        application = CONTROL_APPLICATION if model is None else model
+        async with aclosing(
+            self._stream(application, request, None, "GetArtifact", artifact_pb2.GetArtifactResponse)
+        ) as parts:
+            async for part in parts:
+                decoder.feed(part)
+        return decoder.finish()
+
+    async def stat_artifacts(self, digests: Sequence[str], *, model: str | None = None) -> tuple[ArtifactInfo, ...]:
+        found: list[ArtifactInfo] = []
+        for request in calls.stat_requests(digests):
+            application = CONTROL_APPLICATION if model is None else model
+            answer = await self._unary("StatArtifacts", request, artifact_pb2.StatArtifactsResponse, application)
+            found += calls.read_artifacts(answer.artifacts)
+        return tuple(found)
+
+    async def list_artifacts(self) -> tuple[ArtifactInfo, ...]:
+        found: list[ArtifactInfo] = []
+        request = artifact_pb2.ListArtifactsRequest()
+        for _ in range(calls.MAX_PAGES):
+            answer = await self._unary(
+                "ListArtifacts", request, artifact_pb2.ListArtifactsResponse, CONTROL_APPLICATION
+            )
+            found += calls.read_artifacts(answer.artifacts)
+            if not answer.next_page_token:
+                return tuple(found)
+            request.page_token = answer.next_page_token
+        raise ProtocolError(f"the server's list of artifacts does not end after {calls.MAX_PAGES} pages")
+
+    async def delete_artifact(self, digest: str) -> None:
+        request = artifact_pb2.DeleteArtifactRequest(name=encode_digest(digest))
+        await self._unary("DeleteArtifact", request, artifact_pb2.DeleteArtifactResponse, CONTROL_APPLICATION)
 
     async def close(self) -> None:
         self._closed = True
@@ -246,19 +328,19 @@ class GrpcTransport(Transport):
         return parse(response_type, answer)
 
     async def _stream(
-        self, application: str, data: bytes, timeout_s: float | None
-    ) -> AsyncGenerator[service_pb2.ExecuteResponse, None]:
+        self, application: str, data: bytes, timeout_s: float | None, method: str, response_type: type[R]
+    ) -> AsyncGenerator[R, None]:
         channel = self._open()
         import grpc
         from grpc import aio
 
-        start: Any = channel.unary_stream(f"/{calls.SERVICE}/Execute")
+        start: Any = channel.unary_stream(f"/{calls.SERVICE}/{method}")
         call = start(data, timeout=timeout_s, metadata=self._metadata(application))
         self.bytes_sent += len(data)
         try:
             async for answer in call:
                 self.bytes_received += len(answer)
-                yield parse(service_pb2.ExecuteResponse, answer)
+                yield parse(response_type, answer)
         except (grpc.RpcError, aio.BaseError) as error:
             raise self._translated(error, timeout_s) from None
         finally:

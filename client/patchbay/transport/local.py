@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from google.protobuf.message import Message
 
-from patchbay.errors import DeadlineExceededError, UnavailableError
+from patchbay.errors import DeadlineExceededError, ProtocolError, UnavailableError
+from patchbay.ir.artifacts import ArtifactInfo
 from patchbay.ir.card import ModelCard
 from patchbay.ir.events import ChatMessage, Event, ExecuteOptions, ModelSummary, TokenizedRow
-from patchbay.ir.graph import Graph
+from patchbay.ir.graph import Graph, TensorData
 from patchbay.transport import calls
 from patchbay.transport.base import Transport
-from patchbay.v1 import service_pb2
+from patchbay.v1 import artifact_pb2, service_pb2
+from patchbay.wire.artifacts import ArtifactDecoder, encode_digest, encode_put
+from patchbay.wire.bounds import MAX_RESULT_BYTES
 from patchbay.wire.events import EventDecoder
 from patchbay.wire.status import decode_status, service_error
 
@@ -38,6 +41,16 @@ class ServicerLike(Protocol):
     async def Tokenize(self, request: Any, context: Any) -> service_pb2.TokenizeResponse: ...
 
     def Execute(self, request: Any, context: Any) -> AsyncIterator[service_pb2.ExecuteResponse]: ...
+
+    async def PutArtifact(self, requests: Any, context: Any) -> artifact_pb2.PutArtifactResponse: ...
+
+    def GetArtifact(self, request: Any, context: Any) -> AsyncIterator[artifact_pb2.GetArtifactResponse]: ...
+
+    async def StatArtifacts(self, request: Any, context: Any) -> artifact_pb2.StatArtifactsResponse: ...
+
+    async def ListArtifacts(self, request: Any, context: Any) -> artifact_pb2.ListArtifactsResponse: ...
+
+    async def DeleteArtifact(self, request: Any, context: Any) -> artifact_pb2.DeleteArtifactResponse: ...
 
 
 class LocalContext:
@@ -144,6 +157,56 @@ class LocalTransport(Transport):
                     yield event
         context.raise_for_status()
         decoder.finish()
+
+    async def put_artifact(
+        self, info: ArtifactInfo, tensor: TensorData, *, automatic: bool = False, model: str | None = None
+    ) -> ArtifactInfo:
+        self._check_open()
+        context = self._context()
+
+        async def parts() -> AsyncIterator[artifact_pb2.PutArtifactRequest]:
+            for part in encode_put(info, tensor, automatic):
+                self.bytes_sent += part.ByteSize()
+                yield part
+
+        response = await self._servicer.PutArtifact(parts(), context)
+        context.raise_for_status()
+        self.bytes_received += response.ByteSize()
+        return calls.read_put(response, info)
+
+    async def get_artifact(self, digest: str, *, model: str | None = None) -> tuple[ArtifactInfo, TensorData]:
+        self._check_open()
+        request, context = artifact_pb2.GetArtifactRequest(name=encode_digest(digest)), self._context()
+        self.bytes_sent += request.ByteSize()
+        decoder = ArtifactDecoder(MAX_RESULT_BYTES)
+        parts = cast("AsyncGenerator[Any, None]", self._servicer.GetArtifact(request, context))
+        async with aclosing(parts):
+            async for part in parts:
+                self.bytes_received += part.ByteSize()
+                decoder.feed(part)
+        context.raise_for_status()
+        return decoder.finish()
+
+    async def stat_artifacts(self, digests: Sequence[str], *, model: str | None = None) -> tuple[ArtifactInfo, ...]:
+        found: list[ArtifactInfo] = []
+        for request in calls.stat_requests(digests):
+            found += calls.read_artifacts((await self._call(self._servicer.StatArtifacts, request)).artifacts)
+        return tuple(found)
+
+    async def list_artifacts(self) -> tuple[ArtifactInfo, ...]:
+        found: list[ArtifactInfo] = []
+        request = artifact_pb2.ListArtifactsRequest()
+        for _ in range(calls.MAX_PAGES):
+            answer = await self._call(self._servicer.ListArtifacts, request)
+            found += calls.read_artifacts(answer.artifacts)
+            if not answer.next_page_token:
+                return tuple(found)
+            request.page_token = answer.next_page_token
+        raise ProtocolError(f"the list of artifacts does not end after {calls.MAX_PAGES} pages")
+
+    async def delete_artifact(self, digest: str) -> None:
+        request = artifact_pb2.DeleteArtifactRequest(name=encode_digest(digest))
+        await self._call(self._servicer.DeleteArtifact, request)
 
     async def close(self) -> None:
         if not self._closed and self._on_close is not None:

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from types import MappingProxyType
 
 from patchbay.errors import LimitExceededError, ProtocolError
-from patchbay.ir.events import Cost, Done, Event, ExecuteOptions, Progress, Queued, Started, TensorValue, Usage
+from patchbay.ir.events import Cost, Done, Event, ExecuteOptions, Kept, Progress, Queued, Started, TensorValue, Usage
 from patchbay.v1 import events_pb2, service_pb2
+from patchbay.wire.artifacts import decode_artifact, encode_artifact
 from patchbay.wire.bounds import CHUNK_BYTES, INLINE_BYTES, MAX_NAME_CHARS, MAX_RESULT_BYTES
 from patchbay.wire.status import decode_status
 from patchbay.wire.tensors import Assembler, chunk_offsets, decode_tensor, encode_header, encode_tensor, fill_chunk
 
-_COST = ("flops", "peak_bytes", "result_bytes", "tokens", "passes")
+_COST = ("flops", "peak_bytes", "result_bytes", "tokens", "passes", "kept_bytes")
 _USAGE = (
     "tokens",
     "passes",
@@ -68,6 +69,8 @@ def encode_event(event: Event, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[se
                 part = response()
                 fill_chunk(part.chunk, value, offset, chunk_bytes)
                 yield part
+        case Kept(name=name, artifact=artifact, finite=finite):
+            yield response(kept=events_pb2.KeptEvent(name=name, artifact=encode_artifact(artifact), finite=finite))
         case Progress(pass_index=done, passes=total):
             yield response(progress=events_pb2.ProgressEvent(passes_done=done, passes_total=total))
         case Queued(position=position):
@@ -123,6 +126,9 @@ class EventDecoder:
                 return TensorValue(value.name, decode_tensor(value.tensor, f"{value.name}.tensor"), value.finite)
             case "tensor":
                 return self._feed_header(message.tensor)
+            case "kept":
+                kept = message.kept
+                return Kept(kept.name, decode_artifact(kept.artifact, f"{kept.name}.artifact"), kept.finite)
             case "progress":
                 return Progress(message.progress.passes_done, message.progress.passes_total)
             case "queued":

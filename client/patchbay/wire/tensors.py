@@ -178,6 +178,42 @@ def fill_chunk(
     message.crc32 = crc32(part)
 
 
+class ChunkOrder:
+    """Holds the chunks of one tensor to their order, sizes and checksums.
+
+    Args:
+        dtype: the tensor's element type.
+        size: its bytes.
+        field: its place, for errors.
+    """
+
+    def __init__(self, dtype: DType, size: int, field: str) -> None:
+        self._dtype, self._size, self._field = dtype, size, field
+        self._received = 0
+
+    @property
+    def missing_bytes(self) -> int:
+        return self._size - self._received
+
+    def take(self, chunk: tensor_pb2.TensorChunk) -> bytes:
+        """The chunk's bytes, once it is known to be the next.
+
+        Raises:
+            ProtocolError: a chunk out of order, repeated, empty, too large, or damaged.
+        """
+        data, offset, field = chunk.data, chunk.offset, self._field
+        if offset != self._received:
+            raise ProtocolError(f"{field}: a chunk at byte {offset} where {self._received} comes next", field=field)
+        if not data or len(data) > min(self.missing_bytes, MAX_CHUNK_BYTES):
+            allowed = min(self.missing_bytes, MAX_CHUNK_BYTES)
+            raise ProtocolError(f"{field}: a chunk of {len(data)} bytes where 1 to {allowed} may come", field=field)
+        if crc32(data) != chunk.crc32:
+            raise ProtocolError(f"{field}: the chunk at byte {offset} is damaged (its checksum differs)", field=field)
+        _check_elements(self._dtype, data, field)
+        self._received += len(data)
+        return data
+
+
 class Assembler:
     """Puts the chunks of one tensor together, straight into one buffer of the size that its header announced."""
 
@@ -199,31 +235,23 @@ class Assembler:
                 requested=header.size_bytes,
             )
         self._buffer = bytearray(header.size_bytes)
-        self._received = 0
+        self._order = ChunkOrder(self._dtype, header.size_bytes, field)
 
     @property
     def complete(self) -> bool:
-        return self._received == len(self._buffer)
+        return not self._order.missing_bytes
 
     @property
     def missing_bytes(self) -> int:
-        return len(self._buffer) - self._received
+        return self._order.missing_bytes
 
     def add(self, chunk: tensor_pb2.TensorChunk) -> None:
         """
         Raises:
             ProtocolError: a chunk out of order, repeated, empty, too large, or damaged.
         """
-        data, offset, field = chunk.data, chunk.offset, self._field
-        if offset != self._received:
-            raise ProtocolError(f"{field}: a chunk at byte {offset} where {self._received} comes next", field=field)
-        if not data or len(data) > min(self.missing_bytes, MAX_CHUNK_BYTES):
-            allowed = min(self.missing_bytes, MAX_CHUNK_BYTES)
-            raise ProtocolError(f"{field}: a chunk of {len(data)} bytes where 1 to {allowed} may come", field=field)
-        if crc32(data) != chunk.crc32:
-            raise ProtocolError(f"{field}: the chunk at byte {offset} is damaged (its checksum differs)", field=field)
-        self._buffer[offset : offset + len(data)] = data
-        self._received += len(data)
+        data = self._order.take(chunk)
+        self._buffer[chunk.offset : chunk.offset + len(data)] = data
 
     def finish(self) -> TensorData:
         """
@@ -232,5 +260,4 @@ class Assembler:
         """
         if not self.complete:
             raise ProtocolError(f"{self._field}: {self.missing_bytes} bytes never came", field=self._field)
-        _check_elements(self._dtype, self._buffer, self._field)
         return TensorData(self._dtype, self._shape, memoryview(self._buffer))

@@ -55,8 +55,10 @@ from patchbay_server.scheduling import (
     Ticket,
     VirtualTokenQueue,
 )
+from patchbay_server.serving.artifacts import TemporaryArtifacts, Used, leave, needs_store, store_of, take
 from patchbay_server.serving.backend import Backend, ExecutionEngine, Hosted, no_such_model
 from patchbay_server.serving.work import Job, WorkLoop
+from patchbay_server.store.artifacts import ArtifactStore
 
 if TYPE_CHECKING:
     from patchbay_server.transport.servicer import Servicer
@@ -118,6 +120,7 @@ class LocalBackend:
         hosted: the model.
         limits: what requests are held to.
         scheduling: which requests go together, and who goes first.
+        artifacts: where tensors that stay on the server are kept; None where none are.
         engine: what runs graphs; None: `patchbay_server.engine.Engine` on the hosted model.
         torch_threads: threads of one forward on the CPU; None leaves torch as it is.
         on_device_failure: called from the engine thread after an error that the device will not recover from, when all
@@ -130,6 +133,7 @@ class LocalBackend:
         limits: LimitsConfig | None = None,
         *,
         scheduling: SchedulingConfig | None = None,
+        artifacts: ArtifactStore | None = None,
         engine: ExecutionEngine | None = None,
         torch_threads: int | None = None,
         on_device_failure: Callable[[BaseException], None] | None = None,
@@ -143,6 +147,7 @@ class LocalBackend:
         # The limits that hold here, so that clients check graphs against them before sending.
         self._card = replace(hosted.card, limits=limits.graph_limits())
         self._engine = engine
+        self._artifacts = artifacts
         self._deadline_s = limits.deadline_s
         self._torch_threads = torch_threads
         self._on_device_failure = on_device_failure
@@ -230,7 +235,11 @@ class LocalBackend:
         self._scheduler.enter(ticket)
         job: Job | None = None
         deadline: asyncio.TimerHandle | None = None
+        used = Used(graph)
         try:
+            if needs_store(graph):
+                used = await loop.run_in_executor(self._beside, take, self._artifacts, account, graph)
+                graph = used.graph
             if len(graph.nodes) <= INLINE_NODES:
                 plan = self._engine.prepare(graph, options)
             else:
@@ -238,7 +247,11 @@ class LocalBackend:
             if options.dry_run:
                 yield Done(Usage(nodes=len(graph.nodes), bytes_in=bytes_in, cost=plan.cost))
                 return
-            job = Job(plan, channel, ticket, len(graph.nodes), bytes_in)
+            kept = frozenset(output.name for output in graph.outputs if output.keep)
+            if kept and self._artifacts is not None:
+                check = self._artifacts.check_room
+                await loop.run_in_executor(self._beside, check, account, plan.cost.kept_bytes)
+            job = Job(plan, channel, ticket, len(graph.nodes), bytes_in, kept)
             ticket.cost = float(max(1, plan.cost.flops))
             ticket.on_start = lambda: self._inbox.put(job)
             ticket.on_position = lambda position: channel.put(Queued(position))
@@ -247,6 +260,8 @@ class LocalBackend:
             self._scheduler.submit(ticket)
             while True:
                 event = await channel.get()
+                if isinstance(event, TensorValue) and event.name in kept and self._artifacts is not None:
+                    event = await loop.run_in_executor(self._beside, leave, self._artifacts, account, event)
                 yield event
                 if isinstance(event, Done):
                     return
@@ -257,6 +272,7 @@ class LocalBackend:
                 job.stopped = True
                 self._jobs.discard(job)
             self._scheduler.leave(ticket)
+            used.close()
 
     def _too_late(self) -> DeadlineExceededError:
         return DeadlineExceededError(
@@ -418,9 +434,14 @@ def local_servicer(
     from patchbay_server.transport.servicer import Servicer
 
     hosted = host(hf_model, tokenizer, name=name, example=example).with_weights(DOWNLOADABLE)
-    limits = LimitsConfig()
-    backend = LocalBackend(hosted, limits)
-    return Servicer(LocalCatalog({name: backend}), AllowAll(), limits, on_close=backend.close)
+    limits, store = LimitsConfig(), TemporaryArtifacts()
+    backend = LocalBackend(hosted, limits, artifacts=store)
+
+    def close() -> None:
+        backend.close()
+        store.close()
+
+    return Servicer(LocalCatalog({name: backend}), AllowAll(), limits, artifacts=store, on_close=close)
 
 
 def backends_of(config: Config, hosted: Sequence[Hosted], *, exit_on_device_failure: bool) -> dict[str, LocalBackend]:
@@ -431,6 +452,7 @@ def backends_of(config: Config, hosted: Sequence[Hosted], *, exit_on_device_fail
             model,
             config.limits,
             scheduling=config.scheduling,
+            artifacts=store_of(config.artifacts),
             torch_threads=threads,
             on_device_failure=exit_replica if exit_on_device_failure else None,
         )

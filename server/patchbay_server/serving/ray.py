@@ -24,6 +24,7 @@ from ray.serve.schema import ApplicationStatus, LoggingConfig
 from patchbay.errors import UnavailableError
 from patchbay.ir.events import ModelSummary
 from patchbay_server.config import Config, ModelConfig
+from patchbay_server.serving.artifacts import store_of
 from patchbay_server.serving.environment import RAY_ENVIRONMENT, NodePorts
 from patchbay_server.serving.local import LocalBackend, LocalCatalog, choose_torch_threads, exit_replica
 from patchbay_server.serving.replica import GrpcMethods, servicer_of, set_up_logging
@@ -101,6 +102,7 @@ def _load(config: Config, model: ModelConfig, sharing: int) -> LocalBackend:
     return LocalBackend(
         loaded.with_weights(model.weights),
         config.limits,
+        artifacts=store_of(config.artifacts),
         scheduling=config.scheduling,
         torch_threads=choose_torch_threads(config.torch_threads, sharing=sharing),
         on_device_failure=exit_replica,

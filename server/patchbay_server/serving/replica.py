@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2  # type: ignore[import-untyped,unused-igno
 
 from patchbay.errors import ServiceError
 from patchbay_server.config import Config
+from patchbay_server.serving.artifacts import store_of
 from patchbay_server.serving.backend import Catalog
 from patchbay_server.store.keys import KeyStore
 from patchbay_server.transport.auth import AllowAll, Authenticator, KeyAuthenticator
@@ -38,7 +39,7 @@ def authenticator_of(config: Config) -> Authenticator:
 
 def servicer_of(config: Config, catalog: Catalog) -> Servicer:
     """The servicer for a catalog, with the configuration's keys and limits."""
-    return Servicer(catalog, authenticator_of(config), config.limits)
+    return Servicer(catalog, authenticator_of(config), config.limits, artifacts=store_of(config.artifacts))
 
 
 def set_up_logging(config: Config) -> None:
@@ -69,6 +70,28 @@ class GrpcMethods:
     async def Execute(self, request: Any, grpc_context: Any) -> AsyncIterator[Any]:
         """See `Servicer.Execute`."""
         async with aclosing(cast(Any, self._servicer.Execute(request, grpc_context))) as responses:
+            async for response in responses:
+                yield response
+
+    async def StatArtifacts(self, request: Any, grpc_context: Any) -> Any:
+        """See `Servicer.StatArtifacts`."""
+        return await self._servicer.StatArtifacts(request, grpc_context)
+
+    async def ListArtifacts(self, request: Any, grpc_context: Any) -> Any:
+        """See `Servicer.ListArtifacts`."""
+        return await self._servicer.ListArtifacts(request, grpc_context)
+
+    async def DeleteArtifact(self, request: Any, grpc_context: Any) -> Any:
+        """See `Servicer.DeleteArtifact`."""
+        return await self._servicer.DeleteArtifact(request, grpc_context)
+
+    async def PutArtifact(self, request_stream: Any, grpc_context: Any) -> Any:
+        """See `Servicer.PutArtifact`."""
+        return await self._servicer.PutArtifact(request_stream, grpc_context)
+
+    async def GetArtifact(self, request: Any, grpc_context: Any) -> AsyncIterator[Any]:
+        """See `Servicer.GetArtifact`."""
+        async with aclosing(cast(Any, self._servicer.GetArtifact(request, grpc_context))) as responses:
             async for response in responses:
                 yield response
 

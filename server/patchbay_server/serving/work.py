@@ -42,6 +42,7 @@ class Job:
         ticket: its place in the queue.
         nodes: nodes received.
         bytes_in: bytes of the request.
+        kept: outputs that stay on the server.
         bytes_out: bytes of the results so far.
         stopped: whether the client is gone, or was told of an error.
     """
@@ -51,6 +52,7 @@ class Job:
     ticket: Ticket
     nodes: int
     bytes_in: int
+    kept: frozenset[str] = frozenset()
     bytes_out: int = 0
     stopped: bool = False
     submitted_at: float = field(default_factory=time.perf_counter)
@@ -59,7 +61,7 @@ class Job:
     def emit(self, event: Event) -> None:
         """Pass an event of the engine on to the client."""
         if isinstance(event, TensorValue):
-            self.bytes_out += event.value.nbytes
+            self.bytes_out += 0 if event.name in self.kept else event.value.nbytes
         elif isinstance(event, Progress):
             now = time.perf_counter()
             if now - self.progress_at < PROGRESS_INTERVAL_S:

@@ -22,6 +22,16 @@ def add_servicer_to_server(servicer: Any, server: Any) -> None:
         for name in ("ListModels", "GetModel", "Tokenize")
     }
     handlers["Execute"] = grpc.unary_stream_rpc_method_handler(servicer.Execute, response_serializer=serialize)
+    if hasattr(servicer, "PutArtifact"):
+        for name in ("StatArtifacts", "ListArtifacts", "DeleteArtifact"):
+            method = getattr(servicer, name)
+            handlers[name] = grpc.unary_unary_rpc_method_handler(method, response_serializer=serialize)
+        handlers["PutArtifact"] = grpc.stream_unary_rpc_method_handler(
+            servicer.PutArtifact, response_serializer=serialize
+        )
+        handlers["GetArtifact"] = grpc.unary_stream_rpc_method_handler(
+            servicer.GetArtifact, response_serializer=serialize
+        )
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
     # grpcio finds registered methods faster than generic ones; releases before 1.66 lack this.
     register = getattr(server, "add_registered_method_handlers", None)

@@ -16,7 +16,7 @@ import re
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from typing import TYPE_CHECKING, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 from google.protobuf.message import Message
 
@@ -30,13 +30,14 @@ from patchbay.errors import (
 )
 from patchbay.ir.events import ChatMessage, Event, ExecuteOptions, TokenizedRow
 from patchbay.ir.graph import Graph
-from patchbay.v1 import events_pb2, service_pb2
+from patchbay.v1 import artifact_pb2, events_pb2, service_pb2
 from patchbay.wire.cards import encode_card, encode_summary
 from patchbay.wire.events import decode_options, encode_event
 from patchbay.wire.graphs import decode_graph
 from patchbay.wire.names import decode_model
 from patchbay.wire.parse import parse
 from patchbay.wire.tokens import encode_row
+from patchbay_server.transport.artifact_calls import ArtifactCalls, Store
 from patchbay_server.transport.auth import Authenticator
 from patchbay_server.transport.context import CallContext, bearer_key, set_error
 from patchbay_server.transport.limits import (
@@ -72,6 +73,7 @@ class Servicer:
         catalog: the models.
         authenticator: whose a request is.
         request_limits: what requests and graphs are held to; `patchbay_server.config.LimitsConfig` fits.
+        artifacts: where tensors that stay on the server are kept; None where none are.
         on_close: what `close` calls: lets go of the models, where they are this servicer's alone.
     """
 
@@ -81,9 +83,11 @@ class Servicer:
         authenticator: Authenticator,
         request_limits: RequestLimits | None = None,
         *,
+        artifacts: Store | None = None,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self.close = on_close
+        self._artifacts = ArtifactCalls(artifacts)
         self._catalog = catalog
         self._authenticator = authenticator
         self._limits: RequestLimits = FixedLimits() if request_limits is None else request_limits
@@ -134,6 +138,67 @@ class Servicer:
             status = set_error(context, _public(error, "Execute"))
             yield service_pb2.ExecuteResponse(error=events_pb2.ErrorEvent(status=status))
 
+    # --- the RPCs about artifacts -----------------------------------------------------------------------------------
+
+    async def PutArtifact(
+        self, requests: AsyncIterator[Request[artifact_pb2.PutArtifactRequest]], context: CallContext
+    ) -> artifact_pb2.PutArtifactResponse:
+        """Store a tensor under its digest."""
+        try:
+            account = self._authenticator.account_for(bearer_key(context))
+            return await self._artifacts.put(requests, account)
+        except Exception as error:  # noqa: BLE001 - whatever happened, the client is told in its own terms
+            set_error(context, _public(error, "PutArtifact"))
+            return artifact_pb2.PutArtifactResponse()
+
+    async def GetArtifact(
+        self, request: Request[artifact_pb2.GetArtifactRequest], context: CallContext
+    ) -> AsyncIterator[artifact_pb2.GetArtifactResponse]:
+        """The caller's tensor of that digest, in chunks."""
+        try:
+            account, message, _ = await self._admit(request, context, artifact_pb2.GetArtifactRequest)
+            async with aclosing(cast("AsyncGenerator[Any, None]", self._artifacts.get(message, account))) as parts:
+                async for part in parts:
+                    yield part
+        except Exception as error:  # noqa: BLE001 - whatever happened, the client is told in its own terms
+            yield artifact_pb2.GetArtifactResponse(error_status=set_error(context, _public(error, "GetArtifact")))
+
+    async def StatArtifacts(
+        self, request: Request[artifact_pb2.StatArtifactsRequest], context: CallContext
+    ) -> artifact_pb2.StatArtifactsResponse:
+        """Which of these the caller has."""
+        return await self._answer_to(
+            request,
+            context,
+            artifact_pb2.StatArtifactsRequest,
+            artifact_pb2.StatArtifactsResponse,
+            self._artifacts.stat,
+        )
+
+    async def ListArtifacts(
+        self, request: Request[artifact_pb2.ListArtifactsRequest], context: CallContext
+    ) -> artifact_pb2.ListArtifactsResponse:
+        """The caller's artifacts, a page at a time."""
+        return await self._answer_to(
+            request,
+            context,
+            artifact_pb2.ListArtifactsRequest,
+            artifact_pb2.ListArtifactsResponse,
+            self._artifacts.list,
+        )
+
+    async def DeleteArtifact(
+        self, request: Request[artifact_pb2.DeleteArtifactRequest], context: CallContext
+    ) -> artifact_pb2.DeleteArtifactResponse:
+        """Remove one of the caller's artifacts."""
+        return await self._answer_to(
+            request,
+            context,
+            artifact_pb2.DeleteArtifactRequest,
+            artifact_pb2.DeleteArtifactResponse,
+            self._artifacts.delete,
+        )
+
     # --- steps ------------------------------------------------------------------------------------------------------
 
     async def _answer(
@@ -144,9 +209,20 @@ class Servicer:
         response_type: type[R],
         handle: Callable[[M], Awaitable[R]],
     ) -> R:
+        return await self._answer_to(request, context, request_type, response_type, lambda message, _: handle(message))
+
+    async def _answer_to(
+        self,
+        request: Request[M],
+        context: CallContext,
+        request_type: type[M],
+        response_type: type[R],
+        handle: Callable[[M, str], Awaitable[R]],
+    ) -> R:
+        """The answer to a call that depends on whose it is."""
         try:
-            _, message, _ = await self._admit(request, context, request_type)
-            return await handle(message)
+            account, message, _ = await self._admit(request, context, request_type)
+            return await handle(message, account)
         except Exception as error:  # noqa: BLE001 - whatever happened, the client is told in its own terms
             set_error(context, _public(error, request_type.DESCRIPTOR.name.removesuffix("Request")))
             return response_type()
