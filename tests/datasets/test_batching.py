@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -38,7 +40,7 @@ def test_batches_hold_every_row_once_within_the_bounds(
 def test_alike_lengths_are_put_together(lengths: list[int], batch: int) -> None:
     """No row of one batch is longer than a row of the next: padding is as little as sorting allows."""
     made = batches_of(rows_of(lengths), 0, 0, batch, 10**6)
-    for a, b in zip(made, made[1:], strict=False):
+    for a, b in pairwise(made):
         assert max(len(row.tokens) for row in a.rows) <= min(len(row.tokens) for row in b.rows)
 
 

@@ -54,7 +54,7 @@ def test_sums_means_and_variances_over_tokens(site: str) -> None:
 
     found = local_model().map(DATA, look, batch=5)
     x = whole.samples
-    close = dict(rtol=1e-6, atol=1e-6)
+    close = {"rtol": 1e-6, "atol": 1e-6}
     np.testing.assert_allclose(found["sum"], x.sum(0), **close)
     np.testing.assert_allclose(found["mean"], x.mean(0), **close)
     np.testing.assert_allclose(found["var"], x.var(0), **close)

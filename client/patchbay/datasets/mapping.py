@@ -170,6 +170,8 @@ class Mapper:
         self._rows = _Rows(dataset, plan.rows_of_window, host)
         self._source = Source(plan.prepend_bos)
         self._total = len(dataset) if hasattr(dataset, "__len__") else None
+        self._found: State | None = None
+        self._behind: list[Any] = []
         self._templates: OrderedDict[tuple[int, int, bool], Template] = OrderedDict()
         self._begun = time.monotonic()
         self._open: dict[int, Window] = {}
@@ -194,15 +196,15 @@ class Mapper:
             GraphError, ServiceError: as for a trace.
         """
         self._traffic = await self._core.traffic()
-        items = await self._rows.next_window()
+        self._found = None if self._plan.resume is None else await asyncio.to_thread(load_state, self._plan.resume)
+        items = await self._next()
         if not items:
             raise TraceError("the data set is empty: there is nothing to compute")
-        items_of = self._source.take(items)
-        rows = await self._tokenized(items_of)
+        rows = await self._tokenized(items)
         batches = self._batches(rows, 0, 0)
         first = await self._traced(batches[0], begins=True)
         self._first = first
-        self._state = await self._begin(first)
+        self._state = self._begin(first)
         for lane, entry in enumerate(self._state.lanes):
             if entry is not None:
                 self._history[lane].append((self._state.windows - 1, entry))
@@ -218,7 +220,7 @@ class Mapper:
                 self._forget([entry.digest for lane in self._history for _, entry in lane])
             await asyncio.gather(*self._chores)
 
-    async def _begin(self, template: Template) -> State:
+    def _begin(self, template: Template) -> State:
         """The state to go on from."""
         card = self._core.card
         fresh = State(
@@ -230,12 +232,11 @@ class Mapper:
             total=self._total,
             lanes=(None,) * self._plan.lanes,
         )
-        path = self._plan.resume
-        found = None if path is None else load_state(path)
-        if found is None or path is None:
+        if self._found is None:
             return fresh
-        check_same(path, found, fresh)
-        return found
+        assert self._plan.resume is not None
+        check_same(self._plan.resume, self._found, fresh)
+        return self._found
 
     async def _all_windows(self, rows: list[Row], batches: list[Batch]) -> None:
         """Feeds the lanes until the data set ends."""
@@ -273,21 +274,29 @@ class Mapper:
     async def _skip(self, windows: int) -> None:
         """Reads on to the end of the windows that are done, `windows` of which were read, and checks the rows."""
         for _ in range(windows, self._state.windows):
-            self._source.take(await self._rows.next_window())
+            await self._next()
         assert self._plan.resume is not None
         check_rows(self._plan.resume, self._state, self._source.digest, self._source.read)
         self._rows_done, self._batches_done = self._state.rows, self._state.batches
         self._show()
 
     async def _nothing_left(self) -> None:
-        if more := await self._rows.next_window():
+        if self._behind or await self._rows.next_window():
             raise TraceError(
                 f"{self._plan.resume} belongs to a map over {self._state.rows:,} rows, and the data set goes on behind"
-                f" them (at least {len(more)} rows): delete the file to begin anew"
+                " them: delete the file to begin anew"
             )
 
+    async def _next(self) -> list[Item]:
+        """The next window of rows; those behind the end of a map that was complete are put aside."""
+        given = await self._rows.next_window()
+        if self._found is not None and self._found.complete:
+            room = self._found.rows - self._source.read
+            given, self._behind = given[:room], given[room:]
+        return self._source.take(given)
+
     async def _read(self, window: int, first_batch: int) -> tuple[list[Row], list[Batch]]:
-        items = self._source.take(await self._rows.next_window())
+        items = await self._next()
         rows = await self._tokenized(items)
         return rows, self._batches(rows, first_batch, window)
 
