@@ -116,7 +116,7 @@ class Batcher:
             for account, line in lines.items()
         }
         several = sum(map(bool, partners.values())) + (not partners[first.account]) > 1
-        share = budget.tokens // 2 if several else budget.tokens
+        share = budget.tokens // 2 if several and self._fair else budget.tokens
         had = first.rows * first.seq
         for i in partners.pop(first.account):
             size = waiting[i].rows * waiting[i].seq
