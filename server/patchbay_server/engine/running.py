@@ -207,8 +207,8 @@ def advance(engine: Engine, group: Sequence[Running]) -> None:
         group[0].run_to_the_end()
     else:
         calls = [each.call for each in group if each.call is not None]
-        _forward(engine, calls)
         name = CONTINUOUS_BATCHING if calls[0].decodes else COBATCH
+        _forward(engine, calls)
         for each in group[1:]:
             each.shared(name)
         middle = time.perf_counter()
