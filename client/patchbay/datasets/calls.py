@@ -75,6 +75,18 @@ def passes(error: ServiceError) -> bool:
     return isinstance(error, (UnavailableError, AbortedError))
 
 
+async def to_its_end(function: Callable[..., T], *args: Any) -> T:
+    """Calls a function in a thread and waits until it has ended, also when this is cancelled meanwhile: what writes a
+    file must not go on behind the back of whoever calls next.
+    """
+    task = asyncio.ensure_future(asyncio.to_thread(function, *args))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise
+
+
 def blocking_host(emit: Callable[[Callable[[], None]], None]) -> Host:
     """Calls functions in the thread that handles what is emitted, and waits for them."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, cast
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 #: Batches fill a forward by themselves. Sharing one with whatever else waits would make their last bits depend on it.
 NOT_SHARED = ("cobatch",)
+#: How long a map that is given up may take to put its files in order.
+_END_S = 30.0
 
 
 class MapHow(TypedDict, total=False):
@@ -49,14 +52,24 @@ def map_blocking(model: Model, dataset: Any, function: Callable[[Any], Any], how
         assert emit is not None
         host: Host = blocking_host(emit)
         mapper = Mapper(model.core, model.edits, dataset, function, plan, host, lambda p: emit(lambda: shown(p)))
-        return mapper.run()
+        return ended_by(mapper.run())
+
+    async def ended_by(work: Coroutine[Any, Any, MapResults]) -> MapResults:
+        over.clear()
+        try:
+            return await work
+        finally:
+            over.set()
 
     def work(call: Any) -> None:
         call()
 
+    over = threading.Event()  # the portal does not wait for what it cancels
+    over.set()
     try:
         return model.wait_with_events(make, work)
     finally:
+        over.wait(_END_S)
         if isinstance(shown, TerminalLine):
             shown.close()
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patchbay.datasets.batching import Batch, Item, Row, Source, batches_of
-from patchbay.datasets.calls import Host, Patience
+from patchbay.datasets.calls import Host, Patience, to_its_end
 from patchbay.datasets.progress import MapProgress
 from patchbay.datasets.results import MapResults, summed
 from patchbay.datasets.shards import Shards, joined, layout_of, write_index, write_shard
@@ -56,6 +56,8 @@ DEFAULT_LANES = 4
 #: Windows that may be open at once: one being saved, one running, one being read.
 _OPEN_WINDOWS = 3
 _TEMPLATES = 256
+#: How long the end of a map waits for what it kept to be deleted.
+_LAST_CHORES_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,8 @@ class Mapper:
         finally:
             if self._plan.resume is None:
                 self._forget([entry.digest for lane in self._history for _, entry in lane])
-            await asyncio.gather(*self._chores)
+            if self._chores:
+                await asyncio.wait(self._chores, timeout=_LAST_CHORES_S)
 
     def _begin(self, template: Template) -> State:
         """The state to go on from."""
@@ -251,7 +254,7 @@ class Mapper:
             await asyncio.gather(*tasks, return_exceptions=True)
         self._state = replace(self._state, complete=True, total=self._source.read)
         if self._plan.resume is not None:
-            await asyncio.to_thread(save_state, self._plan.resume, self._state)
+            await to_its_end(save_state, self._plan.resume, self._state)
 
     async def _feed(self, rows: list[Row], batches: list[Batch], queues: list[asyncio.Queue[Batch | None]]) -> None:
         number, next_batch = 0, 0
@@ -437,7 +440,7 @@ class Mapper:
         if self._plan.folder is not None and template.collected:
             values = {n: [by[row.number] for row in window.rows] for n, by in window.values.items()}
             layouts = {leaf.name: layout_of(leaf.sequence) for leaf in template.collected}
-            entry = await asyncio.to_thread(write_shard, self._plan.folder, window.number, window.rows, values, layouts)
+            entry = await to_its_end(write_shard, self._plan.folder, window.number, window.rows, values, layouts)
             shards = (*shards, entry)
         else:
             for name, by in window.values.items():
@@ -453,7 +456,7 @@ class Mapper:
             kept=(*state.kept, *sorted(window.kept, key=lambda e: (e["rows"][0], e["name"]))),
         )
         if self._plan.resume is not None:
-            await asyncio.to_thread(save_state, self._plan.resume, self._state)
+            await to_its_end(save_state, self._plan.resume, self._state)
         self._forget(dropped)
 
     def _forget(self, digests: Sequence[str]) -> None:
