@@ -147,6 +147,10 @@ class ModelCore:
             raise ProtocolError("the server named other token ids than it was asked for")
         return row
 
+    def known_tokens(self, text: Text) -> Tokens | None:
+        """Tokens of a text that were asked for before; None otherwise."""
+        return self._texts.get(text)
+
     async def inputs_of(self, inputs: Input) -> RunInputs:
         """`inputs` as rows of tokens and named arrays, checked against the card."""
         given, single, named = self._split(inputs)

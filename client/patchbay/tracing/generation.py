@@ -212,9 +212,10 @@ class GeneratingRun(Run):
         """Token ids when all is done, int64 [rows, max_new_tokens]; -1 behind a row's last."""
         return self._final
 
-    def logprob(self, substring: str, *, occurrence: int | None = None) -> Proxy:
+    def logprob(self, text: Any, *, occurrence: int | None = None, append: bool | None = None) -> Proxy:
         """Not of a run that generates, whose logits are those of the newest position alone."""
-        raise TraceError(f"make a run of the whole text, t.run(prompt + {substring!r}), and ask that for logprob")
+        del occurrence, append
+        raise TraceError(f"make a run of the prompt, t.run(prompt), and ask that for logprob({text!r})")
 
     def stacked(self, value: Proxy) -> Proxy:
         """The values that `value` has at the steps, along a new first axis; their shapes must be equal.

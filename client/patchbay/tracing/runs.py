@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from patchbay.errors import TraceError
 from patchbay.ir.sites import Address, canonical
 from patchbay.tokens import Tokens
+from patchbay.tracing.continuations import appended, continuations_of, predicted
 from patchbay.tracing.namespaces import ModuleSites, SiteNamespace, module_sites, read_site
 from patchbay.tracing.proxy import Proxy
 
@@ -124,37 +125,41 @@ class Run(SiteNamespace):
 
         return np.array(found, dtype=np.int64)
 
-    def logprob(self, substring: str, *, occurrence: int | None = None) -> Proxy:
-        """How likely the model finds `substring` where it stands: the log-probabilities of its tokens, each after all
-        that is before it, summed.
+    def logprob(self, text: Any, *, occurrence: int | None = None, append: bool | None = None) -> Proxy:
+        """How likely the model finds a text of several tokens: the log-probabilities of its tokens, each after all that
+        is before it, summed.
 
-        ``t.run("The capital of France is Paris").logprob(" Paris")`` is that of a continuation of several tokens.
+        A text that stands in the run is scored where it stands. One that does not is appended: a further run of the
+        same rows with the continuation behind them (``run.logprob(" Paris")``). What was written in this run so far
+        holds there at the run's own positions; to write at the continuation's too, make a run of the whole text.
 
         Args:
-            substring: part of every row's text.
+            text: a text, which as a continuation is tokenized by itself; token ids or `Tokens`, which are appended; or
+                a list of such, one for each row.
             occurrence: which one, when it stands there several times.
+            append: whether to append it; None does so where the text does not stand in every row.
 
         Returns:
             A number for a run over one text, an array [rows] for a list of texts.
 
         Raises:
-            TraceError: as `position`; or the text begins with it, so that nothing predicts it.
+            TraceError: as `position`; the text begins with it, so that nothing predicts it; too long with it.
         """
-        from patchbay import ops
-
+        if append is None:
+            append = not isinstance(text, str) or any(t.text is None or text not in t.text for t in self._row_tokens)
+        if append:
+            return appended(self, continuations_of(self, text), self._single)
         rows: list[int] = []
         places: list[int] = []
         ids: list[int] = []
         for row, tokens in enumerate(self._row_tokens):
-            hits = tokens.positions(substring, occurrence=occurrence)
+            hits = tokens.positions(text, occurrence=occurrence)
             if hits[0] == 0:
-                raise TraceError(f"nothing stands before {substring!r} in row {row}, so nothing predicts it")
+                raise TraceError(f"nothing stands before {text!r} in row {row}, so nothing predicts it")
             rows += [row] * len(hits)
             places += [self.seq - len(tokens) + hit - 1 for hit in hits]
             ids += [tokens.ids[hit] for hit in hits]
-        predicted = ops.log_softmax(self.logits[rows, places], axis=-1)[list(range(len(ids))), ids]  # [tokens]
-        sums = [predicted[rows.index(row) : rows.index(row) + rows.count(row)].sum() for row in range(self.rows)]
-        return sums[0] if self._single else ops.stack(sums)
+        return predicted(self, rows, places, ids, self._single)
 
     # --- sites by other means -------------------------------------------------------------------------------------
 

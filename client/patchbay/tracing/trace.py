@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from patchbay.errors import GraphError, ProtocolError, TraceError, ValueNotReadyError
-from patchbay.inputs import WithBos
+from patchbay.inputs import Text, WithBos
 from patchbay.ir.events import Event, ExecuteOptions, Usage
 from patchbay.ir.graph import Output
 from patchbay.ir.graph import Run as GraphRun
@@ -19,7 +19,7 @@ from patchbay.ir.ops.spec import TensorSpec
 from patchbay.ir.price import price, with_forwards
 from patchbay.ir.verify import verify
 from patchbay.results import Price, Results, RunUsage, map_tree
-from patchbay.tokens import label_of
+from patchbay.tokens import Tokens, label_of
 from patchbay.tracing.arrays import as_array, to_array, to_data
 from patchbay.tracing.artifacts import Artifact
 from patchbay.tracing.builder import GraphBuilder, TracedGraph
@@ -127,6 +127,10 @@ class BaseTrace(abc.ABC):
         if isinstance(run, GeneratingRun):
             self.want(run.generated, f"run{run.index}.generated")
         return run
+
+    @abc.abstractmethod
+    def tokens_of(self, text: str) -> Tokens:
+        """Tokens of a continuation: of `text` by itself, without special tokens."""
 
     def apply(self, name: str, value: object) -> Proxy:
         """`value` put through a module of the model over its last axis.
@@ -446,6 +450,11 @@ class SyncTrace(BaseTrace):
         assert isinstance(run, GeneratingRun)
         return run
 
+    def tokens_of(self, text: str) -> Tokens:
+        wanted = Text(text, special=False)
+        known = self._core.known_tokens(wanted)
+        return self._model.wait(self._core.tokenize([wanted]))[0] if known is None else known
+
     def execute(self) -> None:
         """Verifies and runs the graph; leaving the ``with`` block does this.
 
@@ -556,6 +565,15 @@ class AsyncBase(BaseTrace):
         run = self._add_run(given, label, await generation_of(self._core, max_new_tokens, how))
         assert isinstance(run, GeneratingRun)
         return run
+
+    def tokens_of(self, text: str) -> Tokens:
+        known = self._core.known_tokens(Text(text, special=False))
+        if known is None:
+            raise TraceError(
+                f"the tokens of {text!r} are not known yet: await model.tokenize({text!r}, add_special_tokens=False) "
+                "before, or give token ids"
+            )
+        return known
 
     async def execute(self) -> None:
         """Verifies and runs the graph; see `SyncTrace.execute`."""
