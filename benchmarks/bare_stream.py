@@ -30,7 +30,7 @@ async def main() -> None:
     import grpc.aio
 
     server = grpc.aio.server(options=OPTIONS)
-    handler = grpc.unary_stream_rpc_method_handler(stream)
+    handler: Any = grpc.unary_stream_rpc_method_handler(stream)
     service = grpc.method_handlers_generic_handler("bare.Stream", {"Bytes": handler})
     server.add_generic_rpc_handlers((service,))
     port = server.add_insecure_port("127.0.0.1:0")

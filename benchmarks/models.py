@@ -49,7 +49,7 @@ def config(spec: Spec) -> Any:
     """transformers' configuration of a shape. No token ends a generation, so that every row has the same length."""
     import transformers
 
-    ends = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+    ends: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
     if spec.family == "gpt2":
         return transformers.GPT2Config(
             n_layer=spec.layers,

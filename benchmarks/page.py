@@ -53,7 +53,7 @@ def page(reports: Sequence[Report]) -> str:
 
 def _machine(report: Report) -> str:
     facts = report.machine
-    threads = sorted({m.settings.get("threads") for m in report.measured} - {None})
+    threads = sorted({int(m.settings["threads"]) for m in report.measured if "threads" in m.settings})
     versions = {package: v for place in report.versions.values() for package, v in place.items()}
     listed = ", ".join(f"{package} {v}" for package, v in sorted(versions.items()) if package != "patchbay")
     gpu = f" {facts['gpu']}." if facts.get("gpu") and report.mode == "gpu" else ""

@@ -45,7 +45,7 @@ class Bare(Work):
 
         async with grpc.aio.insecure_channel(f"127.0.0.1:{self._port}", options=OPTIONS) as channel:
             await channel.channel_ready()
-            call = channel.unary_stream(METHOD)
+            call: Any = channel.unary_stream(METHOD)
             start = time.perf_counter()
             self._found = np.empty(self._bytes, np.uint8)
             into, at = memoryview(self._found), 0

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.connected import Connected
 from benchmarks.figure import Contender, Figure, Plan, Scale, Service, Trials
 from benchmarks.models import MODELS, load, prompts, wait
 from benchmarks.samples import Finding
@@ -23,6 +24,9 @@ class Rows(Work):
         device: where.
     """
 
+    #: What was read, a row each.
+    found: Any
+
     def __init__(self, model: str, length: int, clients: int, each: int, device: str) -> None:
         self.name, self.length, self.clients, self.each, self.device = model, length, clients, each, device
         self.layer = MODELS[model].layers - 1
@@ -34,7 +38,7 @@ class Rows(Work):
         return {"last": self.found}
 
 
-class Clients(Rows):
+class Clients(Connected, Rows):
     """Closed-loop clients of a service in another process: each asks again when it has its answer.
 
     Args:
@@ -48,27 +52,22 @@ class Clients(Rows):
         self._address, self._keys = address, keys
         self._of = of or self.clients * self.each
 
+    def prepare(self) -> None:
+        self.connect(self._address, self._keys)
+
     def run(self, round_: int) -> Mapping[str, float]:
         import numpy as np
 
         self.found = np.full((self._of, MODELS[self.name].width), np.nan, np.float32)
-        asyncio.run(self._all(self.rows(round_)))
+        self.wait(self._all(self.rows(round_)))
         return {"rows": float(self.clients * self.each)}
 
-    def warm(self) -> None:
-        self.run(-1)
-
     async def _all(self, rows: list[list[int]]) -> None:
-        import patchbay as pb
+        await asyncio.gather(*(self._one(rows, i) for i in range(self.clients)))
 
-        async with pb.connect_async(self._address, api_key=self._keys.get("")) as client:
-            (summary,) = await client.models()
-            model = await client.model(summary.name)
-            await asyncio.gather(*(self._one(model, rows, i) for i in range(self.clients)))
-
-    async def _one(self, model: Any, rows: list[list[int]], client: int) -> None:
+    async def _one(self, rows: list[list[int]], client: int) -> None:
         for at in range(client, len(rows), self.clients):
-            async with model.trace(rows[at]) as run:
+            async with self.hosted.trace(rows[at]) as run:
                 value = run.blocks[self.layer].resid_post[:, -1].save()
             self.found[at] = value.value[0]
 

@@ -23,6 +23,9 @@ class Experiment(Work):
         salt: another prompt for another number.
     """
 
+    #: The last experiment's logits.
+    found: Any
+
     def __init__(self, model: str, length: int, calls: int, device: str, salt: int = 0) -> None:
         self.name, self.calls, self.device = model, calls, device
         self.layer = MODELS[model].layers // 2

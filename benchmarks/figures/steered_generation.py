@@ -7,6 +7,7 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.connected import Connected
 from benchmarks.figure import Contender, Figure, Plan, Scale, Service, Trials
 from benchmarks.models import MODELS, load, prompts, wait
 from benchmarks.samples import Finding
@@ -24,6 +25,9 @@ class Generate(Work):
         device: where.
     """
 
+    #: Tokens, a row each.
+    found: Any
+
     def __init__(self, model: str, rows: int, length: int, new: int, device: str) -> None:
         self.name, self.count, self.length, self.new, self.device = model, rows, length, new, device
         self.layer = MODELS[model].layers // 2
@@ -39,7 +43,7 @@ class Generate(Work):
         return {"tokens": self.found}
 
 
-class Clients(Generate):
+class Clients(Connected, Generate):
     """One request a row, all at once, each with its own vector.
 
     Args:
@@ -51,25 +55,23 @@ class Clients(Generate):
         super().__init__(**settings)
         self._address, self._keys = address, keys
 
+    def prepare(self) -> None:
+        self.connect(self._address, self._keys)
+
     def run(self, round_: int) -> Mapping[str, float]:
         import numpy as np
 
         self.found = np.full((self.count, self.new), -1)
-        asyncio.run(self._all(self.rows(round_), self.vectors(round_)))
+        self.wait(self._all(self.rows(round_), self.vectors(round_)))
         return {"tokens": float(self.count * self.new)}
 
     async def _all(self, rows: list[list[int]], vectors: list[list[float]]) -> None:
-        import patchbay as pb
+        await asyncio.gather(*(self._one(i, rows[i], vectors[i]) for i in range(len(rows))))
 
-        async with pb.connect_async(self._address, api_key=self._keys.get("")) as client:
-            (summary,) = await client.models()
-            model = await client.model(summary.name)
-            await asyncio.gather(*(self._one(model, i, rows[i], vectors[i]) for i in range(len(rows))))
-
-    async def _one(self, model: Any, at: int, row: list[int], vector: list[float]) -> None:
+    async def _one(self, at: int, row: list[int], vector: list[float]) -> None:
         import numpy as np
 
-        async with model.generate(row, max_new_tokens=self.new, eos=False) as run:
+        async with self.hosted.generate(row, max_new_tokens=self.new, eos=False) as run:
             run.blocks[self.layer].resid_post += np.asarray(vector, np.float32)
         self.found[at] = run.generated.value[0]
 
