@@ -80,7 +80,9 @@ def appended(run: Run, continuations: Sequence[tuple[int, ...]], single: bool) -
         raise TraceError(f"with its continuation a row has {longest} tokens; {card.name!r} takes {card.n_ctx}")
     longer = trace._add_run(RunInputs(texts, single, data.inputs), f"{run.label} ...")
     _carry_over(run, longer, [len(more) for more in continuations])
-    rows, places, ids = [], [], []
+    rows: list[int] = []
+    places: list[int] = []
+    ids: list[int] = []
     for row, more in enumerate(continuations):
         rows += [row] * len(more)
         places += [longer.seq - len(more) - 1 + i for i in range(len(more))]
@@ -105,7 +107,7 @@ def _carry_over(run: Run, longer: Run, counts: Sequence[int]) -> None:
             for row, count in enumerate(counts):
                 length, end = len(run.tokens[row]), longer.seq - count
                 here, own = slice(end - length, end), slice(run.seq - length, run.seq)
-                at = [(here if d in SEQUENCE_DIMS else slice(None), own if d in SEQUENCE_DIMS else slice(None))
-                      for d in dims[1:]]  # fmt: skip
-                there[(row, *(new for new, _ in at))] = value[(row, *(old for _, old in at))]
+                new = (row, *[here if d in SEQUENCE_DIMS else slice(None) for d in dims[1:]])
+                old = (row, *[own if d in SEQUENCE_DIMS else slice(None) for d in dims[1:]])
+                there[new] = value[old]
                 there = read_site(trace, longer.index, name)
