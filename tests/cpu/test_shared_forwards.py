@@ -517,3 +517,71 @@ def test_rows_keep_their_own_through_all_coming_and_going(events: list[tuple[boo
                 assert int(positions[start + r]) == len(held[r]) - 1
         cache.end(there)
         assert cache.used <= 4 * sum(seat.rows for seat in there)
+
+
+# --- writes that become one operation
+
+
+def written(number: int, mode: str, index: tuple[Any, ...], *, generates: bool) -> Graph:
+    """A constant written at a site, and a later one read: `generates` three tokens, or none."""
+    vector = torch.randn(D_MODEL, generator=torch.Generator().manual_seed(number))
+    how = Generation(max_new_tokens=3, eos=False) if generates else None
+    last = Node("site.read", (), {"site": "logits", "step": 2} if generates else {"site": "logits"}, 0)
+    return Graph(
+        (Run((IDS[number % len(IDS)],), generation=how),),
+        (
+            Node("const", (), {"value": TensorData(float32, (D_MODEL,), vector.numpy().tobytes())}),
+            Node("site.write", (0,), {"site": "blocks.1.resid_post", "mode": mode, "index": index}, 0),
+            last,
+        ),
+        (Output("x", 2),),
+    )
+
+
+@pytest.mark.parametrize("generates", [True, False])
+def test_fused_writes_are_the_writes_themselves(generates: bool) -> None:
+    """Adds, multiplications and replacements of many requests in one operation each: as unfused, and as alone."""
+    engine = engine_of("llama")
+    everything = (("slice", None, None, None),)
+    newest = (("slice", None, None, None), ("int", -1))
+    kinds = [(mode, index) for mode in ("add", "mul", "set") for index in ((), everything, newest)]
+    many = [written(i, *kind, generates=generates) for i, kind in enumerate([*kinds, *kinds])]
+    fused = [Request(engine, graph) for graph in many]
+    apart = [Request(engine, graph, disabled=("fuse_writes",)) for graph in many]
+    together(engine, fused)
+    together(engine, apart)
+    assert sum(r.usage.saved.get("fuse_writes", 0) for r in fused) >= (40 if generates else 10)
+    assert not any("fuse_writes" in r.usage.saved for r in apart)
+    for graph, one, other in zip(many, fused, apart, strict=True):
+        torch.testing.assert_close(one.values["x"], other.values["x"], rtol=0, atol=0)
+        same(one.values, alone(engine, graph)[0])
+
+
+def test_only_what_is_alike_is_fused() -> None:
+    """A scalar, a part of the features, a value that is read too: each is written as it is without company."""
+    engine = engine_of("gpt2")
+    half = Graph(
+        (Run((IDS[1],)),),
+        (
+            Node("const", (), {"value": TensorData(float32, (4,), torch.ones(4).numpy().tobytes())}),
+            Node(
+                "site.write",
+                (0,),
+                {
+                    "site": "blocks.1.resid_post",
+                    "mode": "add",
+                    "index": (("slice", None, None, None),) * 2 + (("slice", 0, 4, None),),
+                },
+                0,
+            ),
+            Node("site.read", (), {"site": "logits"}, 0),
+        ),
+        (Output("x", 2),),
+    )
+    scalar = Node("site.write", (0,), {"site": "blocks.1.resid_post", "mode": "mul", "index": ()}, 0)
+    many = [half, read("logits", IDS[2], scalar), read("blocks.1.resid_post", IDS[0], scalar)]
+    requests = [Request(engine, graph) for graph in [*many, *many]]
+    together(engine, requests)
+    assert not any("fuse_writes" in r.usage.saved for r in requests)
+    for graph, request in zip([*many, *many], requests, strict=True):
+        same(request.values, alone(engine, graph)[0])

@@ -16,12 +16,14 @@ from patchbay.ir.ops.control import BODY_ATTRS
 from patchbay.ir.ops.spec import TensorSpec
 from patchbay_server.engine.bodies import SIDE_BY_SIDE
 from patchbay_server.engine.forwards import ForwardCall, GoingOn, Leaving, SiteCall
+from patchbay_server.engine.fusing import ConstantWrite
 from patchbay_server.engine.generate import Decoding
 from patchbay_server.engine.loops import Loops
 from patchbay_server.engine.plan import (
     COBATCH,
     COMPILE,
     CONTINUOUS_BATCHING,
+    FUSE_WRITES,
     Plan,
 )
 from patchbay_server.engine.rows import left_padded, own_rows, seen_rows, write_back
@@ -44,6 +46,8 @@ from patchbay_server.models.continuation import Trunk
 from patchbay_server.models.hosted import HostedModel
 from patchbay_server.models.narrowing import positions
 
+_ALL = ("slice", None, None, None)
+
 
 class Execution:
     """One run of one plan; used once, by one thread."""
@@ -61,7 +65,7 @@ class Execution:
         #: What runs left for others to go on from, and who else is told.
         self._trunks: dict[int, Trunk] = dict(plan.trunks)
         self._left = left
-        self._layers_run = self._layers_compiled = self._layers_shared = 0
+        self._layers_run = self._layers_compiled = self._layers_shared = self._fused = 0
         #: Memory of the model's own tensors while one of its sites is visited; nothing that outlives the visit may
         #: share it.
         self._borrowed: set[int] = set()
@@ -105,6 +109,8 @@ class Execution:
         }
         if self._layers_compiled:
             saved[COMPILE] = self._layers_compiled
+        if self._fused:
+            saved[FUSE_WRITES] = self._fused
         return Usage(
             tokens=self._positions,
             passes=self._forwards,
@@ -133,7 +139,7 @@ class Execution:
             seq=each.seq,
             tokens=each.tokens,
             inputs=each.inputs,
-            sites={site: self._site_call(site, moment) for site, moment in each.sites.items()},
+            sites={site: self._site_call(site, moment, each.rows) for site, moment in each.sites.items()},
             stop_at=each.stop_at,
             alone=apart or COBATCH in self._plan.options.disabled,
             cancelled=self._cancelled,
@@ -177,15 +183,50 @@ class Execution:
         self._forwards += 1
         self._layers_run += call.layers_run
         self._layers_compiled += call.layers_compiled
+        self._fused += call.fused
         if call.error is not None:
             raise call.error
         if call.stop_at is None or call.stop_at not in call.reached:
             self._check_reached(each, sites, call.reached)
 
-    def _site_call(self, site: str, moment: Actions) -> SiteCall:
+    def _site_call(self, site: str, moment: Actions, rows: int) -> SiteCall:
         axes = self._hosted.card.site(site).sequence_axes
         writes = any(map(_changes_the_model, moment.steps))
-        return SiteCall(lambda value: self._happen_at(value, axes, moment), writes)
+        return SiteCall(
+            lambda value: self._happen_at(value, axes, moment),
+            writes,
+            self._constant_write(site, moment, rows, newest=False),
+        )
+
+    def _constant_write(self, site: str, moment: Actions, rows: int, *, newest: bool) -> ConstantWrite | None:
+        """What happens at a site, where that is to write one constant at every position; `newest`: there is but one."""
+        *before, write = moment.steps
+        if self._alone or site == LOGITS or FUSE_WRITES in self._plan.options.disabled:
+            return None
+        if not isinstance(write, Write):
+            return None
+        index = write.index
+        if newest and len(index) > 1 and index[1] in (("int", -1), ("int", 0)):
+            index = (index[0], *index[2:])
+        if any(item != _ALL for item in index):
+            return None
+        if not all(isinstance(step, Compute) and step.op == "const" and not step.outputs for step in before):
+            return None
+        dims, spec = self._hosted.card.site(site).dims, self._plan.specs[write.value]
+        constant = isinstance(spec, TensorSpec) and spec.scalar is None and spec.shape == dims[2:]
+        everything = write.slot.start == 0 and write.slot.stop == rows and write.slot.flat is None
+        if dims[:2] != ("rows", "seq") or not constant or not everything:
+            return None
+
+        def value() -> torch.Tensor:
+            for step in before:
+                assert isinstance(step, Compute)
+                self._compute(step)
+                self._forget(step.free)
+            made: torch.Tensor = self._values[write.value]
+            return made
+
+        return ConstantWrite(write.mode, value, lambda: self._forget(write.free))
 
     # --- a generating run
 
@@ -227,7 +268,8 @@ class Execution:
         dims = self._hosted.card.site(site).dims
         axes = tuple(i for i in self._hosted.card.site(site).sequence_axes if decoding.step == 0 or dims[i] != "key")
         handler = decoding.seen_through(site, dims, lambda value: self._happen_at(value, axes, moment))
-        return SiteCall(handler, any(map(_changes_the_model, moment.steps)))
+        constant = self._constant_write(site, moment, decoding.rows, newest=decoding.step > 0)
+        return SiteCall(handler, any(map(_changes_the_model, moment.steps)), constant)
 
     def _absent(self, step: Forward) -> None:
         """A step that no row lived to see: what it reads is zero, what it writes changes nothing."""

@@ -17,6 +17,7 @@ from patchbay.errors import GraphError, RequestCancelledError
 from patchbay.ir.card import LOGITS
 from patchbay.ir.graph import TensorData
 from patchbay_server.engine.decoding import DecodeBatches, choose, prompt_logits
+from patchbay_server.engine.fusing import ConstantWrite, write_all
 from patchbay_server.kernels import to_tensor
 from patchbay_server.models.continuation import Trunk, continuing, keeping
 from patchbay_server.models.hosted import HostedModel
@@ -45,10 +46,12 @@ class SiteCall:
     Attributes:
         handler: called with the call's rows of the value.
         writes: whether the handler ever returns a replacement.
+        constant: what the handler does, where it can be done together with what others do.
     """
 
     handler: Handler
     writes: bool
+    constant: ConstantWrite | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,7 @@ class ForwardCall:
         reached: the sites that the forward came to.
         layers_run: decoder layers that ran.
         layers_compiled: how many of the model's layers were there as torch compiled them.
+        fused: its writes that another call's took along.
         error: what ended the call early.
     """
 
@@ -115,6 +119,7 @@ class ForwardCall:
     reached: set[str] = field(default_factory=set)
     layers_run: int = 0
     layers_compiled: int = 0
+    fused: int = 0
     error: BaseException | None = None
 
     @property
@@ -346,9 +351,13 @@ def _own(calls: Sequence[ForwardCall], starts: Sequence[int], number: int, site:
 def _together(
     parts: Sequence[tuple[ForwardCall, SiteCall, _Own]], site: str, calls: Sequence[ForwardCall], *, stops: bool
 ) -> Handler:
+    constants = [(call, what.constant, own) for call, what, own in parts if what.constant and isinstance(own, slice)]
+    fuse = len(constants) > 1
+    others = [part for part in parts if part[1].constant is None] if fuse else parts
+
     def handle(value: torch.Tensor) -> torch.Tensor | None:
-        result, owned = value, False
-        for call, what, own in parts:
+        result, owned = _write_constants(site, value, constants) if fuse else (value, False)
+        for call, what, own in others:
             if call.error is not None:
                 continue
             call.reached.add(site)
@@ -368,6 +377,30 @@ def _together(
         return result if owned else None
 
     return handle
+
+
+def _write_constants(
+    site: str, value: torch.Tensor, constants: Sequence[tuple[ForwardCall, ConstantWrite, slice]]
+) -> tuple[torch.Tensor, bool]:
+    """The constants of all calls that are still there, written in one operation."""
+    writes = []
+    for call, write, own in constants:
+        if call.error is not None:
+            continue
+        call.reached.add(site)
+        try:
+            writes.append((call, (write, write.value(), own)))
+        except DEVICE_ERRORS:
+            raise
+        except Exception as error:  # noqa: BLE001 - one request's failure is nobody else's
+            call.error = error
+    if not writes:
+        return value, False
+    written = write_all(value, [what for _, what in writes])
+    for number, (call, (write, _, _)) in enumerate(writes):
+        write.done()
+        call.fused += number > 0
+    return written
 
 
 def _inputs(hosted: HostedModel, calls: Sequence[ForwardCall]) -> dict[str, torch.Tensor]:
