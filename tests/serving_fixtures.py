@@ -120,7 +120,11 @@ def free_port() -> int:
 
 def tiny_config(**overrides: Any) -> Config:
     """A configuration that hosts the tiny model."""
-    base = {"models": [{"name": TINY, "source": str(tiny_folder())}], "port": free_port()}
+    base = {
+        "models": [{"name": TINY, "source": str(tiny_folder())}],
+        "port": free_port(),
+        "artifacts": {"path": str(tiny_folder().parent / "artifacts")},
+    }
     return Config.load(env={}, overrides={**base, **overrides})
 
 
@@ -179,7 +183,7 @@ def start_cli(config: Config, home: Path, *flags: str, env: Mapping[str, str] | 
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env={**os.environ, "XDG_CONFIG_HOME": str(home), **(env or {})},
+        env={**os.environ, "XDG_CONFIG_HOME": str(home), "XDG_CACHE_HOME": str(home / "cache"), **(env or {})},
     )
     served = Served(f"localhost:{config.port}", None, config.models[0].name, config, process, home)
     threading.Thread(target=_read, args=(served,), daemon=True).start()

@@ -134,9 +134,10 @@ class StoredArtifacts:
         node = error.metadata.get("node", "")
         locations = getattr(graph, "locations", ())
         place = locations[int(node)] if node.isdecimal() and int(node) < len(locations) else None
-        return NotFoundError(
-            str(error) + (f"\n  used at {place}" if place else ""), reason=error.reason, metadata=error.metadata
-        )
+        where = f"\n  used at {place}" if place else f"\n  it is node {node} of the graph" if node else ""
+        if hasattr(graph, "schema"):  # it comes from a file
+            where += "; a file that was saved with save_graph(..., inline=True) carries its artifacts"
+        return NotFoundError(str(error) + where, reason=error.reason, metadata=error.metadata)
 
     # --- what users ask for ---------------------------------------------------------------------------------------
 
@@ -231,6 +232,11 @@ class Artifacts:
 
     def __init__(self, stored: StoredArtifacts) -> None:
         self._stored = stored
+
+    @property
+    def stored(self) -> StoredArtifacts:
+        """The coroutines behind the calls."""
+        return self._stored
 
     def put(self, value: object, *, name: str = "") -> Any:
         """Uploads an array, or every tensor of a safetensors file; what the server has already is not sent.

@@ -3,37 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
+import mmap
 import os
 import struct
 import tempfile
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patchbay.errors import ProtocolError, TraceError
-from patchbay.ir.graph import Graph
+from patchbay.ir.artifacts import SAFETENSORS_NAMES
+from patchbay.ir.dtypes import DTYPES
+from patchbay.ir.graph import Graph, Node, TensorData
 from patchbay.ir.limits import Limits
 from patchbay.ir.render import render
 
 if TYPE_CHECKING:
+    from patchbay.artifacts import Artifacts
     from patchbay.tracing.runs import Run
     from patchbay.tracing.trace import BaseTrace
 
-#: Dtypes' names in the safetensors format.
-_SAFETENSORS: Mapping[str, str] = {
-    "bool": "BOOL",
-    "uint8": "U8",
-    "int8": "I8",
-    "int16": "I16",
-    "int32": "I32",
-    "int64": "I64",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float32": "F32",
-    "float64": "F64",
-}
+_MAX_HEADER_BYTES = 100 * 2**20
 #: Dtypes that an npz file forgets the name of; they are widened, which changes no value.
 _WIDENED = frozenset({"bfloat16", "float8_e4m3fn", "float8_e5m2"})
 
@@ -72,15 +64,22 @@ class SavedGraph(Graph):
     __repr__ = __str__
 
 
-def save_graph(what: BaseTrace | Run | Graph, path: str | os.PathLike[str]) -> None:
+def save_graph(
+    what: BaseTrace | Run | Graph, path: str | os.PathLike[str], *, inline: bool | Artifacts = False
+) -> None:
     """Writes a graph to a file, with the name and revision of its model; the file is complete or not there at all.
+
+    Arrays of the trace are in the file. Artifacts are named in it, and must be on the server where it runs.
 
     Args:
         what: a trace, a run of one (the whole trace is meant), or a graph.
         path: where to; an existing file is replaced.
+        inline: fetch the artifacts and put them into the file too, so that it runs anywhere: True for a trace or run,
+            ``client.artifacts`` for a graph.
 
     Raises:
-        TraceError: it is none of these, or asks for no value.
+        TraceError: it is none of these, or asks for no value, or nobody says where its artifacts are.
+        NotFoundError: an artifact that it names is not on the server.
         GraphError: a value that no file can hold.
     """
     from patchbay.wire.files import encode_file
@@ -91,7 +90,26 @@ def save_graph(what: BaseTrace | Run | Graph, path: str | os.PathLike[str]) -> N
     if not graph.outputs:
         raise TraceError("the graph asks for no value: save one (t.save(...)) before saving the graph")
     model, revision = getattr(graph, "model", ""), getattr(graph, "revision", "")
+    if inline:
+        graph = _with_artifacts(graph, what if inline is True else inline)
     _write(Path(path), encode_file(graph, model=model, revision=revision))
+
+
+def _with_artifacts(graph: Graph, source: object) -> Graph:
+    """`graph` with the elements of its artifacts in it."""
+    from patchbay.tracing.arrays import to_data
+
+    named = {i: str(node.attrs["artifact"]) for i, node in enumerate(graph.nodes) if "artifact" in node.attrs}
+    if not named:
+        return graph
+    stored = getattr(getattr(source, "trace", source), "stored", None)
+    if stored is None:
+        raise TraceError("a graph does not know its server: save_graph(graph, path, inline=client.artifacts)")
+    if stored.wait is None:
+        raise TraceError("save_graph waits for artifacts, so it needs those of a synchronous client: inline=client.artifacts")
+    data = {digest: to_data(stored.wait(stored.get(digest))) for digest in set(named.values())}
+    nodes = [Node("const", (), {"value": data[named[i]]}) if i in named else n for i, n in enumerate(graph.nodes)]
+    return Graph(**({f.name: getattr(graph, f.name) for f in fields(Graph)} | {"nodes": tuple(nodes)}))
 
 
 def load_graph(path: str | os.PathLike[str], *, limits: Limits | None = None) -> SavedGraph:
@@ -99,7 +117,8 @@ def load_graph(path: str | os.PathLike[str], *, limits: Limits | None = None) ->
 
     Args:
         path: a file that `save_graph` wrote.
-        limits: what to hold the graph to; the defaults of `Limits` when None. A model's own limits hold when it runs.
+        limits: what to hold the graph to; the defaults of `Limits` when None, with constants as large as a file may
+            be. A model's own limits hold when it runs.
 
     Raises:
         ProtocolError: not a saved graph, damaged, or of another version.
@@ -111,7 +130,7 @@ def load_graph(path: str | os.PathLike[str], *, limits: Limits | None = None) ->
 
     with open(path, "rb") as file:
         data = file.read(MAX_FILE_BYTES + 1)
-    found = decode_file(data, limits)
+    found = decode_file(data, Limits(max_const_bytes=MAX_FILE_BYTES) if limits is None else limits)
     return SavedGraph(found.graph, model=found.model, revision=found.revision, schema=found.schema, writer=found.writer)
 
 
@@ -130,7 +149,7 @@ def save_results(results: Mapping[str, Any], path: str | os.PathLike[str]) -> No
     where = Path(path)
     arrays = {name: np.asarray(value) for name, value in results.items()}
     for name, array in arrays.items():
-        if array.dtype.name not in _SAFETENSORS:
+        if array.dtype.name not in SAFETENSORS_NAMES:
             raise ProtocolError(f"{name!r} ({array.dtype}) is no array of numbers")
     if where.suffix == ".npz":
         buffer = io.BytesIO()
@@ -138,20 +157,65 @@ def save_results(results: Mapping[str, Any], path: str | os.PathLike[str]) -> No
         np.savez(buffer, **plain)  # type: ignore[arg-type]
         _write(where, buffer.getvalue())
     elif where.suffix == ".safetensors":
-        _write(where, b"".join(safetensors_parts(arrays)))
+        _write(where, *safetensors_parts(arrays))
     else:
         raise ProtocolError(f"results are saved as .npz or .safetensors, not as {where.name!r}")
 
 
-def safetensors_parts(arrays: Mapping[str, Any]) -> list[bytes]:
-    """A safetensors file in pieces: header size, a JSON header, the elements one tensor after the other."""
+def read_safetensors(path: str | os.PathLike[str]) -> dict[str, TensorData]:
+    """The tensors of a safetensors file by name, over a map of it: nothing is copied.
+
+    Raises:
+        ProtocolError: not such a file, damaged, or with element types that Patchbay does not carry.
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < 8:
+            raise ProtocolError(f"{Path(path).name}: not a safetensors file ({size} bytes)")
+        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    (length,) = struct.unpack("<Q", data[:8])
+    if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
+        raise ProtocolError(f"{Path(path).name}: not a safetensors file (a header of {length} bytes)")
+    try:
+        header = json.loads(bytes(data[8 : 8 + length]))
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        return {name: _entry(name, entry, data[8 + length :]) for name, entry in entries.items()}
+    except ProtocolError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ProtocolError(f"{Path(path).name}: not a safetensors file ({type(error).__name__} in its header)") from None
+
+
+def _entry(name: str, entry: Mapping[str, Any], data: memoryview) -> TensorData:
+    dtype = next((DTYPES[ours] for ours, theirs in SAFETENSORS_NAMES.items() if theirs == entry["dtype"]), None)
+    if dtype is None:
+        known = ", ".join(SAFETENSORS_NAMES.values())
+        raise ProtocolError(f"the tensor {name!r} is of the type {entry['dtype']!r}; Patchbay carries {known}")
+    shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
+    if any(type(n) is not int or n < 0 for n in (*shape, start, stop)):
+        raise ProtocolError(f"the tensor {name!r} has an extent or an offset that is none")
+    if not start <= stop <= len(data) or stop - start != math.prod(shape) * dtype.itemsize:
+        where = f"bytes {start} to {stop} of {len(data)}"
+        raise ProtocolError(f"the tensor {name!r}, {dtype}{list(shape)}, cannot be {where}")
+    return TensorData(dtype, shape, data[start:stop])
+
+
+def safetensors_parts(arrays: Mapping[str, Any]) -> list[bytes | memoryview]:
+    """A safetensors file in pieces: header size, a JSON header, the elements one tensor after the other.
+
+    The elements are not copied where an array's layout allows.
+    """
+    from patchbay.wire.tensors import from_numpy
+
     header: dict[str, object] = {}
-    offset, parts = 0, []
+    parts: list[bytes | memoryview] = []
+    offset = 0
     # Wider elements first, so that every tensor is aligned to its element size.
     for name, array in sorted(arrays.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
-        data = array.tobytes()
+        data = from_numpy(array).data
         end = offset + len(data)
-        kind = _SAFETENSORS[array.dtype.name]
+        kind = SAFETENSORS_NAMES[array.dtype.name]
         header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [offset, end]}
         parts.append(data)
         offset = end
@@ -160,11 +224,12 @@ def safetensors_parts(arrays: Mapping[str, Any]) -> list[bytes]:
     return [struct.pack("<Q", len(text)), text, *parts]
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, *parts: bytes | memoryview) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            for part in parts:
+                file.write(part)
         # mkstemp makes files for their owner alone; give the file the mode that open() would have given it.
         mask = os.umask(0)
         os.umask(mask)

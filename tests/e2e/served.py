@@ -158,7 +158,14 @@ def _ray_serve(folder: Path) -> Iterator[Served]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     model = save_model(folder / MODEL_NAME)
     with (
-        patchbay_serve(model, name=MODEL_NAME, home=folder) as running,
+        # Two replicas, so that whatever one of them keeps must be found by the other.
+        patchbay_serve(
+            model,
+            name=MODEL_NAME,
+            home=folder,
+            models=[{"name": MODEL_NAME, "source": str(model), "replicas": 2}],
+            artifacts={"path": str(folder / "artifacts")},
+        ) as running,
         _over_grpc(running.target, running.api_key) as served,
     ):
         yield served

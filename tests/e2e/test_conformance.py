@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import patchbay as pb
+from patchbay.client import Client
 from patchbay.errors import (
     CausalityError,
     GraphError,
     IndexOutOfRangeError,
+    InvalidRequestError,
     LimitExceededError,
     NotFoundError,
+    ProtocolError,
     RequestCancelledError,
     ShapeError,
     UnknownSiteError,
@@ -286,3 +291,121 @@ def test_text_is_generated_under_intervention(model: Model) -> None:
         states = banned.all_steps.blocks[1].resid_post.save()
     assert theirs[0] not in banned.output.ids
     assert states.value.shape == (6, 1, D_MODEL)
+
+
+# --- artifacts ------------------------------------------------------------------------------------------------------
+
+
+def dictionary(seed: int = 0) -> np.ndarray:
+    """The encoder of a sparse autoencoder: 2 MiB."""
+    return np.random.default_rng(seed).standard_normal((D_MODEL, 32_768)).astype(np.float32)
+
+
+def features(model: Model, encoder: np.ndarray) -> tuple[np.ndarray, int]:
+    """Each feature's strongest activation on a text, and the bytes that the trace sent."""
+    with model.trace(FRANCE) as t:
+        h = (t.blocks[1].resid_post @ encoder).max(axis=(0, 1)).save()
+    return h.value, t.trace.sent_bytes
+
+
+def test_a_large_constant_crosses_the_wire_once(served: Served, model: Model) -> None:
+    """Ten traces in which a notebook cell makes the same array anew send its bytes once, and a second client none."""
+    sent, expected = [], (hooked(FRANCE, "blocks.1.resid_post") @ dictionary()).max((0, 1))
+    for _ in range(10):
+        values, cost = features(model, dictionary())
+        np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-4)
+        sent.append(cost)
+    size = dictionary().nbytes
+    assert size < sent[0] < size + 16_384
+    assert sum(sent[1:]) < 9 * 2_048
+    with Client(served.transport, name="another") as other:
+        values, cost = features(other.model(MODEL_NAME), dictionary())
+    np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-4)
+    assert cost < 4_096
+
+
+def test_a_constant_that_went_meanwhile_is_sent_again(served: Served, model: Model) -> None:
+    """Another client deletes what this one believes to be there: one upload, one retry, the right value."""
+    encoder = dictionary(1)
+    before, first = features(model, encoder)
+    with Client(served.transport, name="another") as other:
+        for artifact in other.artifacts.list():
+            other.artifacts.delete(artifact)
+    after, again = features(model, encoder)
+    np.testing.assert_array_equal(after, before)
+    assert min(first, again) > encoder.nbytes
+    assert features(model, encoder)[1] < 4_096
+
+
+def test_a_kept_value_never_comes_here_unless_asked(served: Served, model: Model) -> None:
+    """Activations that a trace keeps are a constant of later traces; a get brings them, to the bit."""
+    with model.trace([FRANCE] * 64) as run:
+        handle = run.keep("acts", run.blocks[1].resid_post)
+        mean = run.keep("means", {"all": run.blocks[1].resid_post.mean((0, 1))})
+    assert run.trace.received_bytes < 2_048
+    assert (handle.shape, handle.name) == ((64, 5, D_MODEL), "acts")
+    assert run.results["means"]["all"] is mean["all"]
+    with model.trace([FRANCE] * 64) as run:
+        run.blocks[1].resid_post -= handle
+        left = run.blocks[1].resid_post.save()
+        centred = pb.ops.subtract(run.blocks[0].resid_post, mean["all"]).save()
+    assert run.trace.sent_bytes < 8_192
+    np.testing.assert_array_equal(left.value, np.zeros((64, 5, D_MODEL), np.float32))
+    expected = hooked(FRANCE, "blocks.1.resid_post")
+    np.testing.assert_allclose(handle.get()[7], expected[0], rtol=1e-5, atol=1e-5)
+    assert centred.value.shape == (64, 5, D_MODEL)
+    handle.delete()
+    with pytest.raises(NotFoundError, match="test_conformance.py"), model.trace(FRANCE) as run:
+        run.save(x=pb.ops.add(run.blocks[0].resid_post, handle))
+
+
+def test_artifacts_go_in_and_out_as_safetensors(served: Served, model: Model, tmp_path: Path) -> None:
+    """Every tensor of a file becomes an artifact; one comes back as a file that safetensors reads."""
+    tensors = {"w": torch.randn(3, 4), "b": torch.randn(7).to(torch.bfloat16), "n": torch.arange(5)}
+    safetensors.torch.save_file(tensors, tmp_path / "in.safetensors")
+    put = served.client.artifacts.put(tmp_path / "in.safetensors", name="sae/")
+    assert {name: (handle.name, handle.dtype.name) for name, handle in put.items()} == {
+        "w": ("sae/w", "float32"),
+        "b": ("sae/b", "bfloat16"),
+        "n": ("sae/n", "int64"),
+    }
+    for name, handle in put.items():
+        served.client.artifacts.get(handle, tmp_path / "out.safetensors")
+        (back,) = safetensors.torch.load_file(tmp_path / "out.safetensors").values()
+        assert torch.equal(back, tensors[name])
+    assert served.client.artifacts.handle("sae/b").digest == put["b"].digest
+    listed = served.client.artifacts.list()
+    assert [a.digest for a in listed] == sorted(a.digest for a in listed)
+
+
+async def test_hostile_uploads_leave_nothing(served: Served) -> None:
+    """A wrong digest, too few or too many bytes, another form than the digest's: each is refused, and none is kept."""
+    from patchbay.ir.artifacts import ArtifactInfo, digest_of
+    from patchbay.ir.dtypes import float32
+    from patchbay.ir.graph import TensorData
+
+    good = TensorData(float32, (300_000,), np.arange(300_000, dtype=np.float32).tobytes())
+    other = TensorData(float32, (300_000,), bytes(good.nbytes))
+    digest = digest_of(good)
+    transport = served.transport()
+    try:
+        hostile = [
+            (ArtifactInfo(digest, float32, (300_000,), good.nbytes), other),
+            (ArtifactInfo(digest, float32, (300, 1000), good.nbytes), TensorData(float32, (300, 1000), good.data)),
+        ]
+        for info, tensor in hostile:
+            with pytest.raises(InvalidRequestError, match="sha256"):
+                await transport.put_artifact(info, tensor)
+        short = TensorData(float32, (300_000,), good.data[:-4])
+        with pytest.raises((InvalidRequestError, ProtocolError)):
+            await transport.put_artifact(ArtifactInfo(digest, float32, (300_000,), good.nbytes), short)
+        assert not await transport.stat_artifacts([digest])
+        with pytest.raises(NotFoundError):
+            await transport.get_artifact(digest)
+        with pytest.raises(NotFoundError):
+            await transport.delete_artifact(digest)
+        stored = await transport.put_artifact(ArtifactInfo(digest, float32, (300_000,), good.nbytes, "good"), good)
+        assert (await transport.get_artifact(digest))[1].data == good.data
+        assert stored.name == "good"
+    finally:
+        await transport.close()

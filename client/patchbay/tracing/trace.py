@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Unpack
 
+    from patchbay.artifacts import StoredArtifacts
     from patchbay.core import ModelCore, Outcome, RunInputs
     from patchbay.ir.graph import Generation
     from patchbay.model import AsyncModel, Edit, Model
@@ -103,6 +104,11 @@ class BaseTrace(abc.ABC):
     def site_tree(self) -> SiteTree:
         """The model's sites by the parts of their names."""
         return self._core.site_tree
+
+    @property
+    def stored(self) -> StoredArtifacts:
+        """The artifacts of the trace's connection."""
+        return self._core.stored
 
     @property
     def params(self) -> TraceParams:
