@@ -398,9 +398,6 @@ def test_steps_that_cannot_be() -> None:
         run = t.generate([[1]], max_new_tokens=32)
         for _ in range(2000):
             run.blocks[0].resid_post += 0.0
-    with pytest.raises(GraphError, match="gradients"), model.generate(IDS, max_new_tokens=4) as run:
-        h = run.steps[1].blocks[0].resid_post
-        pb.grad(run.steps[1].logits.sum(), wrt=h).save()
 
 
 def test_no_hooks_stay() -> None:

@@ -117,8 +117,6 @@ def _owners(graph: Graph) -> list[int | None]:
                 "take them from one step each, run.steps[k]",
                 node=i,
             )
-        elif found and node.op == "grad":
-            raise GraphError("gradients are not taken through generated steps", node=i)
         else:
             owners.append(found.pop() if found else None)
     return owners

@@ -28,7 +28,7 @@ from patchbay.ir.bodies import INFER, check_bodies, check_loop_steps, loop_steps
 from patchbay.ir.card import LOGITS, InputSpec, ModelCard, SiteSpec
 from patchbay.ir.dtypes import bool_, float32, int64, scalar_kind
 from patchbay.ir.facts import Facts, Inference
-from patchbay.ir.generation import ACCESSES, unroll
+from patchbay.ir.generation import unroll
 from patchbay.ir.graph import Graph, Node, Run, TensorData
 from patchbay.ir.indexing import index_shape
 from patchbay.ir.limits import MAX_DIMS, MAX_TENSOR_SPAN, Limits
@@ -424,10 +424,7 @@ def _metrics_depend_on_what_they_are_differentiated_by(graph: Graph, card: Model
     for i in grads:
         metric, *wrt = graph.nodes[i].args
         for position, value in enumerate(wrt, start=1):
-            reached = _downstream(users, [value], lambda n: graph.nodes[n].op != "grad")
-            generated = [n for n in reached if _generates(graph, n)]
-            if generated and metric in _downstream(users, generated):
-                raise GraphError("grad: gradients are not taken through generated steps", node=i, related=[value])
+            reached = _downstream(users, [value])
             if metric not in reached:
                 what = graph.nodes[value]
                 hint = (
@@ -444,19 +441,12 @@ def _metrics_depend_on_what_they_are_differentiated_by(graph: Graph, card: Model
                 )
 
 
-def _generates(graph: Graph, i: int) -> bool:
-    node = graph.nodes[i]
-    return node.op in ACCESSES and node.run is not None and graph.runs[node.run].generation is not None
-
-
-def _downstream(
-    users: Sequence[Sequence[int]], start: Sequence[int], passes: Callable[[int], bool] = lambda _: True
-) -> set[int]:
-    """Everything that `start` influences, itself included, by way of nodes that let influence pass."""
+def _downstream(users: Sequence[Sequence[int]], start: Sequence[int]) -> set[int]:
+    """Everything that `start` influences, itself included."""
     reached, pending = set(start), list(start)
     while pending:
         for user in users[pending.pop()]:
-            if user not in reached and passes(user):
+            if user not in reached:
                 reached.add(user)
                 pending.append(user)
     return reached

@@ -78,12 +78,16 @@ class Execution:
     @property
     def exclusive(self) -> bool:
         """Whether nothing else may run between its forwards: recording gradients is a state of the whole thread."""
-        return self._plan.last_grad is not None
+        return self._plan.differentiates
 
     @property
     def _alone(self) -> bool:
         """Whether its forwards are to be the very ones that somebody would make by hand."""
         return self._plan.options.deterministic or self.exclusive
+
+    @property
+    def _twice(self) -> bool:
+        return any(gradient.twice for gradient in self._plan.gradients.values())
 
     def forwards(self) -> Generator[ForwardCall, None, Usage]:
         """Every forward that the plan wants, one after the other; each must have been run when it is asked to go on.
@@ -148,6 +152,7 @@ class Execution:
             going=going,
             leaving=leaving,
             logits=each.logits,
+            twice=self._twice,
         )
         if each.logits is not None and LOGITS in call.sites:
             call.sites = {**call.sites, LOGITS: self._some_logits(call, call.sites[LOGITS])}
@@ -258,6 +263,7 @@ class Execution:
                     cancelled=self._cancelled,
                     values=self._values,
                     decoding=decoding,
+                    twice=self._twice,
                 )
                 yield from self._asked_for(call, each, step.sites)
         finally:
@@ -279,7 +285,8 @@ class Execution:
                     spec = self._plan.specs[action.node]
                     assert isinstance(spec, TensorSpec)
                     dtype = to_torch_dtype(spec.dtype)
-                    self._values[action.node] = torch.zeros(spec.shape, dtype=dtype, device=self._hosted.device)
+                    zero = torch.zeros(spec.shape, dtype=dtype, device=self._hosted.device)
+                    self._values[action.node] = self._begin_gradients(zero) if action.differentiated else zero
                 elif isinstance(action, Write):
                     self._forget(action.free)
                 else:
@@ -414,19 +421,23 @@ class Execution:
 
     def _gradients(self, step: Compute) -> tuple[torch.Tensor, ...]:
         metric, *wrt = (self._values[a] for a in step.args)
-        last = step.node == self._plan.last_grad
+        how = self._plan.gradients[step.node]
         found: Sequence[torch.Tensor | None] = [None] * len(wrt)
         if metric.requires_grad:
-            found = torch.autograd.grad(metric.sum(), wrt, retain_graph=not last, allow_unused=True)
+            keep = how.twice or how.shared
+            found = torch.autograd.grad(metric.sum(), wrt, retain_graph=keep, create_graph=how.twice, allow_unused=True)
         # Where only operations without a derivative (argmax, comparisons) lie between, the gradient is zero.
-        parts = tuple(torch.zeros_like(w) if g is None else g.detach() for g, w in zip(found, wrt, strict=True))
-        if last:
-            torch.set_grad_enabled(False)
-            for node, value in self._values.items():  # the recorded operations, and what they hold, are let go
-                if isinstance(value, torch.Tensor):
-                    self._values[node] = value.detach()
-                elif isinstance(value, tuple):
-                    self._values[node] = tuple(v.detach() for v in value)
+        parts = tuple(torch.zeros_like(w) if g is None else g for g, w in zip(found, wrt, strict=True))
+        if not how.twice:
+            parts = tuple(part.detach() for part in parts)
+        torch.set_grad_enabled(how.goes_on)
+        for node, value in self._values.items():  # the recorded operations, and what they hold, are let go
+            if node in how.needed:
+                continue
+            if isinstance(value, torch.Tensor):
+                self._values[node] = value.detach()
+            elif isinstance(value, tuple):
+                self._values[node] = tuple(v.detach() for v in value)
         return parts
 
     def _compute(self, step: Compute) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from patchbay.errors import GraphError, RequestCancelledError
 from patchbay.ir.card import LOGITS
@@ -89,6 +90,7 @@ class ForwardCall:
         cancelled: whether its request is gone.
         decoding: the generating run whose next forward this is; None for a forward of its own.
         compiled: whether layers may run as torch compiled them.
+        twice: whether it will be differentiated twice, which torch's fused attention cannot be.
         values: what the execution remembers; put back when the forward has to be run again.
         going: what its rows go on from, whose tokens `tokens` then are; None for whole rows. Such a call is `alone`.
         leaving: what others go on from. Such a call is `alone`.
@@ -111,6 +113,7 @@ class ForwardCall:
     cancelled: Callable[[], bool]
     decoding: Decoding | None = None
     compiled: bool = False
+    twice: bool = False
     values: dict[int, Any] = field(default_factory=dict)
     going: GoingOn | None = None
     leaving: Leaving | None = None
@@ -180,6 +183,7 @@ def _plain(hosted: HostedModel, calls: Sequence[ForwardCall]) -> None:
             stack.enter_context(_some_logits(hosted, calls, starts))
         stack.enter_context(_attached(hosted, calls, starts))
         stack.enter_context(_compiled_layers(hosted, calls))
+        stack.enter_context(_differentiable(calls))
         if first.decoding is not None:
             first.decoding.advance()
         elif first.going is not None:

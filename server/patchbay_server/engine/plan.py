@@ -19,6 +19,7 @@ from patchbay.ir.price import price, value_bytes, with_forwards
 from patchbay.ir.schedule import BEFORE, Schedule, is_read, positions, schedule, span
 from patchbay.ir.verify import verify
 from patchbay_server.engine.bodies import LOOP_INVARIANTS, SIDE_BY_SIDE
+from patchbay_server.engine.differentiation import Gradient, plan_gradients
 from patchbay_server.engine.optimize import MERGE_RUNS, PASSES, optimize
 from patchbay_server.engine.prefix import LAYER_COST_CPU, WORTHWHILE, Group, Planner, Sharing, bucketed
 from patchbay_server.engine.steps import (
@@ -101,7 +102,7 @@ class Plan:
         saved: what each rewrite saved.
         received: number of nodes received, those of every generated step counted.
         options: as requested.
-        last_grad: the node after which no gradient is taken any more; None where none is.
+        gradients: how each gradient is taken, by node.
         source, source_origin: the graph and its origins as they were before runs were made to share.
         trunks: what was kept of earlier requests, by the run that goes on from it.
         wanted: runs that leave something which later requests may go on from.
@@ -117,11 +118,16 @@ class Plan:
     saved: Mapping[str, int]
     received: int
     options: ExecuteOptions
-    last_grad: int | None
+    gradients: Mapping[int, Gradient]
     source: Graph
     source_origin: tuple[int, ...]
     trunks: Mapping[int, Trunk] = field(default_factory=lambda: MappingProxyType({}))
     wanted: tuple[int, ...] = ()
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether it takes gradients, for whose sake operations are recorded."""
+        return bool(self.gradients)
 
 
 #: When something happens: index of the pass, order of the site in it (BEFORE: before it begins).
@@ -216,7 +222,7 @@ def make_plan(
         saved=saved,
         received=len(verified.flat.nodes),
         options=options,
-        last_grad=builder.last_grad(),
+        gradients=plan_gradients(small, card, builder.times),
         specs=specs,
         facts=facts,
         source=source,
@@ -453,11 +459,6 @@ class _Builder:
             for name, value in self.graph.runs[run].inputs:
                 inputs[name].append(value)
         return {name: tuple(values) for name, values in inputs.items()}
-
-    def last_grad(self) -> int | None:
-        """The gradient that is taken last; only after `build`."""
-        grads = [(self.times[i], i) for i, node in enumerate(self.graph.nodes) if node.op == "grad"]
-        return max(grads)[1] if grads else None
 
     def _times(self) -> list[tuple[_Time, ...]]:
         """When each node happens: once, but for writes, which happen in every forward of their run that shows them."""

@@ -67,7 +67,7 @@ class Running:
     @property
     def exclusive(self) -> bool:
         """Whether nothing else may run between its forwards."""
-        return self._plan.last_grad is not None
+        return self._plan.differentiates
 
     @property
     def ended(self) -> bool:

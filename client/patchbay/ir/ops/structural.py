@@ -97,7 +97,7 @@ GRAD = OpSpec(
     category="structural",
     doc=(
         "Gradients of a scalar with respect to values, through every operation, write and layer in between; one part "
-        "for each value, of its shape and dtype. The parts are plain values: they have no gradients of their own."
+        "for each value, of its shape and dtype. A gradient may be taken of what depends on one (second order)."
     ),
 )
 
