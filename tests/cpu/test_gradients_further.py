@@ -41,7 +41,7 @@ class ByHand:
 
     def __init__(self, family: str, attention: str = "eager") -> None:
         self.model = build(family, attention=attention).requires_grad_(False)
-        self.layers = self.model.get_submodule(LAYERS[family])
+        self.layers: Any = self.model.get_submodule(LAYERS[family])
 
     def logits(self, ids: Any, at: dict[int, Any] | None = None) -> torch.Tensor:
         """Logits, with the output of some layers put through a function of it."""

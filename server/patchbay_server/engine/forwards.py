@@ -298,6 +298,16 @@ def _attached(hosted: HostedModel, calls: Sequence[ForwardCall], starts: Sequenc
 
 
 @contextmanager
+def _differentiable(calls: Sequence[ForwardCall]) -> Iterator[None]:
+    """Attention is computed in operations that have second derivatives, where a call needs them."""
+    if not any(call.twice for call in calls):
+        yield
+        return
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+@contextmanager
 def _compiled_layers(hosted: HostedModel, calls: Sequence[ForwardCall]) -> Iterator[None]:
     """Layers that nothing looks into run compiled, where the operator asked for that and every call allows it."""
     if hosted.compiled is None or not all(call.compiled for call in calls):
