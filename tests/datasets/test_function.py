@@ -63,10 +63,12 @@ def test_words_are_found_in_every_row() -> None:
     found = model.map(texts * 5, look, batch=2, window=4)
     assert set(found["ids"].tolist()) == {model.to_single_token("paris")}
     assert calls < found.batches
-    with model.trace(texts[:1]) as run:
-        wanted = run.logprob("paris").save()
-    got = model.map(texts[:1] * 3, lambda run: {"p": run.logprob("paris")}, batch=2)
-    np.testing.assert_allclose(got["p"], [wanted.value[0]] * 3, atol=1e-5)
+    with model.trace() as t:
+        t.save(there=t.run(texts[0]).logprob("paris"), behind=[t.run(text).logprob("rome") for text in texts])
+    found = model.map([texts[0]] * 3, lambda run: {"p": run.logprob("paris")}, batch=2)
+    np.testing.assert_allclose(found["p"], [t.results["there"]] * 3, atol=1e-5)
+    found = model.map(texts, lambda run: {"p": run.logprob("rome")}, batch=2)
+    np.testing.assert_allclose(found["p"], t.results["behind"], atol=1e-5)
     with pytest.raises(TraceError, match="row 1 of the data set.*'cat' does not stand"):
         model.map(["a cat sat", "a dog sat"], lambda run: {"x": run.embed[range(run.rows), run.position("cat")]})
 

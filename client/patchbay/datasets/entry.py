@@ -12,11 +12,13 @@ from patchbay.datasets.calls import Host, blocking_host, direct_host
 from patchbay.datasets.mapping import Mapper, Plan
 from patchbay.datasets.progress import MapProgress, TerminalLine
 from patchbay.errors import TraceError
+from patchbay.inputs import Text
 from patchbay.ir.events import ExecuteOptions
 
 if TYPE_CHECKING:
     from patchbay.datasets.results import MapResults
     from patchbay.model import AsyncModel, Model
+    from patchbay.tokens import Tokens
 
 
 #: Batches fill a forward by themselves. Sharing one with whatever else waits would make their last bits depend on it.
@@ -48,10 +50,16 @@ def map_blocking(model: Model, dataset: Any, function: Callable[[Any], Any], how
     plan, progress = _planned(how)
     shown = TerminalLine() if progress is None else progress
 
+    def tokens_of(text: str) -> Tokens:
+        (tokens,) = model.wait(model.core.tokenize([Text(text, special=False)]))
+        return tokens
+
     def make(emit: Callable[[Any], None] | None) -> Coroutine[Any, Any, MapResults]:
         assert emit is not None
         host: Host = blocking_host(emit)
-        mapper = Mapper(model.core, model.edits, dataset, function, plan, host, lambda p: emit(lambda: shown(p)))
+        mapper = Mapper(
+            model.core, model.edits, dataset, function, plan, host, lambda p: emit(lambda: shown(p)), tokens_of
+        )
         return ended_by(mapper.run())
 
     async def ended_by(work: Coroutine[Any, Any, MapResults]) -> MapResults:
@@ -78,8 +86,18 @@ async def map_awaited(model: AsyncModel, dataset: Any, function: Callable[[Any],
     """`AsyncModel.map`: all in the event loop."""
     plan, progress = _planned(how)
     shown = TerminalLine() if progress is None else progress
+
+    def tokens_of(text: str) -> Tokens:
+        tokens = model.core.known_tokens(Text(text, special=False))
+        if tokens is None:
+            raise TraceError(
+                f"the tokens of {text!r} are not known yet: await model.tokenize({text!r}, add_special_tokens=False)"
+                " before, or give token ids"
+            )
+        return tokens
+
     try:
-        return await Mapper(model.core, model.edits, dataset, function, plan, direct_host, shown).run()
+        return await Mapper(model.core, model.edits, dataset, function, plan, direct_host, shown, tokens_of).run()
     finally:
         if isinstance(shown, TerminalLine):
             shown.close()

@@ -144,6 +144,7 @@ class Mapper:
         plan: how.
         host: calls the user's code.
         notify: is told of progress.
+        tokens_of: tokens of a text by itself, where the function needs them.
     """
 
     def __init__(
@@ -155,6 +156,7 @@ class Mapper:
         plan: Plan,
         host: Host,
         notify: Callable[[MapProgress], Any],
+        tokens_of: Callable[[str], Tokens],
     ) -> None:
         if isinstance(dataset, (str, bytes, Mapping)) or not (
             hasattr(dataset, "__iter__") or hasattr(dataset, "__aiter__") or hasattr(dataset, "__getitem__")
@@ -168,7 +170,7 @@ class Mapper:
         self._plan = plan
         self._host = host
         self._notify = notify
-        self._tracer = Tracer(core, edits, function)
+        self._tracer = Tracer(core, edits, function, tokens_of)
         self._rows = _Rows(dataset, plan.rows_of_window, host)
         self._source = Source(plan.prepend_bos)
         self._total = len(dataset) if hasattr(dataset, "__len__") else None

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ def save_state(path: Path, state: State) -> None:
     replace_file(path, text.encode())
 
 
-def replace_file(path: Path, data: bytes | list[bytes]) -> None:
+def replace_file(path: Path, data: bytes | Sequence[bytes | memoryview]) -> None:
     """Writes a file as a whole, through to the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

@@ -45,8 +45,11 @@ class BatchTrace(BaseTrace):
         concrete: whether the function looked at the tokens themselves, so that its graph fits no other batch.
     """
 
-    def __init__(self, core: ModelCore, edits: Sequence[Edit], batch: Batch) -> None:
+    def __init__(
+        self, core: ModelCore, edits: Sequence[Edit], batch: Batch, tokens_of: Callable[[str], Tokens] | None = None
+    ) -> None:
         super().__init__(core, options=ExecuteOptions(), timeout_s=None, progress=None)
+        self._tokens_of = tokens_of
         self._edits = tuple(edits)
         self.batch = batch
         self.concrete = False
@@ -58,6 +61,10 @@ class BatchTrace(BaseTrace):
         """The graph's price; always worked out on this side."""
         del remote
         return self._local_estimate()
+
+    def tokens_of(self, text: str) -> Tokens:
+        assert self._tokens_of is not None
+        return self._tokens_of(text)
 
     def late(self, key: object, fill: Fill) -> Proxy:
         """A constant that each batch fills in; one for equal keys."""
@@ -167,10 +174,10 @@ class BatchRun(Run):
             ("position", substring, occurrence), lambda batch: _positions(batch, substring, occurrence)
         )
 
-    def logprob(self, substring: str, *, occurrence: int | None = None) -> Proxy:
-        """How likely the model finds `substring` in each row, [rows]; see `Run.logprob`. Traced for each batch anew."""
+    def logprob(self, text: Any, *, occurrence: int | None = None, append: bool | None = None) -> Proxy:
+        """How likely the model finds a text in each row, [rows]; see `Run.logprob`. Traced for each batch anew."""
         self._trace.concrete = True
-        return super().logprob(substring, occurrence=occurrence)
+        return super().logprob(text, occurrence=occurrence, append=append)
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), "again", "column", "ids", "lengths", "row_numbers"})
@@ -222,7 +229,7 @@ class Template:
             nodes[self.state] = Node("const", (), state)
         tokens = tuple(row.tokens.ids for row in batch.rows)
         label = f"rows {batch.rows[0].number} to {batch.rows[-1].number}"
-        runs = tuple(GraphRun(tokens, label) for _ in self.graph.runs)
+        runs = self.graph.runs if self.concrete else tuple(GraphRun(tokens, label) for _ in self.graph.runs)
         return Graph(runs, tuple(nodes), self.graph.outputs, self.graph.bodies)
 
 
@@ -255,10 +262,18 @@ class Tracer:
         core: the model.
         edits: of the model.
         function: the user's function.
+        tokens_of: tokens of a text by itself, without special tokens.
     """
 
-    def __init__(self, core: ModelCore, edits: Sequence[Edit], function: Callable[[Any], Any]) -> None:
+    def __init__(
+        self,
+        core: ModelCore,
+        edits: Sequence[Edit],
+        function: Callable[[Any], Any],
+        tokens_of: Callable[[str], Tokens],
+    ) -> None:
         self._core = core
+        self._tokens_of = tokens_of
         self._edits = edits
         self._function = function
         self._axes: dict[tuple[str, ...], Axes] | None = None
@@ -292,7 +307,7 @@ class Tracer:
         return template
 
     def _call(self, batch: Batch) -> tuple[BatchTrace, dict[tuple[str, ...], Any]]:
-        trace = BatchTrace(self._core, self._edits, batch)
+        trace = BatchTrace(self._core, self._edits, batch, self._tokens_of)
         returned = self._function(trace.run_over_batch())
         if not isinstance(returned, Mapping):
             raise TraceError(
