@@ -22,7 +22,13 @@ _NUMBERS = st.sampled_from([-2.0, -0.5, 0.0, 0.25, 1.5])
 
 @st.composite
 def graphs(
-    draw: st.DrawFn, card: ModelCard, sites: Sequence[str], *, max_steps: int = 10, ragged: bool = False, alike: bool = False
+    draw: st.DrawFn,
+    card: ModelCard,
+    sites: Sequence[str],
+    *,
+    max_steps: int = 10,
+    ragged: bool = False,
+    alike: bool = False,
 ) -> Graph:
     """A graph of reads, writes, values that flow between runs, and operations; valid but for causality, which is free.
 
@@ -181,7 +187,9 @@ def controlled(draw: st.DrawFn, card: ModelCard, *, max_ops: int = 5) -> Graph:
 
         def compute() -> None:
             a = draw(st.sampled_from(tensors()))
-            kinds = ["unary", "number", "binary", "reduce", "loop"] if depth else ["unary", "number", "binary", "reduce"]
+            kinds = (
+                ["unary", "number", "binary", "reduce", "loop"] if depth else ["unary", "number", "binary", "reduce"]
+            )
             kind = draw(st.sampled_from(kinds))
             if kind == "unary":
                 put(Node(draw(st.sampled_from(["tanh", "sigmoid", "sin"])), (a,)))

@@ -157,5 +157,3 @@ def test_whole_graphs_through_the_engine(graph: Graph) -> None:
     results = llama().run(graph)
     for i, part in enumerate(reference):
         np.testing.assert_allclose(results[f"part_{i}"], part, rtol=1e-9, atol=1e-9)
-
-

@@ -190,7 +190,7 @@ def test_a_rate_that_decays_on_a_condition() -> None:
 
 @pytest.mark.parametrize("disabled", [(), ("loop_invariants",), ("side_by_side",)])
 def test_a_gradient_through_a_loop(disabled: tuple[str, ...]) -> None:
-    """A metric made by a scan and a map of an activation, differentiated by what the model read before, is autograd's."""
+    """A metric of a scan and a map of an activation, differentiated by what was read before it, as autograd does."""
     with model().trace([ROWS[0]], disabled=disabled) as run:
         early = run.blocks[0].resid_post
         h = run.blocks[2].resid_post[0]
@@ -405,7 +405,7 @@ def test_mapping_over_other_axes_and_whole_arguments() -> None:
 
 
 def test_side_by_side_where_memory_allows() -> None:
-    """A map runs its slices at once, in usage's words; switched off or deterministic, one by one, with equal results."""
+    """A map runs its slices at once and usage says so; switched off or deterministic, one by one, to equal results."""
     found = {}
     for name, how in {"on": {}, "off": {"disabled": ("side_by_side",)}, "same": {"deterministic": True}}.items():
         with model().trace(ROWS, **how) as run:  # type: ignore[arg-type]
@@ -416,5 +416,3 @@ def test_side_by_side_where_memory_allows() -> None:
     assert found["on"][1] == 11 and found["off"][1] == found["same"][1] == 0
     np.testing.assert_allclose(found["on"][0], found["off"][0], rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(found["off"][0], found["same"][0])
-
-

@@ -65,9 +65,7 @@ def scan(
     builder = trace.builder
     with builder.body("scan") as scope:
         c = [_param(trace, scope, p._spec, f"carry{i or ''}") for i, p in enumerate(enters)]
-        x = [
-            _param(trace, scope, TensorSpec(p.shape[1:], p.dtype), f"x{i or ''}") for i, p in enumerate(over)
-        ]
+        x = [_param(trace, scope, TensorSpec(p.shape[1:], p.dtype), f"x{i or ''}") for i, p in enumerate(over)]
         gives = fn(_unflatten(carry_tree, c), _unflatten(xs_tree, x))
         if not isinstance(gives, tuple) or len(gives) != 2:
             raise GraphError(

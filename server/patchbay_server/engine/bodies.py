@@ -69,9 +69,7 @@ class Program:
         self._varying = self._first - whole
         self._size = self._first + len(body.nodes)
         alias = self._merged()
-        self._nodes = [
-            Node(n.op, tuple(alias[a] for a in n.args), n.attrs) if n.args else n for n in body.nodes
-        ]
+        self._nodes = [Node(n.op, tuple(alias[a] for a in n.args), n.attrs) if n.args else n for n in body.nodes]
         self._results = [alias[r] for r in body.results]
         needed = self._needed()
         #: Values that a gradient is taken with respect to.

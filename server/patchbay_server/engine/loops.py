@@ -22,8 +22,10 @@ from patchbay_server.kernels import to_torch_dtype
 _SLICES = 1024
 #: What the steps gave is collected in a list up to this many bytes, and written into one tensor beyond.
 _LISTED_BYTES = 16 * 2**20
-#: Operations whose kernels do something else, or nothing, when torch runs slices side by side.
-ONE_BY_ONE = frozenset({"grad", "call", "cond", "scan", "map"})
+#: What torch cannot run over slices side by side, or only by a slow loop of its own.
+ONE_BY_ONE = frozenset(
+    {"grad", "call", "cond", "scan", "map", "masked_fill", "kl_div", "scaled_dot_product_attention", "searchsorted"}
+)
 
 
 class Loops:
