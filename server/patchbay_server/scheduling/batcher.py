@@ -88,11 +88,13 @@ class Batcher:
         Args:
             waiting: at least one call.
         """
-        accounts = {each.account for each in waiting}
         lines: dict[str, list[int]] = defaultdict(list)
+        load: dict[str, float] = defaultdict(float)
         for i in sorted(range(len(waiting)), key=lambda i: waiting[i].since):
             lines[waiting[i].account].append(i)
-        account = min(accounts, key=lambda a: (self.tokens.of(a), waiting[lines[a][0]].since))
+            load[waiting[i].account] += waiting[i].work if self._fair else 0.0
+        # Who has just come has as much as the least of the others: of equals, the one that asks for less goes first.
+        account = min(lines, key=lambda a: (self.tokens.of(a), load[a], waiting[lines[a][0]].since))
         head = lines[account][0]
         first = waiting[head]
         if first.together is None:
