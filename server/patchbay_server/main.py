@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
 from patchbay_server.config import Config
 from patchbay_server.serving import launcher
+from patchbay_server.serving.environment import RAY_ENVIRONMENT
 from patchbay_server.store.keys import KeyStore, ensure_local_key
 
 
@@ -42,6 +44,7 @@ def serve_plain(config: Config, *, progress: Callable[[str], None], ready: Calla
     Raises:
         PatchbayError: a model cannot be loaded, the port is taken, a key cannot be written.
     """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", RAY_ENVIRONMENT["THP_MEM_ALLOC_ENABLE"])  # before torch allocates
     from transformers.utils.logging import disable_progress_bar
 
     from patchbay_server.models.loader import load

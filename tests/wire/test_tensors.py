@@ -13,9 +13,11 @@ from patchbay.errors import DTypeError, LimitExceededError, ProtocolError
 from patchbay.ir.dtypes import DTYPES, DType, bool_, float32, int16
 from patchbay.ir.events import TensorValue
 from patchbay.ir.graph import TensorData
-from patchbay.v1 import tensor_pb2
+from patchbay.v1 import service_pb2, tensor_pb2
 from patchbay.wire.bounds import CHUNK_BYTES, INLINE_BYTES
+from patchbay.wire.chunks import ChunkFrame, read_chunk
 from patchbay.wire.events import EventDecoder, encode_event
+from patchbay.wire.parse import parse, serialize
 from patchbay.wire.tensors import (
     Assembler,
     chunk_offsets,
@@ -181,3 +183,76 @@ def test_bools_other_than_0_and_1_are_refused_in_chunks_too() -> None:
     with pytest.raises(ProtocolError, match="a bool is the byte 0 or 1"):
         for chunk in _chunks(tensor):
             assembler.add(chunk)
+
+
+def frames_of(tensor: TensorData, chunk_bytes: int) -> list[ChunkFrame]:
+    """The chunks of a tensor as they are sent."""
+    encoded = encode_event(TensorValue("x", tensor), chunk_bytes=chunk_bytes)
+    return [message for message in encoded if isinstance(message, ChunkFrame)]
+
+
+@pytest.mark.parametrize("offset", [0, 1, 127, 128, 2**20, 2**40])
+@pytest.mark.parametrize("size", [1, 127, 128, 100_000])
+def test_a_chunk_written_by_hand_is_what_protobuf_writes(offset: int, size: int) -> None:
+    """The bytes of a frame are those of the message with the same chunk, and reading them gives the chunk."""
+    frame = ChunkFrame(offset, memoryview(bytes(i % 251 for i in range(size))))
+    message = service_pb2.ExecuteResponse(
+        chunk=tensor_pb2.TensorChunk(offset=offset, data=bytes(frame.chunk.data), crc32=frame.chunk.crc32)
+    )
+    assert frame.SerializeToString() == serialize(message)
+    assert read_chunk(frame.SerializeToString()) == frame.chunk
+
+
+def test_whatever_is_no_chunk_is_left_to_the_parser() -> None:
+    """A frame that is cut, longer or changed anywhere is read as the chunk that protobuf reads, or not at all."""
+    whole = ChunkFrame(300, memoryview(b"0123456789")).SerializeToString()
+    variants = [whole[:n] for n in range(len(whole))] + [whole + b"\x00", whole + whole]
+    variants += [whole[:i] + bytes([whole[i] ^ bit]) + whole[i + 1 :] for i in range(len(whole)) for bit in (1, 8, 128)]
+    for variant in variants:
+        chunk = read_chunk(variant)
+        if chunk is not None:
+            parsed = parse(service_pb2.ExecuteResponse, variant).chunk
+            assert (chunk.offset, bytes(chunk.data), chunk.crc32) == (parsed.offset, parsed.data, parsed.crc32)
+
+
+def test_chunks_are_taken_from_a_tensor_without_a_copy_and_put_into_one_buffer() -> None:
+    """What is sent looks at the tensor's own memory; what is received is written to the array that the user gets."""
+    values = np.arange(300_000, dtype=np.float32)
+    tensor = from_numpy(values)
+    for frame in frames_of(tensor, 2**18):
+        assert np.shares_memory(np.frombuffer(frame.chunk.data, np.uint8), values)
+    decoder, found = EventDecoder(), []
+    for message in encode_event(TensorValue("x", tensor), chunk_bytes=2**18):
+        event = decoder.feed_bytes(message.SerializeToString(deterministic=True))
+        found += [] if event is None else [event]
+    (event,) = found
+    array = to_numpy(event.value)
+    assert array.flags.writeable
+    assert np.shares_memory(array, np.frombuffer(event.value.data, np.uint8))
+    np.testing.assert_array_equal(array, values)
+
+
+def test_receiving_allocates_the_result_and_little_else() -> None:
+    """Decoding a tensor of 8 MiB from its messages takes its own memory, not a multiple of it."""
+    import tracemalloc
+
+    tensor = from_numpy(np.arange(2**21, dtype=np.float32))
+    messages = [m.SerializeToString(deterministic=True) for m in encode_event(TensorValue("x", tensor))]
+    decoder = EventDecoder()
+    decoder.feed_bytes(messages[0])
+    tracemalloc.start()
+    for message in messages[1:]:
+        decoder.feed_bytes(message)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**18
+
+
+def test_a_damaged_chunk_is_refused_as_bytes_too() -> None:
+    """A byte of the data that changed on the way is found by the checksum."""
+    frame = bytearray(frames_of(from_numpy(np.arange(40_000, dtype=np.float32)), 2**17)[0].SerializeToString())
+    frame[100] ^= 1
+    decoder = EventDecoder()
+    decoder.feed(next(encode_event(TensorValue("x", from_numpy(np.arange(40_000, dtype=np.float32))))))
+    with pytest.raises(ProtocolError, match="damaged"):
+        decoder.feed_bytes(bytes(frame))

@@ -185,10 +185,9 @@ class GrpcTransport(Transport):
             remaining_s = None if give_up_at is None else max(give_up_at - time.monotonic(), 0.001)
             decoder = EventDecoder(self._max_result_bytes)
             try:
-                stream = self._stream(model, data, remaining_s, "Execute", service_pb2.ExecuteResponse)
-                async with aclosing(stream) as messages:
+                async with aclosing(self._stream(model, data, remaining_s, "Execute")) as messages:
                     async for message in messages:
-                        event = decoder.feed(message)
+                        event = decoder.feed_bytes(message)
                         heard = True
                         if event is not None:
                             yield event
@@ -244,11 +243,9 @@ class GrpcTransport(Transport):
         request = serialize(artifact_pb2.GetArtifactRequest(name=encode_digest(digest)))
         decoder = ArtifactDecoder(self._max_result_bytes)
         application = CONTROL_APPLICATION if model is None else model
-        async with aclosing(
-            self._stream(application, request, None, "GetArtifact", artifact_pb2.GetArtifactResponse)
-        ) as parts:
+        async with aclosing(self._stream(application, request, None, "GetArtifact")) as parts:
             async for part in parts:
-                decoder.feed(part)
+                decoder.feed(parse(artifact_pb2.GetArtifactResponse, part))
         return decoder.finish()
 
     async def stat_artifacts(self, digests: Sequence[str], *, model: str | None = None) -> tuple[ArtifactInfo, ...]:
@@ -328,8 +325,8 @@ class GrpcTransport(Transport):
         return parse(response_type, answer)
 
     async def _stream(
-        self, application: str, data: bytes, timeout_s: float | None, method: str, response_type: type[R]
-    ) -> AsyncGenerator[R, None]:
+        self, application: str, data: bytes, timeout_s: float | None, method: str
+    ) -> AsyncGenerator[bytes, None]:
         channel = self._open()
         import grpc
         from grpc import aio
@@ -340,7 +337,7 @@ class GrpcTransport(Transport):
         try:
             async for answer in call:
                 self.bytes_received += len(answer)
-                yield parse(response_type, answer)
+                yield answer
         except (grpc.RpcError, aio.BaseError) as error:
             raise self._translated(error, timeout_s) from None
         finally:

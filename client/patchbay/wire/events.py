@@ -10,11 +10,13 @@ from types import MappingProxyType
 
 from patchbay.errors import LimitExceededError, ProtocolError
 from patchbay.ir.events import Cost, Done, Event, ExecuteOptions, Kept, Progress, Queued, Started, TensorValue, Usage
-from patchbay.v1 import events_pb2, service_pb2
+from patchbay.v1 import events_pb2, service_pb2, tensor_pb2
 from patchbay.wire.artifacts import decode_artifact, encode_artifact
 from patchbay.wire.bounds import CHUNK_BYTES, INLINE_BYTES, MAX_NAME_CHARS, MAX_RESULT_BYTES
+from patchbay.wire.chunks import Chunk, ChunkFrame, read_chunk
+from patchbay.wire.parse import parse
 from patchbay.wire.status import decode_status
-from patchbay.wire.tensors import Assembler, chunk_offsets, decode_tensor, encode_header, encode_tensor, fill_chunk
+from patchbay.wire.tensors import Assembler, chunk_offsets, decode_tensor, encode_header, encode_tensor
 
 _COST = ("flops", "peak_bytes", "result_bytes", "tokens", "passes", "kept_bytes")
 _USAGE = (
@@ -57,7 +59,7 @@ def decode_options(message: service_pb2.ExecuteOptions) -> ExecuteOptions:
 # --- encoding -----------------------------------------------------------------------------------------------------
 
 
-def encode_event(event: Event, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[service_pb2.ExecuteResponse]:
+def encode_event(event: Event, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[service_pb2.ExecuteResponse | ChunkFrame]:
     """The messages that say `event`, made one at a time as they are asked for."""
     response = service_pb2.ExecuteResponse
     match event:
@@ -65,10 +67,9 @@ def encode_event(event: Event, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[se
             yield response(value=events_pb2.ValueEvent(name=name, tensor=encode_tensor(value), finite=finite))
         case TensorValue(name=name, value=value, finite=finite):
             yield response(tensor=events_pb2.TensorEvent(name=name, header=encode_header(value), finite=finite))
+            data = memoryview(value.data)
             for offset in chunk_offsets(value, chunk_bytes):
-                part = response()
-                fill_chunk(part.chunk, value, offset, chunk_bytes)
-                yield part
+                yield ChunkFrame(offset, data[offset : offset + chunk_bytes])
         case Kept(name=name, artifact=artifact, finite=finite):
             yield response(kept=events_pb2.KeptEvent(name=name, artifact=encode_artifact(artifact), finite=finite))
         case Progress(pass_index=done, passes=total):
@@ -102,7 +103,15 @@ class EventDecoder:
         self._open: tuple[Assembler, str, bool] | None = None
         self._done = False
 
-    def feed(self, message: service_pb2.ExecuteResponse) -> Event | None:
+    def feed_bytes(self, message: bytes) -> Event | None:
+        """As `feed`, for a message that is not parsed yet."""
+        if self._open is not None:
+            chunk = read_chunk(message)
+            if chunk is not None:
+                return self._feed_chunk(chunk)
+        return self.feed(parse(service_pb2.ExecuteResponse, message))
+
+    def feed(self, message: service_pb2.ExecuteResponse | ChunkFrame) -> Event | None:
         """The event that `message` completes, or None while a tensor is incomplete.
 
         Raises:
@@ -110,13 +119,15 @@ class EventDecoder:
             LimitExceededError: more results than this client takes.
             GraphError, ServiceError: what the server says went wrong.
         """
+        if isinstance(message, ChunkFrame):
+            return self._feed_chunk(message.chunk)  # in-process, from a servicer of ours
         kind = message.WhichOneof("event")
         if kind == "error":
             raise decode_status(message.error.status)
         if self._done:
             raise ProtocolError(f"{kind} after the end")
         if kind == "chunk":
-            return self._feed_chunk(message)
+            return self._feed_chunk(message.chunk)
         if self._open is not None:
             raise ProtocolError(f"{kind} where {self._open[0].missing_bytes} bytes of {self._open[1]!r} were to come")
         match kind:
@@ -167,11 +178,11 @@ class EventDecoder:
         self._open = (assembler, message.name, message.finite)
         return None
 
-    def _feed_chunk(self, message: service_pb2.ExecuteResponse) -> Event | None:
+    def _feed_chunk(self, chunk: tensor_pb2.TensorChunk | Chunk) -> Event | None:
         if self._open is None:
             raise ProtocolError("a chunk that belongs to no tensor")
         assembler, name, finite = self._open
-        assembler.add(message.chunk)
+        assembler.add(chunk)
         if not assembler.complete:
             return None
         self._open = None

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from zlib import crc32
 
 from patchbay._version import __version__
 from patchbay.errors import ProtocolError
@@ -23,6 +22,7 @@ from patchbay.ir.graph import Graph
 from patchbay.ir.limits import Limits
 from patchbay.v1 import graph_pb2
 from patchbay.wire.bounds import MAX_NAME_CHARS
+from patchbay.wire.checksum import crc32
 from patchbay.wire.graphs import decode_graph, encode_graph
 from patchbay.wire.parse import parse, serialize
 from patchbay.wire.trees import dumps, loads

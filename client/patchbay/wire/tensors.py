@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
-from zlib import crc32
 
 from patchbay.errors import DTypeError, LimitExceededError, ProtocolError
 from patchbay.ir.dtypes import DTYPES, DType
@@ -19,6 +18,8 @@ from patchbay.ir.graph import TensorData
 from patchbay.ir.limits import MAX_DIMS, MAX_TENSOR_SPAN
 from patchbay.v1 import tensor_pb2
 from patchbay.wire.bounds import CHUNK_BYTES, MAX_CHUNK_BYTES
+from patchbay.wire.checksum import crc32
+from patchbay.wire.chunks import Chunk
 
 if TYPE_CHECKING:
     import numpy as np
@@ -115,9 +116,9 @@ def _check_data(dtype: DType, shape: tuple[int, ...], size: int, field: str) -> 
         raise ProtocolError(f"{field}: {size} bytes for {dtype}{list(shape)}, which takes {expected}", field=field)
 
 
-def _check_elements(dtype: DType, data: bytes | bytearray, field: str) -> None:
+def _check_elements(dtype: DType, data: bytes | memoryview, field: str) -> None:
     # Any other byte in a bool is undefined behaviour in the C++ that reads it later.
-    if dtype.kind == "bool" and data.translate(None, b"\x00\x01"):
+    if dtype.kind == "bool" and bytes(data).translate(None, b"\x00\x01"):
         raise ProtocolError(f"{field}: a bool is the byte 0 or 1", field=field)
 
 
@@ -195,7 +196,7 @@ class ChunkOrder:
     def missing_bytes(self) -> int:
         return self._size - self._received
 
-    def take(self, chunk: tensor_pb2.TensorChunk) -> bytes:
+    def take(self, chunk: tensor_pb2.TensorChunk | Chunk) -> bytes | memoryview:
         """The chunk's bytes, once it is known to be the next.
 
         Raises:
@@ -234,7 +235,10 @@ class Assembler:
                 allowed=max_bytes,
                 requested=header.size_bytes,
             )
-        self._buffer = bytearray(header.size_bytes)
+        import numpy as np
+
+        # Not filled with zeros first, unlike a bytearray: that would touch all of its memory once more.
+        self._buffer = memoryview(np.empty(header.size_bytes, np.uint8))
         self._order = ChunkOrder(self._dtype, header.size_bytes, field)
 
     @property
@@ -245,7 +249,7 @@ class Assembler:
     def missing_bytes(self) -> int:
         return self._order.missing_bytes
 
-    def add(self, chunk: tensor_pb2.TensorChunk) -> None:
+    def add(self, chunk: tensor_pb2.TensorChunk | Chunk) -> None:
         """
         Raises:
             ProtocolError: a chunk out of order, repeated, empty, too large, or damaged.
@@ -260,4 +264,4 @@ class Assembler:
         """
         if not self.complete:
             raise ProtocolError(f"{self._field}: {self.missing_bytes} bytes never came", field=self._field)
-        return TensorData(self._dtype, self._shape, memoryview(self._buffer))
+        return TensorData(self._dtype, self._shape, self._buffer)
