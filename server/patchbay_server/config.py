@@ -150,6 +150,12 @@ class SchedulingConfig(_Section):
         default="virtual-tokens",
         description="Whose turn it is: the account that had least put through, or accounts one request each.",
     )
+    prefix_cache_bytes: int = Field(
+        default=512 * 2**20,
+        ge=0,
+        description="Bytes on each model's device for what recent prompts left to go on from, at most a quarter of them"
+        " for one account; 0: none.",
+    )
 
 
 class ArtifactsConfig(_Section):

@@ -104,7 +104,7 @@ class Engine:
         self.prepare_error: Exception | None = None
         self.prepared_on: int | None = None
 
-    def prepare(self, graph: Graph, options: ExecuteOptions) -> Plan:
+    def prepare(self, graph: Graph, options: ExecuteOptions, *, account: str | None = None) -> Plan:
         self.prepared_on = threading.get_ident()
         if self.prepare_error is not None:
             raise self.prepare_error

@@ -2,5 +2,6 @@
 
 from patchbay_server.engine.engine import Engine
 from patchbay_server.engine.plan import Plan
+from patchbay_server.engine.trunks import TrunkCache
 
-__all__ = ["Engine", "Plan"]
+__all__ = ["Engine", "Plan", "TrunkCache"]

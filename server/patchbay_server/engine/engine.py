@@ -16,8 +16,8 @@ from patchbay_server.engine.executor import Execution
 from patchbay_server.engine.forwards import ForwardCall, run_forward
 from patchbay_server.engine.generate import check_generates
 from patchbay_server.engine.memory import held_to
-from patchbay_server.engine.plan import OPTIMISATIONS, Means, Plan, make_plan
-from patchbay_server.engine.prefix import LAYER_COST_CPU, LAYER_COST_GPU
+from patchbay_server.engine.plan import OPTIMISATIONS, PREFIX_CACHE, Means, Plan, make_plan
+from patchbay_server.engine.prefix import LAYER_COST_CPU, LAYER_COST_GPU, WORTHWHILE
 from patchbay_server.engine.running import (
     Depths,
     Running,
@@ -27,6 +27,8 @@ from patchbay_server.engine.running import (
     emit_once,
     out_of_memory,
 )
+from patchbay_server.engine.trunks import TrunkCache, trunk_bytes
+from patchbay_server.models.continuation import Trunk
 from patchbay_server.models.hosted import HostedModel
 
 #: Token positions that one forward carries at most, unless configured.
@@ -37,7 +39,13 @@ class Engine:
     """Plans and runs graphs on one model. `prepare` may be called from any thread; `run` from one at a time."""
 
     def __init__(
-        self, hosted: HostedModel, limits: Limits | None = None, *, max_pass_tokens: int = MAX_PASS_TOKENS
+        self,
+        hosted: HostedModel,
+        limits: Limits | None = None,
+        *,
+        max_pass_tokens: int = MAX_PASS_TOKENS,
+        worthwhile: float = WORTHWHILE,
+        trunks: TrunkCache | None = None,
     ) -> None:
         self.hosted = hosted
         self.limits = hosted.card.limits if limits is None else limits
@@ -46,12 +54,19 @@ class Engine:
             hosted.continuation,
             hosted.unembedding,
             LAYER_COST_CPU if hosted.device.type == "cpu" else LAYER_COST_GPU,
+            worthwhile,
         )
+        self._trunks = trunks
         self._depths = Depths(hosted.card)
         self._batches = DecodeBatches(hosted)
 
-    def prepare(self, graph: Graph, options: ExecuteOptions | None = None) -> Plan:
+    def prepare(self, graph: Graph, options: ExecuteOptions | None = None, *, account: str | None = None) -> Plan:
         """Verify, optimise and price `graph`; touches no tensor.
+
+        Args:
+            graph: the graph.
+            options: how to run it.
+            account: whose it is; its earlier requests may have left something to go on from. None: nobody's.
 
         Raises:
             GraphError: the most specific subclass, naming the node.
@@ -68,15 +83,37 @@ class Engine:
             if name not in OPTIMISATIONS:
                 raise GraphError(f"no optimisation is called {name!r} (there are: {', '.join(OPTIMISATIONS)})")
         plan = make_plan(
-            graph, self.hosted.card, self.limits, options, max_pass_tokens=self._max_pass_tokens, means=self._means
+            graph,
+            self.hosted.card,
+            self.limits,
+            options,
+            max_pass_tokens=self._max_pass_tokens,
+            means=self._means_of(account),
         )
-        return held_to(plan, self.limits)
+        return held_to(replace(plan, account=account), self.limits)
+
+    def _means_of(self, account: str | None) -> Means:
+        trunks, card = self._trunks, self.hosted.card
+        if trunks is None or account is None:
+            return self._means
+        return replace(
+            self._means,
+            trunk_of=lambda run: trunks.get(account, run.tokens),
+            wanted=lambda run: trunks.wants(account, run.tokens, trunk_bytes(card, run)),
+        )
 
     def start(
         self, plan: Plan, emit: Callable[[Event], None], cancelled: Callable[[], bool] = lambda: False
     ) -> Execution:
         """An execution of `plan`, for who runs several at a time; nothing has happened yet."""
-        return Execution(self.hosted, plan, emit, cancelled)
+        trunks, account = self._trunks, plan.account
+        if trunks is None or account is None or PREFIX_CACHE in plan.options.disabled:
+            return Execution(self.hosted, plan, emit, cancelled)
+
+        def left(run: int, trunk: Trunk) -> None:
+            trunks.put(account, plan.graph.runs[run].tokens, trunk)
+
+        return Execution(self.hosted, plan, emit, cancelled, left)
 
     def run(self, plan: Plan, emit: Callable[[Event], None], cancelled: Callable[[], bool] = lambda: False) -> Usage:
         """Run `plan` to its end, handing Progress and TensorValue events to `emit` as they happen. Blocks.
@@ -113,9 +150,7 @@ class Engine:
 
     # --- several at a time
 
-    def open(
-        self, plan: Plan, emit: Callable[[Event], None], cancelled: Callable[[], bool] = lambda: False
-    ) -> Running:
+    def open(self, plan: Plan, emit: Callable[[Event], None], cancelled: Callable[[], bool] = lambda: False) -> Running:
         """`plan` as one of several that run side by side; nothing has happened yet."""
         return Running(self, plan, emit, cancelled)
 

@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from patchbay.errors import LimitExceededError
+from patchbay.ir.bodies import loop_cost, recorded_bytes
 from patchbay.ir.limits import Limits
 from patchbay.ir.ops import spec as op_spec
+from patchbay.ir.ops.control import BODY_ATTRS
 from patchbay.ir.ops.spec import TensorSpec
 from patchbay.ir.price import value_bytes
-from patchbay_server.engine.plan import Compute, Forward, Generated, Pass, Plan, Read, Step
+from patchbay_server.engine.plan import Plan
+from patchbay_server.engine.steps import Compute, Forward, Generated, Pass, Read, Step
 
 
 def held_to(plan: Plan, limits: Limits) -> Plan:
@@ -52,11 +55,15 @@ def _peak_bytes(plan: Plan) -> int:
         if isinstance(step, Compute) and not op_spec(step.op).structural:
             args = [value for a in step.args if isinstance(value := plan.specs[a], TensorSpec)]
             workspace = op_spec(step.op).workspace(args, plan.specs[step.node], step.attrs)
+        elif isinstance(step, Compute) and step.op in BODY_ATTRS:
+            args = [value for a in step.args if isinstance(value := plan.specs[a], TensorSpec)]
+            facts = plan.graph.body_facts
+            workspace = loop_cost(step.op, step.attrs, args, plan.specs[step.node], facts).workspace
         peak = max(peak, live + workspace)
         for freed in step.free:
             if freed not in kept:
                 live -= alive.pop(freed, 0)
-    return peak
+    return peak + plan.trunk_bytes + recorded_bytes(plan.graph, plan.specs)
 
 
 def _steps(plan: Plan) -> Iterator[Step]:

@@ -37,6 +37,7 @@ from patchbay_server.engine.steps import (
     Step,
     Write,
 )
+from patchbay_server.engine.trunks import trunk_bytes
 from patchbay_server.engine.windows import Windows, find_windows, item_at, moved, narrowed, position_axis
 from patchbay_server.kernels import kernel
 from patchbay_server.models.continuation import EMBEDDING, Continuation, Trunk
@@ -105,7 +106,8 @@ class Plan:
         gradients: how each gradient is taken, by node.
         source, source_origin: the graph and its origins as they were before runs were made to share.
         trunks: what was kept of earlier requests, by the run that goes on from it.
-        wanted: runs that leave something which later requests may go on from.
+        trunk_bytes: what runs leave for others of this plan to go on from, at most at a time.
+        account: whose it is, whose later requests may go on from what it leaves; None for nobody's.
     """
 
     graph: Graph
@@ -122,7 +124,8 @@ class Plan:
     source: Graph
     source_origin: tuple[int, ...]
     trunks: Mapping[int, Trunk] = field(default_factory=lambda: MappingProxyType({}))
-    wanted: tuple[int, ...] = ()
+    trunk_bytes: int = 0
+    account: str | None = None
 
     @property
     def differentiates(self) -> bool:
@@ -182,6 +185,7 @@ def make_plan(
             windows,
             layer_cost=means.layer_cost,
             worthwhile=means.worthwhile,
+            room=limits.max_peak_bytes // 4,
             budget=max_pass_tokens,
             trunk_of=means.trunk_of if kept else lambda _: None,
             wanted=means.wanted if kept else lambda _: False,
@@ -228,7 +232,7 @@ def make_plan(
         source=source,
         source_origin=tuple(verified.origin[o] for o in rewritten.origin),
         trunks={} if sharing is None else sharing.trunks,
-        wanted=() if sharing is None else tuple(sharing.bases),
+        trunk_bytes=sum(trunk_bytes(card, small.runs[run]) for p in passes for run in (slot.run for slot in p.keeps)),
     )
 
 
@@ -253,11 +257,11 @@ def _group_runs(
             if run in starts:
                 later[starts[run].base].append(run)
             else:
-                alike[(run in bases, _signature(graph.runs[run], card))].append(run)
-        for (keeps, _), runs in alike.items():
+                alike[_signature(graph.runs[run], card)].append(run)
+        for runs in alike.values():
             for group in _cut(graph, runs, budget):
-                through = max((bases[run] for run in group), default=-1) if keeps else -1
-                groups.append(Group(level, group, keeps=group if keeps else (), through=through))
+                keeps = tuple(run for run in group if run in bases and level == 0)
+                groups.append(Group(level, group, keeps=keeps, through=max((bases[r] for r in keeps), default=-1)))
         for runs in later.values():
             assert means.continuation is not None
             members = [(run, starts[run], graph.runs[run]) for run in runs]

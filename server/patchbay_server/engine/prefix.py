@@ -18,6 +18,7 @@ from patchbay.ir.card import ModelCard
 from patchbay.ir.graph import Graph, Node, Run, TensorData
 from patchbay.ir.ops.spec import ValueSpec
 from patchbay.ir.schedule import is_access
+from patchbay_server.engine.trunks import trunk_bytes
 from patchbay_server.engine.windows import Window, Windows, item_at, position_axis, window_of
 from patchbay_server.models.continuation import EMBEDDING, Continuation, Trunk
 
@@ -112,6 +113,7 @@ class Planner:
         layer_cost: what it costs to run one layer at all, in token positions.
         budget: token positions that one forward may carry.
         worthwhile: what sharing may cost at most, as a part of what whole forwards cost.
+        room: bytes that bases may leave for others, all together.
         trunk_of: what an earlier request kept for a run's tokens, if anything.
         wanted: whether a run's tokens were seen before, so that what it leaves will be kept.
     """
@@ -126,11 +128,13 @@ class Planner:
         layer_cost: int,
         budget: int,
         worthwhile: float = WORTHWHILE,
+        room: int,
         trunk_of: Callable[[Run], Trunk | None] = lambda _: None,
         wanted: Callable[[Run], bool] = lambda _: False,
     ) -> None:
         self.graph, self.card, self.how, self.windows = graph, card, how, windows
         self.layer_cost, self.budget, self.worthwhile = layer_cost, budget, worthwhile
+        self.room = room
         self.trunk_of, self.wanted = trunk_of, wanted
         self.accesses: dict[int, list[int]] = defaultdict(list)
         for i, node in enumerate(graph.nodes):
@@ -150,11 +154,12 @@ class Planner:
         bases: dict[int, int] = {}
         trunks: dict[int, Trunk] = {}
         made: list[Run] = []
-        saved = 0
+        saved, room = 0, self.room
         for members in alike.values():
             some = self.graph.runs[members[0]]
             plain = [r for r in members if not self._is_written(r)]
-            trunk, wanted = self.trunk_of(some), self.wanted(some)
+            trunk = self.trunk_of(some)
+            wanted = trunk is None and self.wanted(some)
             if len(members) < 2 and trunk is None and not wanted:
                 continue
             going = members if trunk is not None else [r for r in members if r not in plain[:1]]
@@ -165,8 +170,10 @@ class Planner:
                 trunk, going = None, [r for r in members if r not in plain[:1]]
                 starts = {r: s for r, s in starts.items() if r in going}
             won = self._won(members, starts, trunk is not None)
-            if won is None and not wanted:
+            nbytes = 0 if trunk is not None else trunk_bytes(self.card, some)
+            if (won is None and not wanted) or nbytes > room:
                 continue
+            room -= nbytes
             if not plain:
                 made.append(replace(some, label=""))
             runs |= starts

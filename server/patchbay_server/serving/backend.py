@@ -138,7 +138,7 @@ class OpenExecution(Protocol):
 class ExecutionEngine(Protocol):
     """The interface of `patchbay_server.engine.Engine` that a backend uses (tests put a fake in its place)."""
 
-    def prepare(self, graph: Graph, options: ExecuteOptions) -> Any:
+    def prepare(self, graph: Graph, options: ExecuteOptions, *, account: str | None = None) -> Any:
         """Verify, optimise and price a graph; returns a `Plan`."""
 
     def open(self, plan: Any, emit: Callable[[Event], None], cancelled: Callable[[], bool]) -> OpenExecution:

@@ -36,9 +36,7 @@ from patchbay.ir.events import (
     Event,
     ExecuteOptions,
     ModelSummary,
-    Progress,
     Queued,
-    Started,
     TensorValue,
     TokenizedRow,
     Usage,
@@ -140,9 +138,10 @@ class LocalBackend:
     ) -> None:
         limits = LimitsConfig() if limits is None else limits
         if engine is None:
-            from patchbay_server.engine import Engine
+            from patchbay_server.engine import Engine, TrunkCache
 
-            engine = Engine(cast(Any, hosted), limits.graph_limits())
+            room = (SchedulingConfig() if scheduling is None else scheduling).prefix_cache_bytes
+            engine = Engine(cast(Any, hosted), limits.graph_limits(), trunks=TrunkCache(room))
         self._hosted = hosted
         # The limits that hold here, so that clients check graphs against them before sending.
         self._card = replace(hosted.card, limits=limits.graph_limits())
@@ -240,10 +239,11 @@ class LocalBackend:
             if needs_store(graph):
                 used = await loop.run_in_executor(self._beside, take, self._artifacts, account, graph)
                 graph = used.graph
+            prepare = functools.partial(self._engine.prepare, graph, options, account=account)
             if len(graph.nodes) <= INLINE_NODES:
-                plan = self._engine.prepare(graph, options)
+                plan = prepare()
             else:
-                plan = await loop.run_in_executor(self._beside, self._engine.prepare, graph, options)
+                plan = await loop.run_in_executor(self._beside, prepare)
             if options.dry_run:
                 yield Done(Usage(nodes=len(graph.nodes), bytes_in=bytes_in, cost=plan.cost))
                 return
@@ -298,9 +298,7 @@ class LocalBackend:
             set_torch_threads(self._torch_threads)
         self._loop.run()
 
-    def _ended(
-        self, job: Job, error: BaseException | None, usage: Usage | None, run_s: float
-    ) -> PatchbayError | None:
+    def _ended(self, job: Job, error: BaseException | None, usage: Usage | None, run_s: float) -> PatchbayError | None:
         """The engine has let go of a job; returns what its client is told, where that is not the result."""
         told = None if error is None else self._explain(error)
         cost = None
