@@ -10,9 +10,11 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from patchbay._version import __version__
+from patchbay.saving import save_results
 from patchbay_server import cli
 from patchbay_server.cli import text
 from patchbay_server.store.keys import KeyStore
@@ -225,3 +227,26 @@ def test_run_says_what_is_wrong(served: Served, tmp_path: Path, capsys: pytest.C
         assert cli.main(["run", *args, "--url", served.target]) == 1
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
+
+
+def test_artifacts(served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every tensor of a file is put, listed, fetched and deleted; what is not there is one line and status 1."""
+    target = ["--url", served.target]
+    save_results({"w": np.ones((2, 3), np.float32), "b": np.zeros(3, np.float32)}, tmp_path / "in.safetensors")
+    assert cli.main(["artifacts", "put", str(tmp_path / "in.safetensors"), "--name", "sae.", *target]) == 0
+    assert "float32[2, 3]" in capsys.readouterr().out
+    assert cli.main(["artifacts", "list", *target]) == 0
+    listed = capsys.readouterr().out
+    assert listed.splitlines()[0].split() == ["DIGEST", "TENSOR", "SIZE", "EXPIRES", "NAME"]
+    assert "sae.w" in listed
+    assert "2 in all" in listed
+    assert cli.main(["artifacts", "get", "sae.w", str(tmp_path / "out.npz"), *target]) == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npz")["sae.w"], np.ones((2, 3)))
+    assert cli.main(["artifacts", "delete", "sae.w", "sae.b", *target]) == 0
+    capsys.readouterr()
+    assert cli.main(["artifacts", "list", *target]) == 0
+    assert capsys.readouterr().out == "no artifacts\n"
+    assert cli.main(["artifacts", "delete", "sae.w", *target]) == 1
+    assert "you have no artifact called 'sae.w'" in capsys.readouterr().err
+    assert cli.main(["artifacts", "put", str(tmp_path / "missing.safetensors"), *target]) == 1
+    assert "No such file" in capsys.readouterr().err

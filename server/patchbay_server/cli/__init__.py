@@ -99,6 +99,21 @@ def _parser() -> argparse.ArgumentParser:
     _add_target(run)
     run.set_defaults(run=_run)
 
+    artifacts = commands.add_parser("artifacts", help="what you left on a server: tensors that stay there")
+    actions = artifacts.add_subparsers(title="actions", metavar="ACTION", required=True)
+    listing = actions.add_parser("list", help="list them")
+    put = actions.add_parser("put", help="upload every tensor of a safetensors file")
+    put.add_argument("file", metavar="FILE", help="a .safetensors file")
+    put.add_argument("--name", default="", metavar="PREFIX", help="before the names of the file's tensors")
+    get = actions.add_parser("get", help="fetch one into a file")
+    get.add_argument("which", metavar="DIGEST|NAME")
+    get.add_argument("file", metavar="FILE", help="a .safetensors or .npz file")
+    delete = actions.add_parser("delete", help="remove some; graphs that use them go on")
+    delete.add_argument("which", metavar="DIGEST|NAME", nargs="+")
+    for action, each in (("list", listing), ("put", put), ("get", get), ("delete", delete)):
+        _add_target(each)
+        each.set_defaults(run=_artifacts, action=action)
+
     keys = commands.add_parser("keys", help="make, list and revoke API keys on the server's machine")
     keys.add_argument("--file", metavar="FILE", help="key file (default: as configured)")
     keys.add_argument("--config", metavar="FILE", help="configuration that names the key file")
@@ -153,6 +168,12 @@ def _prove(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from patchbay_server.cli.run import run
+
+    return run(args)
+
+
+def _artifacts(args: argparse.Namespace) -> int:
+    from patchbay_server.cli.artifacts import run
 
     return run(args)
 

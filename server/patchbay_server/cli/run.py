@@ -12,6 +12,7 @@ from patchbay.client import connect
 from patchbay.errors import InvalidRequestError, PatchbayError
 from patchbay.results import Results
 from patchbay.saving import SavedGraph, load_graph, save_results
+from patchbay.tracing import Artifact
 from patchbay_server.cli.text import table
 
 #: Arrays of more elements are described, not printed.
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     _say(results)
     if out is not None:
         try:
-            save_results(results, out)
+            save_results({k: v for k, v in results.items() if not isinstance(v, Artifact)}, out)
         except OSError as error:
             raise PatchbayError(f"cannot write {out}: {error.strerror}") from None
         print(f"saved to {out}")
@@ -60,6 +61,8 @@ def _read(path: Path) -> SavedGraph:
 
 def _describe(value: Any) -> tuple[str, str]:
     shape = f"{value.dtype}{list(value.shape)}"
+    if isinstance(value, Artifact):
+        return shape, f"stays on the server as {value.digest}"
     if value.size > _SHOWN_ELEMENTS:
         return shape, "..."
     return shape, str(value.tolist())

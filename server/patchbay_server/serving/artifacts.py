@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass, replace
 
-from patchbay.errors import DTypeError, LimitExceededError, NotFoundError, ShapeError, UnsupportedError
+from patchbay.errors import DTypeError, GraphError, LimitExceededError, NotFoundError, ShapeError, UnsupportedError
 from patchbay.ir.artifacts import check_digest, not_there
 from patchbay.ir.events import Kept, TensorValue
 from patchbay.ir.graph import Graph, Node
@@ -49,7 +49,7 @@ def take(store: ArtifactStore | None, account: str, graph: Graph) -> Used:
     if store is None:
         raise UnsupportedError("this server keeps no artifacts", reason="NO_ARTIFACTS")
     named = {i: node for i, node in enumerate(graph.nodes) if node.op == "const" and "artifact" in node.attrs}
-    digests = {check_digest(node.attrs["artifact"]) for node in named.values()}
+    digests = {_digest(i, node) for i, node in named.items()}
     if len(digests) > MAX_PER_GRAPH:
         raise LimitExceededError(
             f"the graph names {len(digests):,} artifacts; at most {MAX_PER_GRAPH:,} are allowed (limit max_artifacts)",
@@ -69,7 +69,7 @@ def take(store: ArtifactStore | None, account: str, graph: Graph) -> Used:
 
 
 def _constant(store: ArtifactStore, account: str, i: int, node: Node, leases: dict[str, Lease]) -> Node:
-    digest = check_digest(node.attrs["artifact"])
+    digest = _digest(i, node)
     if digest not in leases:
         try:
             leases[digest] = store.open(account, digest)
@@ -82,6 +82,14 @@ def _constant(store: ArtifactStore, account: str, i: int, node: Node, leases: di
         shown = list(tensor.shape)
         raise ShapeError(f"const: the artifact {digest} has the shape {shown}, not {node.attrs.get('shape')}", node=i)
     return Node("const", (), {"value": tensor})
+
+
+def _digest(i: int, node: Node) -> str:
+    try:
+        return check_digest(node.attrs["artifact"])
+    except GraphError as error:
+        error.node, error.field = i, f"nodes[{i}]"
+        raise
 
 
 def leave(store: ArtifactStore, account: str, event: TensorValue) -> Kept:
