@@ -22,10 +22,10 @@ def grad(metric: Proxy, wrt: Proxy | Sequence[Proxy]) -> Proxy | list[Proxy]:
 
     It runs through every operation, write, layer and run in between; the model's parameters collect none. Values of
     many runs may be given at once. The results are proxies like any other: save them, multiply them with activations
-    (attribution patching), write them into another run, take the gradient of what depends on them (second order). Where
-    only operations without a derivative (``argmax``, comparisons) or `patchbay.ops.stop_gradient` lie between, the
-    gradient is zero. In a generating run a gradient goes back through the keys and values of earlier steps; which tokens
-    were chosen has no derivative.
+    (attribution patching), write them into another run, take the gradient of what depends on them (second order).
+    Where only operations without a derivative (``argmax``, comparisons) or `patchbay.ops.stop_gradient` lie between,
+    the gradient is zero. In a generating run a gradient goes back through the keys and values of earlier steps; which
+    tokens were chosen has no derivative.
 
     Args:
         metric: one floating-point number (shape ``()`` or ``[1]``).

@@ -104,6 +104,38 @@ class SiteNamespace:
     def __call__(self, value: object) -> Proxy:
         return Callable(self._trace, self._prefix.rstrip("."))(value)
 
+    def skip(self, value: object = None, *, rows: object = None) -> None:
+        """Leaves this part of the model out: ``run.blocks[3].skip()``, ``.attn.skip()``, ``.mlp.skip()``.
+
+        A block hands on the stream as it came; attention or an MLP adds nothing to it. It is a write like any other,
+        and a whole block that nothing else looks into is then not computed at all.
+
+        Args:
+            value: what takes the place of its output instead: the stream behind a block, or what is added to it.
+            rows: the rows that leave it out, as an index; all of them by default.
+
+        Raises:
+            TraceError: this is neither a block nor a part of one whose output is a site.
+        """
+        prefix = self._prefix.rstrip(".")
+        if "resid_pre" in self._tree and "resid_post" in self._tree:
+            site = f"{prefix}.resid_post"
+            kept: Any = read_site(self._trace, self._run_index, f"{prefix}.resid_pre", self._step)
+            if value is None:
+                value = kept if rows is None else kept[rows]
+        elif prefix and f"{prefix}_out" in self._trace.builder.card:
+            site = f"{prefix}_out"
+            value = 0.0 if value is None else value
+        else:
+            raise TraceError(
+                f"{prefix or 'a run'} is no part that can be skipped; say run.blocks[3], its attn or its mlp"
+            )
+        step = one_step(self._step)
+        if rows is None:
+            write_site(self._trace, self._run_index, site, (), (), value, step)
+        else:
+            read_site(self._trace, self._run_index, site, step)[rows] = value
+
     def __copy__(self) -> SiteNamespace:
         return self
 

@@ -15,6 +15,7 @@ from patchbay.ir.graph import TensorData
 from patchbay.ir.ops.control import BODY_ATTRS
 from patchbay.ir.ops.spec import TensorSpec
 from patchbay_server.engine.bodies import SIDE_BY_SIDE
+from patchbay_server.engine.bypass import SKIP_LAYERS, unseen_layers
 from patchbay_server.engine.forwards import ForwardCall, GoingOn, Leaving, SiteCall
 from patchbay_server.engine.fusing import ConstantWrite
 from patchbay_server.engine.generate import Decoding
@@ -65,7 +66,7 @@ class Execution:
         #: What runs left for others to go on from, and who else is told.
         self._trunks: dict[int, Trunk] = dict(plan.trunks)
         self._left = left
-        self._layers_run = self._layers_compiled = self._layers_shared = self._fused = 0
+        self._layers_run = self._layers_compiled = self._layers_shared = self._layers_bypassed = self._fused = 0
         #: Memory of the model's own tensors while one of its sites is visited; nothing that outlives the visit may
         #: share it.
         self._borrowed: set[int] = set()
@@ -108,11 +109,13 @@ class Execution:
         skipped = layers - self._layers_run
         saved = {
             **plan.saved,
-            "early_stop": skipped - self._layers_shared,
+            "early_stop": skipped - self._layers_shared - self._layers_bypassed,
             **({} if self._loops is None else self._loops.saved),
         }
         if self._layers_compiled:
             saved[COMPILE] = self._layers_compiled
+        if self._layers_bypassed:
+            saved[SKIP_LAYERS] = self._layers_bypassed
         if self._fused:
             saved[FUSE_WRITES] = self._fused
         return Usage(
@@ -153,6 +156,7 @@ class Execution:
             leaving=leaving,
             logits=each.logits,
             twice=self._twice,
+            bypass=frozenset() if SKIP_LAYERS in self._plan.options.disabled else unseen_layers(self._hosted, each),
         )
         if each.logits is not None and LOGITS in call.sites:
             call.sites = {**call.sites, LOGITS: self._some_logits(call, call.sites[LOGITS])}
@@ -188,6 +192,7 @@ class Execution:
         self._forwards += 1
         self._layers_run += call.layers_run
         self._layers_compiled += call.layers_compiled
+        self._layers_bypassed += call.layers_bypassed
         self._fused += call.fused
         if call.error is not None:
             raise call.error

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from patchbay.errors import GraphError, RequestCancelledError
 from patchbay.ir.card import LOGITS
 from patchbay.ir.graph import TensorData
+from patchbay_server.engine.bypass import bypassing
 from patchbay_server.engine.decoding import DecodeBatches, choose, prompt_logits
 from patchbay_server.engine.fusing import ConstantWrite, write_all
 from patchbay_server.kernels import to_tensor
@@ -90,6 +91,7 @@ class ForwardCall:
         cancelled: whether its request is gone.
         decoding: the generating run whose next forward this is; None for a forward of its own.
         compiled: whether layers may run as torch compiled them.
+        bypass: layers that hand on what they are given, if all calls agree: nothing sees what they do.
         twice: whether it will be differentiated twice, which torch's fused attention cannot be.
         values: what the execution remembers; put back when the forward has to be run again.
         going: what its rows go on from, whose tokens `tokens` then are; None for whole rows. Such a call is `alone`.
@@ -98,6 +100,7 @@ class ForwardCall:
         narrowed: whether logits are there at those positions only, ``[1, all of them, d_vocab]``.
         reached: the sites that the forward came to.
         layers_run: decoder layers that ran.
+        layers_bypassed: how many of those of `bypass` did not run.
         layers_compiled: how many of the model's layers were there as torch compiled them.
         fused: its writes that another call's took along.
         error: what ended the call early.
@@ -113,6 +116,7 @@ class ForwardCall:
     cancelled: Callable[[], bool]
     decoding: Decoding | None = None
     compiled: bool = False
+    bypass: frozenset[int] = frozenset()
     twice: bool = False
     values: dict[int, Any] = field(default_factory=dict)
     going: GoingOn | None = None
@@ -121,6 +125,7 @@ class ForwardCall:
     narrowed: bool = False
     reached: set[str] = field(default_factory=set)
     layers_run: int = 0
+    layers_bypassed: int = 0
     layers_compiled: int = 0
     fused: int = 0
     error: BaseException | None = None
@@ -184,6 +189,7 @@ def _plain(hosted: HostedModel, calls: Sequence[ForwardCall]) -> None:
         stack.enter_context(_attached(hosted, calls, starts))
         stack.enter_context(_compiled_layers(hosted, calls))
         stack.enter_context(_differentiable(calls))
+        stack.enter_context(bypassing(hosted, sorted(_bypassed(calls))))
         if first.decoding is not None:
             first.decoding.advance()
         elif first.going is not None:
@@ -285,16 +291,26 @@ def _attached(hosted: HostedModel, calls: Sequence[ForwardCall], starts: Sequenc
         if all(call.error is not None for call in calls):
             raise _Stop
 
-    going = calls[0].going
+    def pass_layer(module: torch.nn.Module, args: Any) -> None:
+        del module, args
+        for call in calls:
+            call.layers_bypassed += call.error is None
+
+    going, bypassed = calls[0].going, _bypassed(calls)
     try:
-        for path in hosted.layers[0 if going is None else going.start.skipped :]:
-            handles.append(model.get_submodule(path).register_forward_pre_hook(enter_layer))
+        for number in range(0 if going is None else going.start.skipped, len(hosted.layers)):
+            hook = pass_layer if number in bypassed else enter_layer
+            handles.append(model.get_submodule(hosted.layers[number]).register_forward_pre_hook(hook))
         for site, handler, writes in _handlers(hosted, calls, starts):
             handles.append(hosted.taps[site].attach(model, handler, writes=writes))
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _bypassed(calls: Sequence[ForwardCall]) -> frozenset[int]:
+    return frozenset.intersection(*(call.bypass for call in calls))
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from patchbay.ir.price import price, value_bytes, with_forwards
 from patchbay.ir.schedule import BEFORE, Schedule, is_read, positions, schedule, span
 from patchbay.ir.verify import verify
 from patchbay_server.engine.bodies import LOOP_INVARIANTS, SIDE_BY_SIDE
+from patchbay_server.engine.bypass import SKIP_LAYERS
 from patchbay_server.engine.differentiation import Gradient, plan_gradients
 from patchbay_server.engine.optimize import MERGE_RUNS, PASSES, optimize
 from patchbay_server.engine.prefix import LAYER_COST_CPU, WORTHWHILE, Group, Planner, Sharing, bucketed
@@ -60,7 +61,7 @@ OPTIMISATIONS = (
     LOOP_INVARIANTS,
     SIDE_BY_SIDE,
     *(WINDOWS, NARROW_LOGITS, SHARED_PREFIX, PREFIX_CACHE),
-    *(BATCH_RUNS, EARLY_STOP, LIVENESS, COMPILE, COBATCH, CONTINUOUS_BATCHING, FUSE_WRITES),
+    *(BATCH_RUNS, EARLY_STOP, LIVENESS, COMPILE, SKIP_LAYERS, COBATCH, CONTINUOUS_BATCHING, FUSE_WRITES),
 )
 
 _NO_WINDOWS = Windows(MappingProxyType({}), MappingProxyType({}))
