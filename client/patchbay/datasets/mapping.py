@@ -182,7 +182,7 @@ class Mapper:
         self._values: dict[str, list[NDArray[Any]]] = {}
         self._history: list[list[tuple[int, Lane]]] = [[] for _ in range(plan.lanes)]
         self._usage = RunUsage()
-        self._rows_done = self._batches_done = 0
+        self._rows_done = self._batches_done = self._tokens_done = 0
         self._patience = Patience(plan.patience_s, self._show)
         self._slots = asyncio.Semaphore(_OPEN_WINDOWS)
         self._closing = asyncio.Lock()
@@ -347,6 +347,7 @@ class Mapper:
         self._usage = summed(self._usage, RunUsage.of(outcome.usage))
         self._rows_done += len(batch.rows)
         self._batches_done += 1
+        self._tokens_done += sum(len(row.tokens) for row in batch.rows)
         self._show()
         window = self._open[batch.window]
         window.left -= 1
@@ -554,7 +555,7 @@ class Mapper:
                 self._rows_done,
                 self._total,
                 self._batches_done,
-                self._usage.tokens,
+                self._tokens_done,
                 time.monotonic() - self._begun,
                 self._patience.retries,
                 self._patience.waiting,

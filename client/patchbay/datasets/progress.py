@@ -20,7 +20,7 @@ class MapProgress:
         rows: rows that are done, those of earlier calls included.
         total: rows of the data set; None where it does not say.
         batches: batches that are done.
-        tokens: tokens that went through the model in this call.
+        tokens: tokens of the rows that were done in this call.
         seconds: since this call began.
         retries: requests that had to be sent again.
         waiting: why nothing moves right now; None when all is well.
