@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from patchbay.ir.bodies import Body
 from patchbay.ir.dtypes import bfloat16, float32, int64
 from patchbay.ir.graph import Graph, Node, Output, Run, TensorData
 from patchbay.ir.ops.spec import TensorSpec
@@ -112,3 +113,27 @@ def test_generated_graphs_render(data: st.DataObject) -> None:
 def test_malformed_graphs_render_too(node: Node) -> None:
     """Text is for looking at what is wrong, so it never fails."""
     assert render(Graph((), (node,)))
+
+
+def test_bodies_stand_indented_under_the_loop_that_runs_them() -> None:
+    """Numbers stand where they are used; a body used again is not told again; what is missing does not matter."""
+    vector = TensorSpec((2,), float32)
+    double = Body((vector,), (Node("const", (), {"scalar": 2.0}), Node("multiply", (0, 1))), (2,), (vector,))
+    inner = Node("map", (0,), {"body": 0, "mapped": 1})
+    outer = Body((vector, vector), (inner, Node("item", (2,), {"index": 0}), Node("add", (3, 1))), (4,), (vector,))
+    scan = Node("scan", (0, 0), {"body": 1, "length": 3, "carry": 1})
+    nodes = (Node("const", (), {"value": SMALL}), scan, Node("map", (0,), {"body": 0, "mapped": 1}), Node("scan", (0,)))
+    assert render(Graph((), nodes, (), (double, outer))).splitlines()[1:] == [
+        "  %0 = float32[2](1.5, -2)",
+        "  %1 = scan[body 1, 3 steps](%0; with %0)",
+        "    body 1 ($0 float32[2], $1 float32[2]):",
+        "      $2 = map[body 0](over $0)",
+        "        body 0 ($0 float32[2]):",
+        "          $2 = $0 * 2.0",
+        "          gives $2",
+        "      $3 = $2[0]",
+        "      $4 = $3 + $1",
+        "      gives $4",
+        "  %2 = map[body 0](over %0)",
+        "  %3 = scan[body None, None steps](with %0)",
+    ]

@@ -6,6 +6,7 @@ import math
 
 from hypothesis import strategies as st
 
+from patchbay.ir.bodies import Body
 from patchbay.ir.card import SYMBOLS, CallableSpec, InputSpec, ModelCard, SiteSpec
 from patchbay.ir.dtypes import DTYPES, DType
 from patchbay.ir.events import (
@@ -22,6 +23,7 @@ from patchbay.ir.events import (
 )
 from patchbay.ir.graph import Graph, Node, Output, Run, TensorData
 from patchbay.ir.limits import Limits
+from patchbay.ir.ops.spec import TensorSpec
 from patchbay.ir.params import POLICIES, ParamSpec
 
 dtypes = st.sampled_from(list(DTYPES.values()))
@@ -84,7 +86,25 @@ def graphs(draw: st.DrawFn) -> Graph:
         )
     output_names = draw(st.lists(names, unique=True, max_size=3)) if nodes else []
     outputs = tuple(Output(name, draw(st.integers(0, len(nodes) - 1))) for name in output_names)
-    return Graph(runs=tuple(runs), nodes=tuple(nodes), outputs=outputs)
+    return Graph(
+        runs=tuple(runs), nodes=tuple(nodes), outputs=outputs, bodies=tuple(draw(st.lists(bodies(), max_size=2)))
+    )
+
+
+@st.composite
+def bodies(draw: st.DrawFn) -> Body:
+    """Any body whose references exist; what it announces has nothing to do with what it does."""
+    shapes = st.lists(st.integers(0, 9), max_size=3).map(tuple)
+    types = st.lists(st.builds(TensorSpec, shape=shapes, dtype=dtypes), max_size=3).map(tuple)
+    params = draw(types)
+    nodes: list[Node] = []
+    for k in range(draw(st.integers(0, 4))):
+        here = len(params) + k
+        args = draw(st.lists(st.integers(0, here - 1), max_size=3)) if here else []
+        nodes.append(Node(draw(names), tuple(args), draw(st.dictionaries(names, attrs, max_size=2))))
+    values = len(params) + len(nodes)
+    results = draw(st.lists(st.integers(0, values - 1), max_size=3)) if values else []
+    return Body(params, tuple(nodes), tuple(results), draw(types))
 
 
 dims = st.lists(counts | st.sampled_from(sorted(set(SYMBOLS) - {"rows"})), max_size=3).map(lambda d: ("rows", *d))

@@ -55,7 +55,7 @@ def test_graph_bytes_do_not_depend_on_the_order_of_attributes(graph: Graph, rand
         items = list(node.attrs.items())
         random.shuffle(items)  # type: ignore[attr-defined]
         shuffled.append(type(node)(node.op, node.args, dict(items), node.run))
-    other = Graph(graph.runs, tuple(shuffled), graph.outputs)
+    other = Graph(graph.runs, tuple(shuffled), graph.outputs, graph.bodies)
     assert serialize(encode_graph(other)) == serialize(encode_graph(graph))
 
 

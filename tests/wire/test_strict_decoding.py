@@ -57,6 +57,58 @@ def test_tensors(tensor: dict[str, object], field: str, message: str) -> None:
     assert caught.value.field == f'nodes[0].attrs["value"]{field}'
 
 
+# --- bodies -------------------------------------------------------------------------------------------------------
+
+
+def _body(**fields: object) -> graph_pb2.Graph:
+    return graph_pb2.Graph(bodies=[graph_pb2.Body(**fields)])  # type: ignore[arg-type]
+
+
+NODE = graph_pb2.Node
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        (_body(nodes=[NODE(op="add", args=[0])]), "bodies[0].nodes[0]"),
+        (
+            _body(params=[graph_pb2.TensorType(element_type=F32)], nodes=[NODE(op="add", args=[1])]),
+            "bodies[0].nodes[0]",
+        ),
+        (_body(nodes=[NODE(op="zeros"), NODE(op="add", args=[-1])]), "bodies[0].nodes[1]"),
+        (_body(nodes=[NODE(op="embed", run=0)]), "bodies[0].nodes[0]"),
+        (_body(nodes=[NODE(op="")]), "bodies[0].nodes[0]"),
+        (_body(results=[0]), "bodies[0].results"),
+        (_body(nodes=[NODE(op="zeros")], results=[-1]), "bodies[0].results"),
+        (_body(params=[graph_pb2.TensorType()]), "bodies[0].params[0].element_type"),
+        (_body(params=[graph_pb2.TensorType(element_type=F32, shape=[-1])]), "bodies[0].params[0].shape"),
+        (_body(returns=[graph_pb2.TensorType(element_type=F32, shape=[1] * 33)]), "bodies[0].returns[0].shape"),
+        (_body(returns=[graph_pb2.TensorType(element_type=F32, shape=[2**61, 2**61])]), "bodies[0].returns[0].shape"),
+    ],
+)
+def test_bodies(message: graph_pb2.Graph, field: str) -> None:
+    """References out of a body, runs in it and impossible types are refused at their field."""
+    with pytest.raises((GraphError, ProtocolError)) as caught:
+        decode_graph(message)
+    assert caught.value.field == field
+
+
+def test_bodies_are_counted_before_they_are_built() -> None:
+    """Empty bodies, their nodes and their arguments are held to the graph's own limits."""
+    for message in (
+        graph_pb2.Graph(bodies=[graph_pb2.Body()] * 11),
+        _body(nodes=[NODE(op="zeros")] * 11),
+        _body(params=[graph_pb2.TensorType(element_type=F32)] * 400),
+        _body(nodes=[NODE(op="zeros")], results=[0] * 400),
+    ):
+        with pytest.raises(LimitExceededError):
+            decode_graph(message, Limits(max_nodes=10))
+    tensor = tensor_pb2.Tensor(element_type=F32, shape=[8], data=b"0" * 32)
+    body = _body(nodes=[NODE(op="const", attrs={"value": graph_pb2.Attr(tensor_value=tensor)})])
+    with pytest.raises(LimitExceededError, match="max_const_bytes"):
+        decode_graph(body, Limits(max_const_bytes=16))
+
+
 # --- graphs -------------------------------------------------------------------------------------------------------
 
 

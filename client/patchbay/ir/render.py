@@ -20,6 +20,7 @@ from typing import Any
 from patchbay.ir.artifacts import PREFIX
 from patchbay.ir.fragments import Fragment, fold
 from patchbay.ir.graph import Generation, Graph, Node, Run, TensorData
+from patchbay.ir.ops.control import BODY_ATTRS
 from patchbay.ir.sites import is_module_site
 
 _INFIX: Mapping[str, str] = {
@@ -54,6 +55,7 @@ def render(
     locations: Sequence[str | None] | None = None,
     max_nodes: int | None = None,
     fragments: Sequence[Fragment | None] | None = None,
+    body_locations: Sequence[Sequence[str | None]] = (),
 ) -> str:
     """`graph` as text.
 
@@ -63,6 +65,7 @@ def render(
         locations: ``file:line`` of each node, shown as a comment when given.
         max_nodes: leave out the middle of longer graphs; None shows everything.
         fragments: the named part that each node belongs to; every part is shown as one line.
+        body_locations: ``file:line`` of each node of each body, shown as a comment when given.
     """
     runs, nodes, outputs = len(graph.runs), len(graph.nodes), len(graph.outputs)
     lines = [f"graph of {_count(runs, 'run')}, {_count(nodes, 'node')}, {_count(outputs, 'output')}"]
@@ -78,6 +81,7 @@ def render(
     middle = {i: _show_specs(specs, folded[i].gives if i in folded else (i,)) for i in left}
     first = min(max(map(len, left.values()), default=0), _MAX_COLUMN)
     second = min(max(map(len, middle.values()), default=0), _MAX_COLUMN)
+    told: set[int] = set()
     for n in _elide(range(len(shown)), max_nodes):
         if n is None:
             lines.append(f"  ... ({len(shown) - len(left)} more nodes)")
@@ -87,6 +91,8 @@ def render(
         lines.append(f"  {left[i]:<{first}}  {middle[i]:<{second}}{place}".rstrip())
         if i in folded:
             lines += [f"    in {folded[i].fragment}: {statement(graph, w)}" for w in folded[i].writes]
+        else:
+            lines += _bodies(graph, graph.nodes[i], told, "    ", max_nodes, body_locations)
     lines += [f"  {'keep' if o.keep else 'return'} {o.name} = %{o.node}" for o in graph.outputs]
     return "\n".join(lines)
 
@@ -121,6 +127,8 @@ def expression(node: Node, args: Sequence[str]) -> str:
         return f"params[{attrs.get('name')!r}]"
     if node.op == "item":
         return f"{args[0]}[{attrs.get('index')}]" if args else "item(?)"
+    if node.op in BODY_ATTRS:
+        return _loop(node, args)
     if node.op in _INFIX and len(args) == 2:
         return f"{args[0]} {_INFIX[node.op]} {args[1]}"
     if isinstance(attrs.get("index"), tuple) and args and node.op != "set_index":
@@ -128,6 +136,62 @@ def expression(node: Node, args: Sequence[str]) -> str:
     name = str(attrs.get("target", "call")) if node.op == "call" else node.op
     shown = [f"{k}={_show_attr(v, args)}" for k, v in attrs.items() if k != "target"]
     return f"{name}({', '.join([*args, *shown])})"
+
+
+def _loop(node: Node, args: Sequence[str]) -> str:
+    """``scan[body 0, 50 steps](%2; over %3; with %1)``."""
+    attrs = node.attrs
+    named = " | ".join(f"body {attrs.get(name)}" for name in BODY_ATTRS[node.op])
+    if node.op == "cond":
+        return f"cond[{named}]({'; '.join([*args[:1], ', '.join(args[1:])]) if len(args) > 1 else ', '.join(args)})"
+    counts = [attrs.get(name, 0) for name in ("carry", "xs")] if node.op == "scan" else [0, attrs.get("mapped", 0)]
+    first, second = (n if isinstance(n, int) and 0 <= n <= len(args) else 0 for n in counts)
+    parts = [(("", args[:first])), ("over ", args[first : first + second]), ("with ", args[first + second :])]
+    steps = f", {attrs.get('length')} steps" if node.op == "scan" else ""
+    return f"{node.op}[{named}{steps}]({'; '.join(word + ', '.join(some) for word, some in parts if some)})"
+
+
+def _bodies(
+    graph: Graph,
+    node: Node,
+    told: set[int],
+    indent: str,
+    max_nodes: int | None,
+    locations: Sequence[Sequence[str | None]],
+) -> list[str]:
+    """The bodies that `node` uses and that were not told before, their own values as ``$0``, ``$1``, ..."""
+    lines: list[str] = []
+    for name in BODY_ATTRS.get(node.op, ()):
+        number = node.attrs.get(name)
+        if not isinstance(number, int) or not 0 <= number < len(graph.bodies) or number in told:
+            continue
+        told.add(number)
+        body = graph.bodies[number]
+        specs = graph.body_facts[number].specs if number < len(graph.body_facts) else None
+        first = len(body.params)
+        numbers = {first + k: repr(n.attrs.get("scalar")) for k, n in enumerate(body.nodes) if n.op == "const"}
+        takes = ", ".join(f"${i} {param!r}" for i, param in enumerate(body.params))
+        lines.append(f"{indent}body {number} ({takes}):")
+        shown = [k for k in range(len(body.nodes)) if first + k not in numbers]
+        made = {
+            k: f"${first + k} = {expression(n, [numbers.get(a, f'${a}') for a in n.args])}"
+            for k in shown
+            for n in [body.nodes[k]]
+        }
+        types = {k: "" if specs is None else show_spec(specs[first + k]) for k in shown}
+        width, second = (min(max(map(len, c.values()), default=0), _MAX_COLUMN) for c in (made, types))
+        for at in _elide(range(len(shown)), max_nodes):
+            if at is None:
+                lines.append(f"{indent}  ...")
+                continue
+            k = shown[at]
+            known = number < len(locations) and k < len(locations[number])
+            place = f"  # {locations[number][k]}" if known and locations[number][k] else ""
+            lines.append(f"{indent}  {made[k]:<{width}}  {types[k]:<{second}}{place}".rstrip())
+            lines += _bodies(graph, body.nodes[k], told, indent + "    ", max_nodes, locations)
+        gives = (numbers.get(r, f"${r}") for r in body.results)
+        lines.append(f"{indent}  gives {', '.join(gives)}")
+    return lines
 
 
 def site_expression(node: Node) -> str:

@@ -90,7 +90,13 @@ class TracedGraph(Graph):
 
     def text(self, *, expand: bool = False) -> str:
         """The graph as text: every named part (`patchbay.function`) as one line, or, expanded, node by node."""
-        return render(self, specs=self.specs, locations=self.locations, fragments=None if expand else self.fragments)
+        return render(
+            self,
+            specs=self.specs,
+            locations=self.locations,
+            fragments=None if expand else self.fragments,
+            body_locations=[[show_place(place) for place in places] for places in self.body_places],
+        )
 
     __repr__ = __str__
 
