@@ -10,12 +10,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from patchbay.errors import LimitExceededError
-from patchbay.ir.bodies import loop_cost, recorded_bytes
+from patchbay.ir.bodies import recorded_bytes
 from patchbay.ir.limits import Limits
-from patchbay.ir.ops import spec as op_spec
-from patchbay.ir.ops.control import BODY_ATTRS
-from patchbay.ir.ops.spec import TensorSpec
-from patchbay.ir.price import value_bytes
 from patchbay_server.engine.plan import Plan
 from patchbay_server.engine.steps import Compute, Forward, Generated, Pass, Read, Step
 
@@ -41,25 +37,21 @@ def held_to(plan: Plan, limits: Limits) -> Plan:
 
 def _peak_bytes(plan: Plan) -> int:
     kept = {output.node for output in plan.graph.outputs}
+    facts = plan.facts
     alive: dict[int, int] = {}
     live = peak = 0
     for step in _steps(plan):
         workspace = 0
-        if isinstance(step, (Read, Compute, Generated)):
-            live -= alive.get(step.node, 0)
-            alive[step.node] = value_bytes(plan.specs[step.node])
-            live += alive[step.node]
-        if isinstance(step, (Read, Generated)):
-            peak = max(peak, live)
-            continue
-        if isinstance(step, Compute) and not op_spec(step.op).structural:
-            args = [value for a in step.args if isinstance(value := plan.specs[a], TensorSpec)]
-            workspace = op_spec(step.op).workspace(args, plan.specs[step.node], step.attrs)
-        elif isinstance(step, Compute) and step.op in BODY_ATTRS:
-            args = [value for a in step.args if isinstance(value := plan.specs[a], TensorSpec)]
-            facts = plan.graph.body_facts
-            workspace = loop_cost(step.op, step.attrs, args, plan.specs[step.node], facts).workspace
-        peak = max(peak, live + workspace)
+        if isinstance(step, (Compute, Read, Generated)):
+            node = step.node
+            live += facts[node].nbytes - alive.get(node, 0)
+            alive[node] = facts[node].nbytes
+            if not isinstance(step, Compute):
+                peak = max(peak, live)
+                continue
+            workspace = facts[node].workspace
+        if live + workspace > peak:
+            peak = live + workspace
         for freed in step.free:
             if freed not in kept:
                 live -= alive.pop(freed, 0)

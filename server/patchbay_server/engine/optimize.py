@@ -73,15 +73,21 @@ def _merged(graph: Graph, card: ModelCard, worlds: Sequence[int]) -> dict[int, i
     alike = [0] * len(graph.nodes)
     smallest: dict[int, int] = {}
     same = canonical(graph.bodies)
+    described: dict[tuple[str, int], object] = {}  # attributes by operation and identity: most nodes share theirs
     for i in topological_order(graph, chains):
-        node, chain = with_bodies(graph.nodes[i], same), chains[i]
-        # repr keeps 1, 1.0 and True apart, and NaN equal to itself
-        attrs = tuple((k, repr(v) if not hasattr(v, "data") else v) for k, v in sorted(node.attrs.items()))
+        node, chain = graph.nodes[i], chains[i]
+        attrs = described.get((node.op, id(node.attrs)))
+        if attrs is None:
+            # repr keeps 1, 1.0 and True apart, and NaN equal to itself
+            given = sorted(with_bodies(node, same).attrs.items())
+            attrs = tuple((k, repr(v) if not hasattr(v, "data") else v) for k, v in given)
+            described[node.op, id(node.attrs)] = attrs
         world = None if node.run is None else worlds[node.run]
         history = None if chain is None else alike[chain]
-        key = (node.op, tuple(alike[a] for a in node.args), attrs, world, history)
+        key = (node.op, tuple([alike[a] for a in node.args]), attrs, world, history)
         alike[i] = number = known.setdefault(key, len(known))
-        smallest[number] = min(i, smallest.get(number, i))
+        if smallest.setdefault(number, i) > i:
+            smallest[number] = i
     return {i: i if node.op == "site.write" else smallest[alike[i]] for i, node in enumerate(graph.nodes)}
 
 
