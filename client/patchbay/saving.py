@@ -106,7 +106,9 @@ def _with_artifacts(graph: Graph, source: object) -> Graph:
     if stored is None:
         raise TraceError("a graph does not know its server: save_graph(graph, path, inline=client.artifacts)")
     if stored.wait is None:
-        raise TraceError("save_graph waits for artifacts, so it needs those of a synchronous client: inline=client.artifacts")
+        raise TraceError(
+            "save_graph waits for artifacts, so it needs those of a synchronous client: inline=client.artifacts"
+        )
     data = {digest: to_data(stored.wait(stored.get(digest))) for digest in set(named.values())}
     nodes = [Node("const", (), {"value": data[named[i]]}) if i in named else n for i, n in enumerate(graph.nodes)]
     return Graph(**({f.name: getattr(graph, f.name) for f in fields(Graph)} | {"nodes": tuple(nodes)}))
@@ -184,7 +186,9 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, TensorData]:
     except ProtocolError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ProtocolError(f"{Path(path).name}: not a safetensors file ({type(error).__name__} in its header)") from None
+        raise ProtocolError(
+            f"{Path(path).name}: not a safetensors file ({type(error).__name__} in its header)"
+        ) from None
 
 
 def _entry(name: str, entry: Mapping[str, Any], data: memoryview) -> TensorData:

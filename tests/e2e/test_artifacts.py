@@ -297,9 +297,7 @@ async def test_a_graph_that_lies_about_an_artifact_is_refused(service: Service, 
     assert caught.value.node == 0
 
 
-async def test_a_graph_names_so_many_artifacts_and_no_more(
-    service: Service, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_graph_names_so_many_artifacts_and_no_more(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every artifact in use is an open file, so their number is a limit of its own."""
     monkeypatch.setattr(serving_artifacts, "MAX_PER_GRAPH", 3)
     nodes = tuple(
@@ -385,7 +383,10 @@ def test_what_would_not_fit_is_refused_before_the_run(tmp_path: Path, hosted: An
     """A trace that keeps more than the quota has room for runs nothing."""
     small = Service(tmp_path, hosted, quota_bytes=1_000)
     with small.client() as client:
-        with pytest.raises(ResourceExhaustedError, match="quota_bytes"), client.model("m").trace([[1, 2, 3]] * 9) as run:
+        with (
+            pytest.raises(ResourceExhaustedError, match="quota_bytes"),
+            client.model("m").trace([[1, 2, 3]] * 9) as run,
+        ):
             run.keep("h", run.blocks[0].resid_post)
         with client.model("m").trace([[1, 2, 3]]) as run:
             run.keep("h", run.blocks[0].resid_post)

@@ -340,7 +340,7 @@ def test_many_at_once_put_the_same(make: Callable[..., ArtifactStore]) -> None:
     def put() -> None:
         try:
             results.append(make().put("ada", value, "same").digest)
-        except Exception as error:  # noqa: BLE001 - collected, and asserted on below
+        except Exception as error:
             problems.append(error)
 
     threads = [threading.Thread(target=put) for _ in range(12)]

@@ -214,9 +214,7 @@ class GrpcTransport(Transport):
                 await asyncio.sleep(RETRY_DELAY_S)
         raise AssertionError("the second try returns or raises")
 
-    async def _upload(
-        self, info: ArtifactInfo, tensor: TensorData, automatic: bool, application: str
-    ) -> ArtifactInfo:
+    async def _upload(self, info: ArtifactInfo, tensor: TensorData, automatic: bool, application: str) -> ArtifactInfo:
         channel = self._open()
         import grpc
         from grpc import aio

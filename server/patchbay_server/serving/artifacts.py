@@ -1,4 +1,4 @@
-"""What a request needs of the store of artifacts: constants taken from it before a graph runs, results left in it after.
+"""What a request needs of the store of artifacts: constants taken from it before it runs, results left in it after.
 
 The engine never hears of artifacts: a constant that names one becomes an ordinary constant over a map of its file.
 """

@@ -83,7 +83,7 @@ class Upload:
     def __init__(self, store: ArtifactStore, folder: Path, info: ArtifactInfo, automatic: bool) -> None:
         self._store, self._folder, self._info, self._automatic = store, folder, info, automatic
         self._path = folder / UPLOADS / secrets.token_hex(16)
-        self._file = open(self._path, "xb", buffering=0)
+        self._file = open(self._path, "xb", buffering=0)  # noqa: SIM115 - `abort` closes it, and always comes
         self._lock: Any = try_lock(self._file)  # tells others that it is not left over from a crash
         header = file_header(info.dtype, info.shape)
         self._hash = hashlib.sha256(header)
