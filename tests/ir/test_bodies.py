@@ -156,6 +156,15 @@ def test_loops_in_loops_are_refused_by_their_product() -> None:
     assert isinstance(wrong, LimitExceededError) and wrong.limit == "max_loop_steps" and wrong.requested > 10**42
 
 
+def test_the_limit_on_steps_is_exact_and_named() -> None:
+    """At the limit a loop passes; one below, the error names it with both numbers."""
+    graph = looped(DOUBLE, calling(0), length=5)  # 5 times (3 additions, the inner loop and its item)
+    verify(graph, CARD, Limits(max_loop_steps=25))
+    with pytest.raises(LimitExceededError, match="max_loop_steps") as wrong:
+        verify(graph, CARD, Limits(max_loop_steps=24))
+    assert (wrong.value.limit, wrong.value.allowed, wrong.value.requested) == ("max_loop_steps", 24, 25)
+
+
 def test_loops_do_not_stand_too_deep() -> None:
     """Depth is bounded whatever the lengths are."""
     bodies = [DOUBLE]

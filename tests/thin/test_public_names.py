@@ -11,6 +11,7 @@ import pytest
 import patchbay as pb
 
 PUBLIC = [
+    "Artifact",
     "AsyncClient",
     "AsyncModel",
     "AsyncTrace",
@@ -29,6 +30,7 @@ PUBLIC = [
     "Trace",
     "TraceError",
     "__version__",
+    "cond",
     "connect",
     "connect_async",
     "errors",
@@ -38,6 +40,9 @@ PUBLIC = [
     "local",
     "ops",
     "save_graph",
+    "scan",
+    "vmap",
+    "where",
 ]
 
 

@@ -7,6 +7,7 @@ that do not exist yet and never touches those that do: an old client's bytes mus
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,8 @@ GRAPH = Graph(
     ),
     outputs=(Output("p", 7), Output("top", 4)),
 )
-CARD = fake_card()
+#: As written by a server that knew no loops.
+CARD = replace(fake_card(), limits=replace(fake_card().limits, max_loop_steps=0))
 EVENTS = (
     Queued(2),
     Started(),
