@@ -1,4 +1,4 @@
-"""Requests that share forwards against each alone: generated graphs, failures, generation, and what may not be shared."""
+"""Requests that share forwards against each alone: generated graphs, failures, generation, what may not be shared."""
 
 from __future__ import annotations
 
@@ -263,7 +263,7 @@ def test_a_cancelled_request_leaves_a_shared_forward() -> None:
 
 @pytest.mark.parametrize("fits", [1, 0])
 def test_out_of_memory_is_tried_alone_and_costs_nobody_else(fits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A shared forward that does not fit runs once for each; who does not fit alone is refused, the others are served."""
+    """A shared forward that does not fit runs once for each; who does not fit alone is refused, the others served."""
     engine = Engine(engine_of("llama").hosted)
     plain, tried = engine.forward, []
 
@@ -316,7 +316,7 @@ def test_a_forward_that_is_run_again_finds_what_it_needs() -> None:
 
 
 def test_models_that_mix_rows_are_found_out() -> None:
-    """A layer that looks at other rows, one with places for so many tokens, one that spreads NaN: none of them shares."""
+    """A layer that looks at other rows, one with places for so many tokens, one that spreads NaN: none shares."""
     probe = {TOKENS: torch.randint(0, VOCAB, (2, 7), generator=torch.Generator().manual_seed(1))}
 
     def found(spoil: Callable[[torch.Tensor], torch.Tensor]) -> str:

@@ -97,7 +97,7 @@ def test_a_newcomer_waits_for_little(costs: list[int], mine: int) -> None:
 
 
 def test_an_account_that_was_idle_has_no_credit_and_no_debt() -> None:
-    """Who comes back starts at the lowest busy counter: it neither catches up on its pause, nor pays for being alone."""
+    """Who comes back starts at the lowest busy counter: it neither catches up on its pause, nor pays for the past."""
     tokens = VirtualTokens()
     tokens.enter("busy")
     tokens.charge("busy", 1_000)

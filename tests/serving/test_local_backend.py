@@ -39,7 +39,8 @@ from patchbay.ir.graph import Graph, Node, TensorData
 from patchbay_server.config import LimitsConfig, SchedulingConfig
 from patchbay_server.engine.running import Wanted
 from patchbay_server.serving import local, work
-from patchbay_server.serving.local import LocalBackend, LocalCatalog, choose_torch_threads, is_device_failure
+from patchbay_server.serving.local import LocalBackend, LocalCatalog, is_device_failure
+from patchbay_server.serving.threads import choose_torch_threads
 
 VALUE = TensorData(float32, (2,), bytes(8))
 OPTIONS = ExecuteOptions()

@@ -96,9 +96,7 @@ class Desk:
         self.batcher = Batcher(Budget(tokens=1024, free_tokens=0), **what)
         self.loop = WorkLoop(self.engine, self.batcher, self.inbox, self.note)
 
-    def note(
-        self, job: Job, error: BaseException | None, usage: Usage | None, run_s: float
-    ) -> BaseException | None:
+    def note(self, job: Job, error: BaseException | None, usage: Usage | None, run_s: float) -> BaseException | None:
         self.ended.append((job.plan[0], error))
         return error
 
@@ -183,6 +181,16 @@ def test_a_failing_engine_ends_the_forwards_requests_and_no_others() -> None:
     assert desk.ended == [("a", boom), ("b", boom), ("c", None)]
 
 
+def test_closing_while_the_loop_waits_for_those_just_answered() -> None:
+    """The end may come in at any moment, also while the loop looks whether those just answered ask again."""
+    desk = Desk()
+    desk.engine.during = lambda forward: desk.inbox.put(None)
+    for name in "ab":
+        desk.put(name)
+    desk.loop.run()
+    assert desk.ended == [("a", None), ("b", None)]
+
+
 def test_closing_lets_go_of_everything() -> None:
     """None in the inbox ends the loop in between two forwards; open executions are closed."""
     desk = Desk()
@@ -232,7 +240,8 @@ def graph_of(number: int, kind: str) -> Graph:
     write = Node("site.write", (0,), {"site": "blocks.1.resid_post", "mode": "add", "index": ()}, 0)
     if kind == "read":
         site = chance.choice(["blocks.0.resid_mid", "blocks.2.resid_post", "logits"])
-        return Graph((Run((ids,) * chance.randint(1, 3)),), (Node("site.read", (), {"site": site}, 0),), (Output("x", 0),))
+        rows = (ids,) * chance.randint(1, 3)
+        return Graph((Run(rows),), (Node("site.read", (), {"site": site}, 0),), (Output("x", 0),))
     if kind == "patch":
         last = Node("site.read", (), {"site": "logits"}, 0)
         return Graph((Run((ids,)),), (constant, write, last), (Output("x", 2),))

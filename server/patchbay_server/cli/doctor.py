@@ -112,14 +112,14 @@ def torch_settings(args: argparse.Namespace) -> Iterator[Finding]:
         return
     import torch
 
-    from patchbay_server.serving.local import choose_torch_threads, usable_cores
+    from patchbay_server.serving.threads import made_up_layer, usable_cores
 
     product = torch.ones(2, 2) @ torch.ones(2, 2)
     works = bool((product == 2).all())
     devices = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "no GPU, CPU only"
     yield Finding(OK if works else FAIL, "torch", devices, "" if works else "reinstall torch for this machine")
     cores = usable_cores()
-    seen = f"{choose_torch_threads(None)} for a forward, of {cores} cores"
+    seen = f"{made_up_layer()} for a forward, of {cores} cores; every replica tries them on its model"
     yield Finding(
         OK if cores > 1 else WARN, "threads", seen, "" if cores > 1 else "one core: forwards and the network take turns"
     )

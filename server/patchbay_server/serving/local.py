@@ -19,7 +19,6 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from patchbay.errors import (
@@ -55,6 +54,7 @@ from patchbay_server.scheduling import (
 )
 from patchbay_server.serving.artifacts import TemporaryArtifacts, Used, leave, needs_store, store_of, take
 from patchbay_server.serving.backend import Backend, ExecutionEngine, Hosted, no_such_model
+from patchbay_server.serving.threads import set_torch_threads, settle_threads, thread_candidates
 from patchbay_server.serving.work import Job, WorkLoop
 from patchbay_server.store.artifacts import ArtifactStore
 
@@ -120,7 +120,8 @@ class LocalBackend:
         scheduling: which requests go together, and who goes first.
         artifacts: where tensors that stay on the server are kept; None where none are.
         engine: what runs graphs; None: `patchbay_server.engine.Engine` on the hosted model.
-        torch_threads: threads of one forward on the CPU; None leaves torch as it is.
+        torch_threads: threads of one forward on the CPU; of several numbers the best when tried; None leaves torch as it
+            is.
         on_device_failure: called from the engine thread after an error that the device will not recover from, when all
             clients have been told. A served replica ends its process there; in-process use only refuses more work.
     """
@@ -133,7 +134,7 @@ class LocalBackend:
         scheduling: SchedulingConfig | None = None,
         artifacts: ArtifactStore | None = None,
         engine: ExecutionEngine | None = None,
-        torch_threads: int | None = None,
+        torch_threads: int | Sequence[int] | None = None,
         on_device_failure: Callable[[BaseException], None] | None = None,
     ) -> None:
         limits = LimitsConfig() if limits is None else limits
@@ -294,8 +295,11 @@ class LocalBackend:
 
     def _work(self) -> None:
         """The engine thread."""
-        if self._torch_threads is not None:
-            set_torch_threads(self._torch_threads)
+        threads = self._torch_threads
+        if isinstance(threads, int):
+            set_torch_threads(threads)
+        elif threads is not None:
+            settle_threads(self._hosted, threads)
         self._loop.run()
 
     def _ended(self, job: Job, error: BaseException | None, usage: Usage | None, run_s: float) -> PatchbayError | None:
@@ -367,35 +371,6 @@ def default_forward_tokens(hosted: Hosted) -> int:
     return CPU_FORWARD_TOKENS if device is None or device.type == "cpu" else FORWARD_TOKENS
 
 
-def choose_torch_threads(configured: int | None, cores: int | None = None, *, sharing: int = 1) -> int:
-    """Threads for a forward on the CPU: as configured, else all cores but one, shared by the replicas of this machine.
-
-    With as many torch threads as cores, every other busy thread stalls each parallel region until it is scheduled
-    again: a 2 ms forward took 500 ms with two threads on two cores that something else was using.
-    """
-    if configured is not None:
-        return configured
-    return max(1, ((usable_cores() if cores is None else cores) - 1) // sharing)
-
-
-def usable_cores() -> int:
-    """Cores that this process may use: its affinity, and the CPU quota of its control group (a container's limit)."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        if quota != "max":
-            cores = min(cores, max(1, int(quota) // int(period)))
-    return cores
-
-
-def set_torch_threads(count: int) -> None:
-    """Let the calling thread's torch operations use `count` threads."""
-    import torch
-
-    torch.set_num_threads(count)
-
-
 class LocalCatalog:
     """Backends by name."""
 
@@ -444,7 +419,7 @@ def local_servicer(
 
 def backends_of(config: Config, hosted: Sequence[Hosted], *, exit_on_device_failure: bool) -> dict[str, LocalBackend]:
     """A backend for each hosted model, with the configuration's limits."""
-    threads = choose_torch_threads(config.torch_threads, sharing=len(hosted))
+    threads = thread_candidates(config.torch_threads, sharing=len(hosted))
     return {
         model.card.name: LocalBackend(
             model,

@@ -26,8 +26,9 @@ from patchbay.ir.events import ModelSummary
 from patchbay_server.config import Config, ModelConfig
 from patchbay_server.serving.artifacts import store_of
 from patchbay_server.serving.environment import RAY_ENVIRONMENT, NodePorts
-from patchbay_server.serving.local import LocalBackend, LocalCatalog, choose_torch_threads, exit_replica
+from patchbay_server.serving.local import LocalBackend, LocalCatalog, exit_replica
 from patchbay_server.serving.replica import GrpcMethods, servicer_of, set_up_logging
+from patchbay_server.serving.threads import thread_candidates
 
 __all__ = [
     "CONTROL",
@@ -104,7 +105,7 @@ def _load(config: Config, model: ModelConfig, sharing: int) -> LocalBackend:
         config.limits,
         artifacts=store_of(config.artifacts),
         scheduling=config.scheduling,
-        torch_threads=choose_torch_threads(config.torch_threads, sharing=sharing),
+        torch_threads=thread_candidates(config.torch_threads, sharing=sharing),
         on_device_failure=exit_replica,
     )
 

@@ -1,14 +1,14 @@
 """The engine thread's loop: take what came in, run the forward that is next, deliver; whatever happens to each request.
 
-Requests that queued while a forward ran go together into the next one. An idle engine waits for nobody: the first request
-runs at once.
+Requests that queued while a forward ran go together into the next one. An idle engine waits for nobody: the first
+request runs at once.
 """
 
 from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -118,15 +118,13 @@ class WorkLoop:
 
     def run(self) -> None:
         """Until None comes in."""
-        while True:
+        while not self._closing:
             self._take_in()
-            if self._closing:
-                for each in list(self._open):
-                    self._let_go(each)
-                return
             self._drop_stopped()
-            if self._open:
+            if self._open and not self._closing:
                 self._advance()
+        for each in list(self._open):
+            self._let_go(each)
 
     def _take_in(self) -> None:
         """Open every job that has come in; wait for one while there is nothing to do."""
