@@ -6,6 +6,7 @@ indexing.py    ``x[...]`` as data
 proxy.py       the value that stands for one still to be computed
 gradients.py   `patchbay.grad`
 scopes.py      functions under trace, cut out as bodies of the graph
+trees.py       tuples, lists and dicts of values, taken apart and put together
 control.py     `patchbay.scan`, `cond`, `vmap`, `where`
 fragments.py   `patchbay.function`
 params.py      ``t.params[name]``: weights

@@ -7,7 +7,7 @@ become a body of the graph (`patchbay.ir.bodies`). Values of the trace that it m
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +17,11 @@ from patchbay.ir.ops.spec import TensorSpec
 from patchbay.tracing.arrays import as_array, to_data
 from patchbay.tracing.fragments import trace_of
 from patchbay.tracing.proxy import Proxy, lift
+from patchbay.tracing.trees import flatten, flatten_like, kind_of, unflatten
 
 if TYPE_CHECKING:
     from patchbay.tracing.scopes import Scope
     from patchbay.tracing.trace import BaseTrace
-
-#: Stands for a leaf in the structure of a tree.
-_LEAF = "*"
 
 
 def scan(
@@ -57,8 +55,8 @@ def scan(
         TraceError: nothing tells which trace the loop belongs to.
     """
     trace = _trace_for("scan", fn, (init, xs))
-    carried, carry_tree = _flatten(init)
-    sliced, xs_tree = _flatten(xs)
+    carried, carry_tree = flatten(init)
+    sliced, xs_tree = flatten(xs)
     enters = [_tensor(trace, leaf) for leaf in carried]
     over = [_tensor(trace, leaf) for leaf in sliced]
     steps = _length(over, length)
@@ -66,22 +64,22 @@ def scan(
     with builder.body("scan") as scope:
         c = [_param(trace, scope, p._spec, f"carry{i or ''}") for i, p in enumerate(enters)]
         x = [_param(trace, scope, TensorSpec(p.shape[1:], p.dtype), f"x{i or ''}") for i, p in enumerate(over)]
-        gives = fn(_unflatten(carry_tree, c), _unflatten(xs_tree, x))
+        gives = fn(unflatten(carry_tree, c), unflatten(xs_tree, x))
         if not isinstance(gives, tuple) or len(gives) != 2:
             raise GraphError(
-                f"scan: a step gives a pair, what it carries on and what it gives (or None), got {_kind(gives)}"
+                f"scan: a step gives a pair, what it carries on and what it gives (or None), got {kind_of(gives)}"
             )
-        leaves = _flatten_like("scan: what a step carries on", gives[0], carry_tree)
+        leaves = flatten_like("scan: what a step carries on", gives[0], carry_tree)
         new = [_tensor(trace, leaf, like=p.dtype) for leaf, p in zip(leaves, enters, strict=True)]
         _check_carried(trace, enters, new)
-        y_leaves, y_tree = _flatten(gives[1])
+        y_leaves, y_tree = flatten(gives[1])
         results = [p._node for p in (*new, *(_tensor(trace, leaf) for leaf in y_leaves))]
     if not results:
         raise GraphError("scan: the loop carries nothing and gives nothing")
     captured = builder.captured(scope, results)
     attrs = {"body": builder.add_body(scope, results, captured), "length": steps, "carry": len(c), "xs": len(x)}
     parts = _parts(trace, "scan", (*(p._node for p in (*enters, *over)), *captured), attrs, len(results))
-    return _unflatten(carry_tree, parts[: len(c)]), _unflatten(y_tree, parts[len(c) :])
+    return unflatten(carry_tree, parts[: len(c)]), unflatten(y_tree, parts[len(c) :])
 
 
 def cond(pred: Any, true_fn: Callable[..., Any], false_fn: Callable[..., Any], *operands: Any) -> Any:
@@ -102,7 +100,7 @@ def cond(pred: Any, true_fn: Callable[..., Any], false_fn: Callable[..., Any], *
     """
     trace = _trace_for("cond", (true_fn, false_fn), (pred, operands))
     builder = trace.builder
-    leaves, tree = _flatten(operands)
+    leaves, tree = flatten(operands)
     values = [_tensor(trace, leaf) for leaf in leaves]
     condition = _tensor(trace, pred)
     if condition.shape or condition.dtype != bool_:
@@ -115,12 +113,12 @@ def cond(pred: Any, true_fn: Callable[..., Any], false_fn: Callable[..., Any], *
     for fn in (true_fn, false_fn):
         with builder.body("cond") as scope:
             taken = [_param(trace, scope, p._spec, f"operand{i or ''}") for i, p in enumerate(values)]
-            gives = fn(*_unflatten(tree, taken))
+            gives = fn(*unflatten(tree, taken))
             if not trees:
-                found, first = _flatten(gives)
+                found, first = flatten(gives)
                 trees.append(first)
             else:
-                found = _flatten_like("cond: what false_fn gives", gives, trees[0])
+                found = flatten_like("cond: what false_fn gives", gives, trees[0])
             # A number takes the dtype of what the other function gives there.
             likes = [_dtype(p) for p in given[0]] if given else [None] * len(found)
             given.append([_tensor(trace, leaf, like=like) for leaf, like in zip(found, likes, strict=True)])
@@ -135,7 +133,7 @@ def cond(pred: Any, true_fn: Callable[..., Any], false_fn: Callable[..., Any], *
     captured = list(dict.fromkeys(n for s, r in zip(scopes, results, strict=True) for n in builder.captured(s, r)))
     then, otherwise = (builder.add_body(s, r, captured) for s, r in zip(scopes, results, strict=True))
     args = (condition._node, *(p._node for p in values), *captured)
-    return _unflatten(trees[0], _parts(trace, "cond", args, {"then": then, "otherwise": otherwise}, len(results[0])))
+    return unflatten(trees[0], _parts(trace, "cond", args, {"then": then, "otherwise": otherwise}, len(results[0])))
 
 
 def vmap(fn: Callable[..., Any], in_axes: int | None | Sequence[int | None] = 0) -> Callable[..., Any]:
@@ -163,7 +161,7 @@ def vmap(fn: Callable[..., Any], in_axes: int | None | Sequence[int | None] = 0)
         if len(axes) != len(args):
             raise GraphError(f"vmap: in_axes says {len(axes)} axes for {len(args)} arguments")
         builder = trace.builder
-        flat = [_flatten(arg) for arg in args]
+        flat = [flatten(arg) for arg in args]
         over: list[Proxy] = []
         whole: dict[tuple[int, int], Proxy] = {}
         for i, ((leaves, _), axis) in enumerate(zip(flat, axes, strict=True)):
@@ -181,16 +179,16 @@ def vmap(fn: Callable[..., Any], in_axes: int | None | Sequence[int | None] = 0)
                 [_param(trace, scope, TensorSpec(p.shape[1:], p.dtype), f"x{i or ''}") for i, p in enumerate(over)]
             )
             taken = [
-                _unflatten(tree, [whole[i, k] if (i, k) in whole else next(slices) for k in range(len(leaves))])
+                unflatten(tree, [whole[i, k] if (i, k) in whole else next(slices) for k in range(len(leaves))])
                 for i, (leaves, tree) in enumerate(flat)
             ]
-            found, tree = _flatten(fn(*taken))
+            found, tree = flatten(fn(*taken))
             results = [_tensor(trace, leaf)._node for leaf in found]
         if not results:
             raise GraphError("vmap: the function gives nothing")
         captured = builder.captured(scope, results)
         attrs = {"body": builder.add_body(scope, results, captured), "mapped": len(over)}
-        return _unflatten(tree, _parts(trace, "map", (*(p._node for p in over), *captured), attrs, len(results)))
+        return unflatten(tree, _parts(trace, "map", (*(p._node for p in over), *captured), attrs, len(results)))
 
     return mapped
 
@@ -251,7 +249,7 @@ def _length(over: Sequence[Proxy], length: int | None, op: str = "scan") -> int:
     try:
         steps = operator.index(length) if length is not None else extents.copy().pop()
     except TypeError:
-        raise GraphError(f"{op}: the length is known before the run, an integer; got {_kind(length)}") from None
+        raise GraphError(f"{op}: the length is known before the run, an integer; got {kind_of(length)}") from None
     if steps < 0 or extents - {steps}:
         shown = ", ".join(str(list(p.shape)) for p in over)
         raise ShapeError(f"{op}: {steps} steps over values of shapes {shown}")
@@ -272,86 +270,6 @@ def _check_carried(trace: BaseTrace, enters: Sequence[Proxy], leaves: Sequence[P
 def _made(trace: BaseTrace, value: Proxy) -> str:
     builder = trace.builder
     return f"{value._spec} ({builder.describe(value._node)}, made at {builder.location(value._node)})"
-
-
-def _kind(value: object) -> str:
-    return f"a tuple of {len(value)}" if isinstance(value, tuple) else f"a {type(value).__name__}"
-
-
-# --- trees --------------------------------------------------------------------------------------------------------
-
-
-def _flatten(tree: object) -> tuple[list[Any], Any]:
-    """The leaves of a tree, and its structure; None holds none."""
-    leaves: list[Any] = []
-
-    def walk(value: object) -> Any:
-        if value is None:
-            return None
-        if isinstance(value, Mapping):
-            return {key: walk(value[key]) for key in value}
-        # Lists of numbers are arrays, as everywhere else.
-        if isinstance(value, (list, tuple)) and not _is_numbers(value):
-            parts = [walk(v) for v in value]
-            return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-        leaves.append(value)
-        return _LEAF
-
-    return leaves, walk(tree)
-
-
-def _is_numbers(value: Sequence[object]) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(v, (bool, int, float)) for v in value)
-
-
-def _unflatten(tree: Any, leaves: Sequence[Any]) -> Any:
-    """The tree of that structure with these leaves."""
-    rest = iter(leaves)
-
-    def build(node: Any) -> Any:
-        if node is None:
-            return None
-        if isinstance(node, dict):
-            return {key: build(value) for key, value in node.items()}
-        if isinstance(node, (list, tuple)):
-            parts = [build(v) for v in node]
-            return type(node)(*parts) if hasattr(node, "_fields") else type(node)(parts)
-        return next(rest)
-
-    return build(tree)
-
-
-def _flatten_like(what: str, value: object, tree: Any) -> list[Any]:
-    """The leaves of `value`, which must have the structure `tree`, in that structure's order."""
-    leaves: list[Any] = []
-
-    def walk(found: Any, node: Any, path: str) -> None:
-        if node == _LEAF and isinstance(node, str):
-            if found is None or isinstance(found, (tuple, Mapping)):
-                raise GraphError(f"{what}{path} must be a value, as it was before; got {_kind(found)}")
-            leaves.append(found)
-        elif node is None:
-            if found is not None:
-                raise GraphError(f"{what}{path} was None before; got {_kind(found)}")
-        elif isinstance(node, dict):
-            if not isinstance(found, Mapping) or set(found) != set(node):
-                raise GraphError(f"{what}{path} must be a dict with the keys {list(node)}; got {_describe(found)}")
-            for key in node:
-                walk(found[key], node[key], f"{path}[{key!r}]")
-        elif not isinstance(found, (list, tuple)) or len(found) != len(node):
-            raise GraphError(f"{what}{path} must be a {type(node).__name__} of {len(node)}; got {_describe(found)}")
-        else:
-            for i, part in enumerate(node):
-                walk(found[i], part, f"{path}[{i}]")
-
-    walk(value, tree, "")
-    return leaves
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, Mapping):
-        return f"a dict with the keys {list(value)}"
-    return f"a {type(value).__name__} of {len(value)}" if isinstance(value, (list, tuple)) else _kind(value)
 
 
 # --- which trace it is --------------------------------------------------------------------------------------------
