@@ -24,7 +24,19 @@ from typing import Any
 from patchbay.datasets import reducers, selection
 from patchbay.datasets.reducers import Reduction
 
-__all__ = ["count", "covariance", "histogram", "max", "mean", "min", "reservoir", "sum", "topk", "var"]
+__all__ = [
+    "count",
+    "covariance",
+    "histogram",
+    "max",
+    "mean",
+    "min",
+    "principal_components",
+    "reservoir",
+    "sum",
+    "topk",
+    "var",
+]
 
 
 def sum(
@@ -90,6 +102,20 @@ def covariance(
         correction: taken off the number of samples it is divided by; 1, as in numpy.cov and torch.cov.
     """
     return reducers.Covariance(value, over, mask, by, groups, correction=correction)
+
+
+def principal_components(
+    value: Any, k: int, *, correction: float = 1.0, over: str | None = None, mask: Any = None
+) -> Reduction:
+    """The k directions in which vectors `[rows, (seq,) d]` vary most, as a `patchbay.datasets.results` tuple.
+
+    The covariance stays on the server; k directions come back.
+
+    Args:
+        k: how many.
+        correction: as for `covariance`.
+    """
+    return reducers.PrincipalComponents(value, k, over, mask, correction=correction)
 
 
 def histogram(

@@ -44,7 +44,7 @@ def arrays_of(found: MapResults) -> dict[str, np.ndarray]:
     """The results as plain arrays."""
     cov, top = found["cov"], found["top"]
     return {
-        "mean": found["mean"], "cov": cov.covariance, "count": np.array(cov.count), "values": top.values,
+        "mean": found["mean"], "cov": cov.covariance, "count": np.array(cov.samples), "values": top.values,
         "rows": top.rows, "positions": top.positions, "last": found["last"],
     }  # fmt: skip
 

@@ -63,7 +63,7 @@ def test_sums_means_and_variances_over_tokens(site: str) -> None:
     np.testing.assert_allclose(found["min"], x.min(0), **close)
     np.testing.assert_allclose(found["cov"].covariance, np.cov(x.T), **close)
     np.testing.assert_allclose(found["cov"].mean, x.mean(0), **close)
-    assert found["cov"].count == found["tokens"] == len(x)
+    assert found["cov"].samples == found["tokens"] == len(x)
     assert all(found[name].dtype == np.float64 for name in ("sum", "mean", "var", "max"))
     assert found.rows == len(DATA)
 
@@ -102,7 +102,7 @@ def test_masks_leave_samples_out(exact: Whole) -> None:
     heavy = exact.rows / 4 > 3
     found = mapped(lambda run: reduce.covariance(run.embed, mask=run.column("weight") > 3.0))
     np.testing.assert_allclose(found.covariance, np.cov(x[heavy].T), rtol=1e-9, atol=1e-12)
-    assert found.count == heavy.sum()
+    assert found.samples == heavy.sum()
 
 
 def test_groups_are_reduced_by_themselves(exact: Whole) -> None:
@@ -134,7 +134,7 @@ def test_groups_are_reduced_by_themselves(exact: Whole) -> None:
     assert np.isnan(found["mean"][3]).all()
     assert np.isnan(found["max"][3]).all()
     np.testing.assert_array_equal(found["sum"][3], 0)
-    np.testing.assert_array_equal(found["cov"].count, [(g == i).sum() for i in range(4)])
+    np.testing.assert_array_equal(found["cov"].samples, [(g == i).sum() for i in range(4)])
 
 
 def test_histograms_count_as_numpy_does(exact: Whole) -> None:

@@ -331,6 +331,41 @@ class Covariance(Variance):
         return Result(self.shaped(arrays["mean"]), self.shaped(arrays["square"], d, d), count)
 
 
+class PrincipalComponents(Covariance):
+    """The directions in which vectors vary most: eigenvectors of their covariance, taken on the server."""
+
+    name = "principal_components"
+
+    def __init__(self, value: Any, k: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(value, *args, **kwargs)
+        width = self.value.shape[-1]
+        if not 1 <= k <= width:
+            raise TraceError(f"pb.reduce.principal_components: k is 1 to {width}, the width of the vectors, not {k}")
+        self.k = k
+
+    def finish(self, parts: Parts) -> Parts:
+        covariance = parts["square"][0] / (parts["n"][0] - self.correction)
+        found = ops.eigh(covariance)
+        directions = ops.flip(found.eigenvectors.T, axis=0)[: self.k]  # [k, d], the largest variance first
+        # Either sign is an eigenvector: the one whose largest entry is positive.
+        largest = directions.abs().argmax(axis=1, keepdims=True)
+        directions = directions * ops.take_along_axis(directions, largest, axis=1).sign()
+        return {
+            "mean": parts["mean"],
+            "n": parts["n"],
+            "directions": directions,
+            "variances": ops.flip(found.eigenvalues, axis=0)[: self.k],
+            "total": covariance.trace(),
+        }
+
+    def result(self, arrays: Mapping[str, NDArray[Any]]) -> Any:
+        from patchbay.datasets.results import PrincipalComponents as Result
+
+        variances = arrays["variances"]
+        count = int(arrays["n"][0])
+        return Result(arrays["mean"][0], arrays["directions"], variances, variances / arrays["total"], count)
+
+
 class Histogram(Reduction):
     """How many samples fall between neighbouring edges; the last interval holds its upper edge, as in numpy."""
 

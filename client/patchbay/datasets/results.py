@@ -38,12 +38,30 @@ class Covariance(NamedTuple):
     Attributes:
         mean: [d], or [groups, d].
         covariance: [d, d], or [groups, d, d].
-        count: how many samples; one for each group where there are groups.
+        samples: how many; a number for each group where there are groups.
     """
 
     mean: NDArray[Any]
     covariance: NDArray[Any]
-    count: Any
+    samples: Any
+
+
+class PrincipalComponents(NamedTuple):
+    """Of `pb.reduce.principal_components`, all float64, the largest variance first.
+
+    Attributes:
+        mean: [d].
+        components: [k, d], of length 1, orthogonal to one another; the largest entry of each is positive.
+        variances: [k], of the samples along each.
+        explained: [k], their shares of the whole variance.
+        samples: how many.
+    """
+
+    mean: NDArray[Any]
+    components: NDArray[Any]
+    variances: NDArray[Any]
+    explained: NDArray[Any]
+    samples: int
 
 
 class Histogram(NamedTuple):

@@ -13,6 +13,12 @@ several methods may share one::
     heads.py     scores of attention heads, ablation of heads
     features.py  an input that excites a channel, by climbing gradients
     steering.py  directions from differences of means, adding and removing them, greedy continuations
+
+Those over a whole data set take the model and stream its rows (`Model.map`)::
+
+    direction = methods.mean_difference(model, rows, "blocks.2.resid_post", last=True)
+
+    corpus.py    activations harvested, means, differences of means, principal components, maximally activating examples
 """
 
 from __future__ import annotations
@@ -21,6 +27,14 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from patchbay.methods.corpus import (
+        Example,
+        harvest,
+        max_activating_examples,
+        mean_activations,
+        mean_difference,
+        principal_components,
+    )
     from patchbay.methods.features import Visualization, feature_visualization
     from patchbay.methods.heads import (
         ablate_head,
@@ -34,6 +48,7 @@ if TYPE_CHECKING:
     from patchbay.methods.steering import add_direction, continue_greedily, difference_in_means, remove_direction
 
 _HOME = {
+    "Example": "corpus",
     "LogitLens": "lens",
     "Visualization": "features",
     "ablate_head": "heads",
@@ -44,11 +59,16 @@ _HOME = {
     "copying_probability": "heads",
     "difference_in_means": "steering",
     "feature_visualization": "features",
+    "harvest": "corpus",
     "induction_scores": "heads",
     "lens_labels": "lens",
     "logit_difference": "lens",
     "logit_lens": "lens",
+    "max_activating_examples": "corpus",
+    "mean_activations": "corpus",
+    "mean_difference": "corpus",
     "previous_token_scores": "heads",
+    "principal_components": "corpus",
     "recovered_share": "patching",
     "remove_direction": "steering",
     "residual_stream": "lens",
@@ -56,6 +76,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Example",
     "LogitLens",
     "Visualization",
     "ablate_head",
@@ -66,11 +87,16 @@ __all__ = [
     "copying_probability",
     "difference_in_means",
     "feature_visualization",
+    "harvest",
     "induction_scores",
     "lens_labels",
     "logit_difference",
     "logit_lens",
+    "max_activating_examples",
+    "mean_activations",
+    "mean_difference",
     "previous_token_scores",
+    "principal_components",
     "recovered_share",
     "remove_direction",
     "residual_stream",
