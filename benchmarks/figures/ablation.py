@@ -15,7 +15,7 @@ from benchmarks.work import Work
 Sweep, Repeat = sweep.Patchbay, repeat_experiment.Patchbay
 #: Workload -> what it is.
 WORKLOADS = {
-    "sweep": "sweep, last 8 positions of every layer",
+    "sweep": "sweep, last 4 positions of every layer",
     "read": "read at a quarter of the depth",
     "repeat": "repeated experiment on a cached prompt",
     "threads": "8 threads that read at once",
@@ -85,7 +85,7 @@ def plan(scale: Scale) -> Plan:
     length = scale.choose(full=64, quick=32, tiny=6)
     common = {"model": name, "device": scale.device, "length": length}
     settings = {
-        "sweep": {**common, "positions": list(range(length))[-8:], "every": 1},
+        "sweep": {**common, "positions": list(range(length))[-4:], "every": 1},
         "read": {**common, "calls": 4},
         "repeat": {**common, "calls": 4, "length": scale.choose(full=256, quick=64, tiny=6)},
         "threads": {**common, "calls": 4},
@@ -104,7 +104,7 @@ def plan(scale: Scale) -> Plan:
             for w in WORKLOADS
             for number, (v, off) in enumerate(chosen)
         ],
-        rounds=scale.choose(full=3, quick=1, tiny=1),
+        rounds=scale.choose(full=2, quick=1, tiny=1),
         settings={"model": name, "switches": list(scale.switches)},
         models=[name],
     )

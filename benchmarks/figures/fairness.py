@@ -102,7 +102,7 @@ def plan(scale: Scale) -> Plan:
     name = scale.choose(full="llama-12x768", quick="llama-4x256", gpu="llama-32x4096", tiny="llama-2x32")
     flood = scale.choose(full=24, quick=24, tiny=3)
     length = scale.choose(full=32, quick=32, tiny=8)
-    shared = {"model": name, "length": length, "requests": scale.choose(full=30, quick=30, tiny=3)}
+    shared = {"model": name, "length": length, "requests": scale.choose(full=20, quick=15, tiny=3)}
     batch = {"model": name, "length": length, "clients": flood, "each": 1, "device": scale.device}
     way: dict[str, Any] = {"service": "plain", "own_process": True}
     return Plan(
@@ -111,7 +111,7 @@ def plan(scale: Scale) -> Plan:
             Contender("flooded", "beside a flood", "Quiet", settings={**shared, "flood": flood}, **way),
             Contender("batch", "one plain forward of the flood's rows", "Batch", settings=batch),
         ],
-        rounds=scale.choose(full=4, quick=2, tiny=1),
+        rounds=scale.choose(full=3, quick=2, tiny=1),
         settings={**shared, "flood": flood},
         models=[name],
         services={"plain": Service(name, accounts=(FLOOD, QUIET))},
@@ -138,7 +138,7 @@ FIGURE = Figure(
     title="Fairness between accounts",
     what=(
         "A random Llama (12 layers, d 768) behind plain gRPC with two keys. One account keeps 24 one-site "
-        "reads in the service at all times, another sends 30, one after the other."
+        "reads in the service at all times, another sends 20, one after the other."
     ),
     why="On a shared server one user's loop must not end the others' day.",
     how=(

@@ -86,7 +86,7 @@ def plan(scale: Scale) -> Plan:
             contender("middle", "read of the middle layer", layers // 2),
             contender("last", "read of the last layer", layers - 1),
         ],
-        rounds=scale.choose(full=5, quick=2, tiny=1),
+        rounds=scale.choose(full=3, quick=1, tiny=1),
         settings=settings,
         models=[name],
     )

@@ -318,7 +318,7 @@ def plan(scale: Scale) -> Plan:
     )
     return Plan(
         contenders=contenders(settings, every),
-        rounds=scale.choose(full=5, quick=3, tiny=1),
+        rounds=scale.choose(full=3, quick=2, tiny=1),
         settings={**settings, "positions": f"all {length}", "cells": MODELS[name].layers * length},
         models=[name],
         notes=fraction_note(every),

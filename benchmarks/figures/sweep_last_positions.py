@@ -21,14 +21,14 @@ def plan(scale: Scale) -> Plan:
         "device": scale.device,
     }
     every = scale.choose(
-        full={"hooks": 8, "bridge": 16},
+        full={"hooks": 16, "bridge": 16},
         quick={"hooks": 4, "bridge": 8},
         gpu={"hooks": 4, "bridge": 16},
         tiny={"hooks": 2, "bridge": 4},
     )
     return Plan(
         contenders=sweep.contenders(settings, every, places=("transformerlens",)),
-        rounds=scale.choose(full=5, quick=2, tiny=1),
+        rounds=scale.choose(full=3, quick=2, tiny=1),
         settings={**settings, "positions": f"the last {last}", "cells": MODELS[name].layers * last},
         models=[name],
         notes=sweep.fraction_note(every),
