@@ -58,6 +58,22 @@ def at_least(minimum: int) -> Schema:
     return {"type": "integer", "minimum": minimum}
 
 
+#: A folder of the pods: a shared volume, or an empty one for each.
+VOLUME: Schema = closed(
+    {
+        "persistent": FLAG,
+        "existingClaim": NAME,
+        "size": QUANTITY,
+        "storageClassName": NAME,
+        "accessModes": {
+            "type": "array",
+            "minItems": 1,
+            "items": choice("ReadWriteOnce", "ReadWriteOncePod", "ReadWriteMany"),
+        },
+        "emptyDirSize": QUANTITY,
+    }
+)
+
 #: Where pods of a group may run.
 PLACEMENT: dict[str, Schema] = {
     "resources": RESOURCES,
@@ -132,22 +148,10 @@ def chart_values() -> dict[str, Schema]:
             {
                 "tokenSecret": closed({"name": NAME, "key": TEXT}),
                 "offline": FLAG,
-                "cache": closed(
-                    {
-                        "persistent": FLAG,
-                        "existingClaim": NAME,
-                        "size": QUANTITY,
-                        "storageClassName": NAME,
-                        "accessModes": {
-                            "type": "array",
-                            "minItems": 1,
-                            "items": choice("ReadWriteOnce", "ReadWriteOncePod", "ReadWriteMany"),
-                        },
-                        "emptyDirSize": QUANTITY,
-                    }
-                ),
+                "cache": VOLUME,
             }
         ),
+        "artifacts": VOLUME,
         "serviceAccount": closed({"create": FLAG, "name": NAME, "annotations": TEXT_MAP}),
         "podSecurityContext": FOREIGN,
         "securityContext": FOREIGN,

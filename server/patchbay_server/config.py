@@ -169,6 +169,9 @@ class ArtifactsConfig(_Section):
     quota_bytes: int = Field(
         default=32 * 2**30, ge=0, description="Bytes of one account's artifacts; 0: this server keeps none."
     )
+    total_bytes: int | None = Field(
+        default=None, ge=1, description="Bytes of all accounts' artifacts together. Default: what the disk holds."
+    )
     max_bytes: int = Field(default=8 * 2**30, ge=1, description="Bytes of one artifact.")
     max_count: int = Field(default=10_000, ge=1, description="Artifacts of one account.")
     ttl_s: float = Field(

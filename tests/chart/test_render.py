@@ -11,6 +11,7 @@ from typing import Any
 import jsonschema
 import kubernetes_validate
 import pytest
+import yaml
 
 from tests.chart import charts
 from tests.chart.charts import Manifest, Release
@@ -77,15 +78,30 @@ def test_containers_are_confined(release: Release) -> None:
 
 
 def test_written_folders_are_volumes(release: Release) -> None:
-    """What a process may write under a read-only root is a volume: /tmp, the home and the model cache."""
+    """What a process may write under a read-only root is a volume: /tmp, the home, artifacts, the model cache."""
     for template in release.templates.values():
         volumes = {volume["name"]: volume for volume in template["spec"]["volumes"]}
         mounts = {m["mountPath"]: m for m in template["spec"]["containers"][0]["volumeMounts"]}
-        for path in ("/tmp", "/home/patchbay", "/var/cache/huggingface"):
+        for path in ("/tmp", "/home/patchbay", "/var/cache/huggingface", "/var/lib/patchbay/artifacts"):
             volume = volumes[mounts[path]["name"]]
             assert not mounts[path].get("readOnly")
             assert "emptyDir" in volume or "persistentVolumeClaim" in volume
         assert {m["name"] for m in mounts.values()} == volumes.keys()
+
+
+def test_artifacts_have_one_folder_for_all_pods(tmp_path: Path) -> None:
+    """Persistent artifacts are on one claim that every pod mounts where the configuration says."""
+    shared = charts.render(values={"artifacts": {"persistent": True, "size": "7Gi"}}, tmp=tmp_path)
+    (claim,) = shared.of_kind("PersistentVolumeClaim")
+    assert claim["spec"]["resources"]["requests"]["storage"] == "7Gi"
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    for template in shared.templates.values():
+        volumes = {volume["name"]: volume for volume in template["spec"]["volumes"]}
+        assert volumes["artifacts"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    config = yaml.safe_load(shared.one("ConfigMap")["data"]["patchbay.yaml"])
+    assert config["artifacts"]["path"] == "/var/lib/patchbay/artifacts"
+    with pytest.raises(charts.HelmError, match=r"artifacts\.path must stay"):
+        charts.render(values={"config": {"artifacts": {"path": "/data"}}}, tmp=tmp_path)
 
 
 def test_selectors_match_pods(release: Release) -> None:

@@ -186,6 +186,17 @@ def test_a_quota_is_checked_before_bytes_come_and_counts_those_on_their_way(
     store.check_room("ada", 3 * MIB)
 
 
+def test_all_accounts_together_have_a_limit_too(make: Callable[..., ArtifactStore]) -> None:
+    """A disk that is shared by many accounts is not filled by their quotas' sum."""
+    store = make(total_bytes=3 * MIB)
+    store.put("ada", tensor(0, 500_000))
+    with pytest.raises(ResourceExhaustedError, match="total_bytes"):
+        store.put("bob", tensor(1, 500_000))
+    with pytest.raises(ResourceExhaustedError, match="total_bytes"):
+        make(total_bytes=3 * MIB).put("bob", tensor(1, 500_000))  # another process counts what is there
+    store.put("bob", tensor(1, 1_000))
+
+
 def test_a_gigantic_declaration_takes_nothing(store: ArtifactStore) -> None:
     """A terabyte that is only announced is refused before a file is made."""
     with pytest.raises(ResourceExhaustedError) as error:

@@ -51,6 +51,10 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- define "patchbay.cacheClaimName" -}}
 {{- default (printf "%s-model-cache" (include "patchbay.fullname" .)) .Values.huggingFace.cache.existingClaim -}}
 {{- end -}}
+{{- define "patchbay.artifactsClaimName" -}}
+{{- default (printf "%s-artifacts" (include "patchbay.fullname" .)) .Values.artifacts.existingClaim -}}
+{{- end -}}
+{{- define "patchbay.artifactsDir" -}}/var/lib/patchbay/artifacts{{- end -}}
 {{- define "patchbay.insecure" -}}{{- if .Values.config.insecure -}}true{{- end -}}{{- end -}}
 
 {{/* patchbay.yaml: the values' config block and nothing else. */}}
@@ -113,6 +117,9 @@ applications:
 {{- end -}}
 {{- if dig "keys" "write_local" true .Values.config -}}
 {{- fail "config.keys.write_local must stay false: pods have no local clients" -}}
+{{- end -}}
+{{- if ne (dig "artifacts" "path" "" .Values.config) (include "patchbay.artifactsDir" .) -}}
+{{- fail (printf "config.artifacts.path must stay %s, where the chart mounts their volume" (include "patchbay.artifactsDir" .)) -}}
 {{- end -}}
 {{- if .Values.config.tls -}}
 {{- fail "config.tls is for the plain server; on Kubernetes TLS ends at the gateway or the ingress" -}}

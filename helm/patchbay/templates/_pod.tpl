@@ -121,6 +121,7 @@ spec:
         - {name: tmp, mountPath: /tmp}
         - {name: home, mountPath: /home/patchbay}
         - {name: model-cache, mountPath: /var/cache/huggingface}
+        - {name: artifacts, mountPath: {{ include "patchbay.artifactsDir" $root }}}
         {{- with $values.extraVolumeMounts }}
         {{- toYaml . | nindent 8 }}
         {{- end }}
@@ -143,6 +144,12 @@ spec:
       persistentVolumeClaim: {claimName: {{ include "patchbay.cacheClaimName" $root }}}
       {{- else }}
       emptyDir: {sizeLimit: {{ $values.huggingFace.cache.emptyDirSize }}}
+      {{- end }}
+    - name: artifacts
+      {{- if $values.artifacts.persistent }}
+      persistentVolumeClaim: {claimName: {{ include "patchbay.artifactsClaimName" $root }}}
+      {{- else }}
+      emptyDir: {sizeLimit: {{ $values.artifacts.emptyDirSize }}}
       {{- end }}
     {{- with $values.extraVolumes }}
     {{- toYaml . | nindent 4 }}

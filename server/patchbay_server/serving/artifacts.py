@@ -108,6 +108,7 @@ def store_of(config: ArtifactsConfig) -> ArtifactStore | None:
     return ArtifactStore(
         config.folder,
         quota_bytes=config.quota_bytes,
+        total_bytes=config.total_bytes,
         ttl_s=config.ttl_s,
         max_bytes=config.max_bytes,
         max_count=config.max_count,

@@ -51,6 +51,8 @@ READ_BYTES = 2**20
 IN_USE_S = 24 * 3600.0
 #: How often a process looks at every account for what has expired.
 SWEEP_S = 600.0
+#: How often it adds up what all accounts have, where that is limited.
+COUNT_S = 5.0
 
 _HEX = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _MAX_HEADER_BYTES = 4096
@@ -150,6 +152,8 @@ class ArtifactStore:
         ttl_s: seconds after its last use after which an artifact goes.
         max_bytes: bytes of one artifact.
         max_count: artifacts of one account.
+        total_bytes: bytes of all accounts together; None: what the disk holds. Counted anew every few seconds, so
+            several processes may together overshoot by what they store in that time.
         durable: whether a file is on the disk, and not only with the operating system, before it gets its name.
         clock: seconds since 1970; replaced in tests.
     """
@@ -162,12 +166,16 @@ class ArtifactStore:
         ttl_s: float = 30 * 24 * 3600.0,
         max_bytes: int = 8 * 2**30,
         max_count: int = 10_000,
+        total_bytes: int | None = None,
         durable: bool = True,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.root = Path(root)
         self.quota_bytes, self.ttl_s, self.max_bytes, self.max_count = quota_bytes, ttl_s, max_bytes, max_count
+        self.total_bytes = total_bytes
         self.durable = durable
+        self._total = 0
+        self._counted_at = -COUNT_S
         self._clock = clock
         self._swept_at = -SWEEP_S
 
@@ -208,6 +216,7 @@ class ArtifactStore:
                 return self._info(folder, info.digest) or found
             size = len(file_header(info.dtype, info.shape)) + info.nbytes
             self._make_room(folder, size)
+            self._count_in(size)
             with _disk_errors():
                 free = shutil.disk_usage(folder).free
                 if free < size:
@@ -410,6 +419,26 @@ class ArtifactStore:
                 "(artifacts.max_count): delete some (client.artifacts.delete)",
             )
 
+    def _count_in(self, size: int) -> None:
+        """
+        Raises:
+            ResourceExhaustedError: all accounts together would have too much.
+        """
+        if self.total_bytes is None:
+            return
+        now = time.monotonic()
+        if now - self._counted_at >= COUNT_S:
+            self._counted_at = now
+            parts = [part for folder in _folders(self.root) for part in (folder, folder / UPLOADS)]
+            self._total = sum(status.st_size for part in parts for _, status in _files(part, ""))
+        if self._total + size > self.total_bytes:
+            raise _exhausted(
+                "DISK_FULL",
+                f"all artifacts on this server take {self._total:,} bytes of the {self.total_bytes:,} that they may "
+                "(artifacts.total_bytes); delete some, or ask the operator",
+            )
+        self._total += size
+
     def _full(self, size: int, used: int) -> ResourceExhaustedError:
         return _exhausted(
             "ARTIFACT_QUOTA",
@@ -428,10 +457,9 @@ class ArtifactStore:
         if now - self._swept_at < SWEEP_S:
             return
         self._swept_at = now
-        for folder in self.root.iterdir() if self.root.is_dir() else ():
-            if folder.is_dir():
-                with self._locked(folder):
-                    self._clean(folder)
+        for folder in _folders(self.root):
+            with self._locked(folder):
+                self._clean(folder)
 
     def _clean(self, folder: Path) -> None:
         """Remove what has expired, and what crashes left; the folder is locked."""
@@ -470,6 +498,10 @@ def _form(file: Any, size: int) -> ArtifactInfo | None:
     if file.read(len(header)) != header or size != len(header) + info.nbytes:
         return None
     return info
+
+
+def _folders(root: Path) -> list[Path]:
+    return [folder for folder in root.iterdir() if folder.is_dir()] if root.is_dir() else []
 
 
 def _files(folder: Path, suffix: str) -> list[tuple[str, os.stat_result]]:
