@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 #: Raised when what is saved below changes.
-VERSION = 1
+VERSION = 2
 FOLDER_VARIABLE = "PATCHBAY_BENCH_MODELS"
 _SEED = 7
 
@@ -49,7 +49,8 @@ def config(spec: Spec) -> Any:
     """transformers' configuration of a shape. No token ends a generation, so that every row has the same length."""
     import transformers
 
-    ends: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+    # Wider than usual: attention then depends on the tokens, and what is patched early is seen at the end.
+    shared: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0, "initializer_range": 0.05}
     if spec.family == "gpt2":
         return transformers.GPT2Config(
             n_layer=spec.layers,
@@ -57,7 +58,7 @@ def config(spec: Spec) -> Any:
             n_head=spec.heads,
             vocab_size=spec.vocabulary,
             n_positions=spec.positions,
-            **ends,
+            **shared,
         )
     return transformers.LlamaConfig(
         num_hidden_layers=spec.layers,
@@ -67,7 +68,7 @@ def config(spec: Spec) -> Any:
         num_key_value_heads=spec.heads,
         vocab_size=spec.vocabulary,
         max_position_embeddings=spec.positions,
-        **ends,
+        **shared,
     )
 
 

@@ -91,7 +91,8 @@ class Check:
 
     @property
     def equal(self) -> bool:
-        return self.largest <= self.tolerance and (self.values == 0 or self.spread >= 10 * self.tolerance)
+        """Whether the values are close, and vary by much more than they are apart."""
+        return self.largest <= self.tolerance and self.largest <= self.spread / 10 and self.spread > 0
 
 
 @dataclass(frozen=True)

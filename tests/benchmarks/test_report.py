@@ -74,11 +74,12 @@ def test_verdicts() -> None:
 
 
 def test_equal_work() -> None:
-    """Values must be close, and must vary by much more than they may be apart."""
+    """Values must be close, and must vary by much more than they are apart; constant ones show nothing."""
     good = Check("a", "b", largest=1e-6, spread=0.5, tolerance=1e-4, values=10)
     assert good.equal
     assert not dataclasses.replace(good, largest=1e-3).equal
-    assert not dataclasses.replace(good, spread=1e-5).equal
+    assert not dataclasses.replace(good, spread=5e-6).equal
+    assert not dataclasses.replace(good, largest=0.0, spread=0.0).equal
 
 
 def test_the_table() -> None:
