@@ -9,7 +9,7 @@ from __future__ import annotations
 import marshal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from patchbay.ir.bodies import loop_cost
 from patchbay.ir.card import CallableSpec, ModelCard
@@ -28,14 +28,12 @@ class Facts:
 
     Attributes:
         spec: its value's shape and dtype.
-        attrs: its attributes with defaults filled in.
         flops: floating-point operations.
         workspace: bytes of temporaries while it runs.
         nbytes: bytes of its value, all parts together.
     """
 
     spec: ValueSpec
-    attrs: Mapping[str, Any]
     flops: int
     workspace: int
     nbytes: int
@@ -63,12 +61,12 @@ def facts_of(
     attrs = spec.fill(node.attrs)
     if node.op in BODY_ATTRS:
         loop = loop_cost(node.op, attrs, args, value, graph.body_facts)
-        return Facts(value, attrs, loop.flops, loop.workspace, value_bytes(value))
+        return Facts(value, loop.flops, loop.workspace, value_bytes(value))
     if node.op == "call" and card is not None:
         flops, workspace = _module_cost(card.callable(attrs["target"]), args[0])
-        return Facts(value, attrs, flops, workspace, value_bytes(value))
+        return Facts(value, flops, workspace, value_bytes(value))
     workspace = 0 if spec.structural else spec.workspace(args, value, attrs)
-    return Facts(value, attrs, spec.flops(args, value, attrs), workspace, value_bytes(value))
+    return Facts(value, spec.flops(args, value, attrs), workspace, value_bytes(value))
 
 
 def _module_cost(module: CallableSpec, value: TensorSpec) -> tuple[int, int]:
@@ -111,8 +109,11 @@ class Inference:
             GraphError: what `infer` raises.
         """
         args = node.args
-        if len(args) == 2:
-            key: tuple[object, ...] = (node.op, id(node.attrs), node.run, id(specs[args[0]]), id(specs[args[1]]))
+        if node.op == "const" and _is_plain_number(node):
+            # Whichever number it is: a graph may hold thousands.
+            key: tuple[object, ...] = (node.op, type(node.attrs["scalar"]), node.run)
+        elif len(args) == 2:
+            key = (node.op, id(node.attrs), node.run, id(specs[args[0]]), id(specs[args[1]]))
         else:
             key = (node.op, id(node.attrs), node.run, *[id(specs[a]) for a in args])
         found = self._known.get(key)
@@ -123,6 +124,14 @@ class Inference:
         facts = facts_of(graph, node, specs, value, self._card)
         self._known[key] = (facts, node.attrs, [specs[a] for a in args])
         return facts
+
+
+def _is_plain_number(node: Node) -> bool:
+    """Whether a constant is a number of a kind whose every value is alike."""
+    if len(node.attrs) != 1 or node.args:
+        return False
+    scalar = node.attrs.get("scalar")
+    return type(scalar) in (float, bool) or (type(scalar) is int and -(2**63) <= scalar < 2**63)
 
 
 class AttrTable:

@@ -150,7 +150,7 @@ class GraphBuilder:
         """
         if self.closed is not None:
             self._check_open()
-        node = Node(op, args, self._attrs.shared(attrs) if attrs else NO_ATTRS, run)
+        node = Node(op, args, attrs if op == "const" else self._attrs.shared(attrs), run)
         try:
             if self._scopes is not None:
                 self._scopes.check(op, args)

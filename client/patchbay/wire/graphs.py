@@ -300,9 +300,13 @@ def _decode_attrs(
     decoded: dict[str, Attr] = {}
     charged = state.charged
     for name in attrs:
+        value = attrs[name]
+        if value.WhichOneof("kind") == "float_value" and name in state.names:
+            decoded[state.names[name]] = value.float_value
+            continue
         _check_name(name, f"nodes[{position}].attrs")
         field = f'nodes[{position}].attrs["{name}"]'
-        decoded[state.intern(name)] = _decode_attr(attrs[name], field, 0, state)
+        decoded[state.intern(name)] = _decode_attr(value, field, 0, state)
     if key is not None and state.charged == charged:  # tensors are charged each time
         state.attrs[key] = decoded
     return decoded

@@ -572,7 +572,7 @@ class _Builder:
             return [read, Emit(i, names, free)] if names or free else [read]
         attrs = self.filled.get((node.op, id(node.attrs)))
         if attrs is None:
-            attrs = self.filled[node.op, id(node.attrs)] = op_spec(node.op).fill(node.attrs)
+            attrs = self.filled[node.op, id(node.attrs)] = op_spec(node.op).filled(node.attrs)
         if node.op == "site.write":
             return [self._write(i, node, self._slot(time, node), attrs, free)]
         if node.op not in self.kernels:

@@ -132,9 +132,11 @@ class OpSpec:
     scalars: bool = False
     results: tuple[str, ...] = ()
     attrs_by_name: Mapping[str, AttrSpec] = field(init=False, repr=False)
+    defaults: Mapping[str, Attr] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "attrs_by_name", {a.name: a for a in self.attrs})
+        object.__setattr__(self, "defaults", {a.name: a.default for a in self.attrs if a.default is not REQUIRED})
 
     @property
     def structural(self) -> bool:
@@ -173,6 +175,10 @@ class OpSpec:
                 check_attr(self.name, spec, value)
             filled[spec.name] = value
         return filled
+
+    def filled(self, attrs: Mapping[str, Attr]) -> Mapping[str, Any]:
+        """`attrs`, which have passed `fill` before, with defaults filled in."""
+        return {**self.defaults, **attrs}
 
     def infer(self, args: Sequence[TensorSpec], attrs: Mapping[str, Attr]) -> ValueSpec:
         """The spec of the result, from the specs of the arguments.
