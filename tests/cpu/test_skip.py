@@ -27,7 +27,8 @@ def model_of(family: str) -> Model:
 def layers_that_ran(model: torch.nn.Module, path: str) -> list[int]:
     """Counts, by hooks of its own on every attention module, which layers compute."""
     ran: list[int] = []
-    for number, layer in enumerate(model.get_submodule(path)):  # type: ignore[arg-type]
+    layers: Any = model.get_submodule(path)
+    for number, layer in enumerate(layers):
         part = getattr(layer, "self_attn", None) or layer.attn
         part.register_forward_hook(lambda m, a, o, number=number: ran.append(number))
     return ran
@@ -83,7 +84,7 @@ def test_parts(family: str, part: str) -> None:
         def fill(x: torch.Tensor, value: np.ndarray = value) -> None:
             x.copy_(torch.from_numpy(value).expand_as(x))
 
-        edits = [(f"blocks.1.{part}_out", fill)]
+        edits: Any = [(f"blocks.1.{part}_out", fill)]
         expected = run_hooked(build(family), places(family), torch.tensor(ROWS), edits, "logits")
         np.testing.assert_allclose(t.results[name], expected, rtol=1e-4, atol=1e-5)
 
@@ -151,9 +152,28 @@ def test_a_patch_of_the_whole_stream_needs_nothing_before_it() -> None:
     def fill(x: torch.Tensor) -> None:
         x.copy_(torch.from_numpy(stream))
 
-    edits = [("blocks.1.resid_post", fill)]
+    edits: Any = [("blocks.1.resid_post", fill)]
     expected = run_hooked(build("llama"), places("llama"), torch.tensor([IDS]), edits, "logits")
     np.testing.assert_allclose(run.results["logits"], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("disabled", [[], ["shared_prefix"], ["batch_runs"], ["skip_layers"]])
+def test_a_sweep_over_layers(disabled: list[str]) -> None:
+    """Runs that each skip another block give what each gives alone, however their forwards are shared."""
+    model = model_of("llama")
+    with model.trace(disabled=disabled) as t:
+        t.save(base=t.run(IDS).logits)
+        for layer in range(N_LAYERS):
+            run = t.run(IDS)
+            run.blocks[layer].skip()
+            run.blocks[N_LAYERS - 1].resid_post[:, 2] += 1.0
+            t.save(**{f"layer{layer}": run.logits})
+    for layer in range(N_LAYERS):
+        with model.trace(IDS, deterministic=True) as alone:
+            alone.blocks[layer].skip()
+            alone.blocks[N_LAYERS - 1].resid_post[:, 2] += 1.0
+            expected = alone.logits.save()
+        np.testing.assert_allclose(t.results[f"layer{layer}"], expected.value, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_pass_a_skipped_block() -> None:

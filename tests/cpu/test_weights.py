@@ -67,7 +67,7 @@ def by_hand(family: str) -> dict[str, torch.Tensor]:
             found[b + "ln1.w"] = state[p + "input_layernorm.weight"]
             found[b + "ln2.w"] = state[p + "post_attention_layernorm.weight"]
     if family == "gpt2":
-        found["embed.W_E"] = state["transformer.wte.weight"]
+        found["embed.W_E"], found["pos_embed.W_pos"] = state["transformer.wte.weight"], state["transformer.wpe.weight"]
         found["ln_final.w"], found["ln_final.b"] = state["transformer.ln_f.weight"], state["transformer.ln_f.bias"]
     else:
         found["embed.W_E"], found["ln_final.w"] = state["model.embed_tokens.weight"], state["model.norm.weight"]

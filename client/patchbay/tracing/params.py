@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from patchbay.errors import GraphError
 from patchbay.ir.card import ModelCard
 from patchbay.ir.ops import spec as op_spec
 from patchbay.ir.ops.spec import TensorSpec
@@ -80,6 +81,25 @@ class ModelParams(_Names):
         return Parameter(self._card.param(name))
 
 
+#: Weights that read the stream through a norm, and the names of that norm in the order in which they are looked for.
+_READS = re.compile(
+    r"(?P<block>(?:\w+\.)?blocks\.\d+\.)(?P<part>attn|mlp)\.(?P<experts>experts\.|router\.)?"
+    r"(?P<kind>W|b)(?P<rest>_[QKV]|_in|_gate|(?<=router\.[Wb]))"
+)
+
+
+def _norms_before(name: str) -> tuple[str, str, tuple[str, ...]] | None:
+    """For a weight that reads the stream through a norm: the names of its matrix and bias, and of the norm."""
+    if name in ("unembed.W_U", "unembed.b_U"):
+        return "unembed.W_U", "unembed.b_U", ("ln_final",)
+    found = _READS.fullmatch(name)
+    if found is None:
+        return None
+    stem = f"{found['block']}{found['part']}.{found['experts'] or ''}"
+    norms = ("ln1",) if found["part"] == "attn" else ("ln2", "ln1")  # parallel blocks have one norm for both
+    return f"{stem}W{found['rest']}", f"{stem}b{found['rest']}", tuple(found["block"] + n for n in norms)
+
+
 class TraceParams(_Names):
     """The weights of a model as values of one trace."""
 
@@ -95,3 +115,27 @@ class TraceParams(_Names):
             UnknownSiteError: there is none; the message names the nearest.
         """
         return Proxy(self._trace, self._trace.builder.add("param.read", (), {"name": name}))
+
+    def folded(self, name: str) -> Proxy:
+        """A weight that reads the stream, with the gain and bias of the norm before it folded in.
+
+        ``normalized @ folded("...W_Q") + folded("...b_Q")`` is what ``W_Q`` makes of the norm's output; biases that the
+        model lacks are there. For ``attn.W_Q``, ``W_K``, ``W_V``, ``mlp.W_in``, ``W_gate`` (experts' and router's too),
+        ``unembed.W_U`` and the biases of their names.
+
+        Raises:
+            GraphError: the weight does not read the stream through a norm; the policy forbids it.
+            UnknownSiteError: there is no such weight.
+        """
+        names = _norms_before(name)
+        norm = next((n for n in names[2] if f"{n}.w" in self), None) if names else None
+        if names is None or norm is None:
+            raise GraphError(f"{name!r} does not read the stream through a norm, so nothing can be folded into it")
+        matrix = self[names[0]]
+        gain = self[f"{norm}.w"]
+        if name == names[0]:
+            return matrix * gain[:, None]
+        bias = self[f"{norm}.b"] @ matrix if f"{norm}.b" in self else None
+        if name not in self:
+            return matrix[..., 0, :] * 0.0 if bias is None else bias
+        return self[name] if bias is None else self[name] + bias

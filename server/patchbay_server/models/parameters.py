@@ -18,6 +18,7 @@ import torch
 from patchbay.ir.dtypes import DTYPES
 from patchbay.ir.params import RAW, ParamSpec
 from patchbay_server.models.binding.compare import close, is_linear
+from patchbay_server.models.expert_parameters import expert_parameters
 from patchbay_server.models.layouts import Heads, Layout
 from patchbay_server.models.taps import InputTap, NormTap, OutputTap, Tap
 
@@ -38,6 +39,17 @@ class Raw:
 
     def of(self, model: torch.nn.Module) -> torch.Tensor:
         return model.get_parameter(self.path).detach()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A table as the checkpoint has it, from one of its rows on."""
+
+    path: str
+    first: int
+
+    def of(self, model: torch.nn.Module) -> torch.Tensor:
+        return model.get_parameter(self.path).detach()[self.first :]
 
 
 @dataclass(frozen=True)
@@ -128,6 +140,7 @@ def _canonical(
         if gated:
             yield from _made(model, taps, values, f"{block}mlp.pre", f"{block}mlp", "gate", "d_model, d_mlp")
         yield from _taken(model, taps, values, f"{block}mlp.post", f"{block}mlp", "out", "d_mlp, d_model")
+        yield from expert_parameters(model, block, taps, values)
     for site, tap in taps.items():
         if isinstance(tap, NormTap) and tap.part == "normalized":
             yield from _norm(model, tap, site.rpartition(".")[0], values.get(site), values)
@@ -136,7 +149,46 @@ def _canonical(
         table = getattr(model.get_submodule(embed.path), "weight", None)
         if isinstance(table, torch.Tensor) and table.ndim == 2 and close(table[ids], values["embed"]):
             yield "embed.W_E", Raw(f"{embed.path}.weight"), "d_vocab, d_model"
-    yield from _made(model, taps, values, "logits", "unembed", "U", "d_model, d_vocab")
+    yield from _positions(model, taps, values)
+    made = list(_made(model, taps, values, "logits", "unembed", "U", "d_model, d_vocab"))
+    yield from made or _before_the_cap(model, taps, values)
+
+
+def _positions(model: torch.nn.Module, taps: Mapping[str, Tap], values: Mapping[str, torch.Tensor]) -> Iterator[_Found]:
+    """The table of learned positions: its rows, from the first position's on, are what is added."""
+    shown = values.get("pos_embed")
+    if shown is None or shown.ndim != 3:
+        return
+    seq = shown.shape[1]
+    for path, module in model.named_modules():
+        table = getattr(module, "weight", None)
+        if not isinstance(module, torch.nn.Embedding) or not isinstance(table, torch.Tensor):
+            continue
+        for first in (0, 2):  # OPT's and BART's tables begin with two rows for padding
+            rows = table[first : first + seq]
+            if table.shape[-1] == shown.shape[-1] and rows.shape[0] == seq and close(rows, shown[0]):
+                yield "pos_embed.W_pos", Rows(f"{path}.weight", first), "n_ctx, d_model"
+                return
+
+
+def _before_the_cap(
+    model: torch.nn.Module, taps: Mapping[str, Tap], values: Mapping[str, torch.Tensor]
+) -> Iterator[_Found]:
+    """The unembedding where the logits are capped or scaled behind it."""
+    find: Any = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    path = next((p for p, m in model.named_modules() if m is head), None)
+    if head is None or path is None or "logits" not in taps:
+        return
+    yield from _made(
+        model,
+        {"logits": OutputTap(path)},
+        {**values, "logits": values.get(f"module:{path}.output", torch.zeros(0))},
+        "logits",
+        "unembed",
+        "U",
+        "d_model, d_vocab; the logits are capped or scaled behind it",
+    )
 
 
 def _by_number(prefix: str) -> tuple[str, int]:
