@@ -11,6 +11,7 @@ several methods may share one::
     lens.py      logit lens, the rank of a token, a difference of logits
     patching.py  activation patching, and how much of an effect a patch recovers
     heads.py     scores of attention heads, ablation of heads
+    fitting.py   gradient descent, logistic probes and k-means, in loops that the server runs
     features.py  an input that excites a channel, by climbing gradients
     steering.py  directions from differences of means, adding and removing them, greedy continuations
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         principal_components,
     )
     from patchbay.methods.features import Visualization, feature_visualization
+    from patchbay.methods.fitting import Clusters, Probe, descend, k_means, logistic_probe
     from patchbay.methods.heads import (
         ablate_head,
         copying_accuracy,
@@ -48,8 +50,10 @@ if TYPE_CHECKING:
     from patchbay.methods.steering import add_direction, continue_greedily, difference_in_means, remove_direction
 
 _HOME = {
+    "Clusters": "fitting",
     "Example": "corpus",
     "LogitLens": "lens",
+    "Probe": "fitting",
     "Visualization": "features",
     "ablate_head": "heads",
     "activation_patching": "patching",
@@ -57,11 +61,14 @@ _HOME = {
     "continue_greedily": "steering",
     "copying_accuracy": "heads",
     "copying_probability": "heads",
+    "descend": "fitting",
     "difference_in_means": "steering",
     "feature_visualization": "features",
     "harvest": "corpus",
     "induction_scores": "heads",
+    "k_means": "fitting",
     "lens_labels": "lens",
+    "logistic_probe": "fitting",
     "logit_difference": "lens",
     "logit_lens": "lens",
     "max_activating_examples": "corpus",
@@ -76,8 +83,10 @@ _HOME = {
 }
 
 __all__ = [
+    "Clusters",
     "Example",
     "LogitLens",
+    "Probe",
     "Visualization",
     "ablate_head",
     "activation_patching",
@@ -85,11 +94,14 @@ __all__ = [
     "continue_greedily",
     "copying_accuracy",
     "copying_probability",
+    "descend",
     "difference_in_means",
     "feature_visualization",
     "harvest",
     "induction_scores",
+    "k_means",
     "lens_labels",
+    "logistic_probe",
     "logit_difference",
     "logit_lens",
     "max_activating_examples",
