@@ -207,6 +207,8 @@ def check_body(graph: Graph, card: ModelCard, number: int, facts: Sequence[BodyF
     Raises:
         GraphError: the most specific subclass; its field names body and node.
     """
+    from patchbay.ir.facts import facts_of  # which prices loops by what is found here
+
     body, name = graph.bodies[number], f"bodies[{number}]"
     specs: list[ValueSpec] = list(body.params)
     for i, param in enumerate(body.params):
@@ -237,9 +239,8 @@ def check_body(graph: Graph, card: ModelCard, number: int, facts: Sequence[BodyF
         elif node.op == "grad":
             flops += 2 * flops  # a backward pass costs about twice its forward
         else:
-            flops += op_spec(node.op).flops(args, spec, attrs)
-            if not op_spec(node.op).structural:
-                workspaces[k] = op_spec(node.op).workspace(args, spec, attrs)
+            known = facts_of(graph, node, specs, spec, card)
+            flops, workspaces[k] = flops + known.flops, known.workspace
         recorded += _bytes(spec) if node.op != "item" else 0
     if depth + 1 > MAX_DEPTH:
         raise GraphError(f"loops stand {depth + 1} deep; at most {MAX_DEPTH}", field=name)

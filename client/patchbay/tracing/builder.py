@@ -228,7 +228,7 @@ class GraphBuilder:
         assert self._scopes is not None and self._scopes.current is scope
         self.nodes.append(Node(PARAM, (), {"name": name}))
         self.specs.append(spec)
-        self._facts.append(Facts(spec, NO_ATTRS, 0, 0, spec.nbytes))
+        self._facts.append(Facts(spec, 0, 0, spec.nbytes))
         self._places.append(_users_place())
         self._fragments.append(None)
         self._scopes.own(len(self.nodes) - 1, PARAM)
