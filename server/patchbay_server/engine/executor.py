@@ -155,6 +155,7 @@ class Execution:
             going=going,
             leaving=leaving,
             logits=each.logits,
+            columns=each.columns,
             twice=self._twice,
             bypass=frozenset() if SKIP_LAYERS in self._plan.options.disabled else unseen_layers(self._hosted, each),
         )
@@ -172,6 +173,10 @@ class Execution:
         """What happens at the logits, for handlers that see those of some positions; chosen here when all were made."""
 
         def handle(value: torch.Tensor) -> torch.Tensor | None:
+            shown = call.shown if call.narrowed else None
+            if call.columns is not None and shown != call.columns:  # nothing is written to logits of some tokens
+                where = call.columns if shown is None else [shown.index(token) for token in call.columns]
+                value = value[..., torch.tensor(where, device=value.device)]
             if call.narrowed:
                 return what.handler(value)
             assert call.logits is not None
@@ -333,6 +338,8 @@ class Execution:
                 seen = seen_rows(current, axes, step.slot)
                 if step.part is not None:
                     seen = self._taken(seen, step.part)
+                if step.columns is not None:
+                    seen = seen[..., torch.tensor(step.columns, device=seen.device)]
                 seen = self._living(seen, step.node)
                 owned = False  # somebody looks at it now: the next write works on a copy
                 if step.differentiated:

@@ -97,6 +97,8 @@ class ForwardCall:
         going: what its rows go on from, whose tokens `tokens` then are; None for whole rows. Such a call is `alone`.
         leaving: what others go on from. Such a call is `alone`.
         logits: the only positions at which it needs logits: row, first position, number of positions.
+        columns: the only tokens whose logits it needs, in order, where `logits` is given; None for all.
+        shown: the tokens whose logits are there when `narrowed`; None for all.
         narrowed: whether logits are there at those positions only, ``[1, all of them, d_vocab]``.
         reached: the sites that the forward came to.
         layers_run: decoder layers that ran.
@@ -122,6 +124,8 @@ class ForwardCall:
     going: GoingOn | None = None
     leaving: Leaving | None = None
     logits: tuple[tuple[int, int, int], ...] | None = None
+    columns: tuple[int, ...] | None = None
+    shown: tuple[int, ...] | None = None
     narrowed: bool = False
     reached: set[str] = field(default_factory=set)
     layers_run: int = 0
@@ -222,7 +226,7 @@ def _some_logits(hosted: HostedModel, calls: Sequence[ForwardCall], starts: Sequ
     """Logits are computed where some call reads them, if each says where."""
     where, site = hosted.unembedding, hosted.card.site
     for call in calls:
-        call.narrowed = False
+        call.narrowed, call.shown = False, None
     if where is None or not any(call.logits is not None for call in calls):
         yield
         return
@@ -234,9 +238,13 @@ def _some_logits(hosted: HostedModel, calls: Sequence[ForwardCall], starts: Sequ
         for call, start in zip(calls, starts, strict=True)
         for row, first, count in call.logits or ()
     ]
+    asked = [call for call in calls if call.logits]
+    shown = None
+    if asked and all(call.columns is not None for call in asked):
+        shown = tuple(sorted({token for call in asked for token in call.columns or ()}))
     for call in calls:
-        call.narrowed = True
-    with narrowed(hosted.model, where, *positions(spans, hosted.device)):
+        call.narrowed, call.shown = True, shown
+    with narrowed(hosted.model, where, *positions(spans, hosted.device), shown):
         yield
 
 

@@ -20,6 +20,7 @@ from patchbay.ir.schedule import BEFORE, Schedule, is_read, positions, schedule,
 from patchbay.ir.verify import verify
 from patchbay_server.engine.bodies import LOOP_INVARIANTS, SIDE_BY_SIDE
 from patchbay_server.engine.bypass import SKIP_LAYERS
+from patchbay_server.engine.columns import find_columns, renumbered
 from patchbay_server.engine.differentiation import Gradient, plan_gradients
 from patchbay_server.engine.optimize import MERGE_RUNS, PASSES, optimize
 from patchbay_server.engine.prefix import LAYER_COST_CPU, WORTHWHILE, Group, Planner, Sharing, bucketed
@@ -54,13 +55,14 @@ CONTINUOUS_BATCHING = "continuous_batching"
 FUSE_WRITES = "fuse_writes"
 WINDOWS = "windows"
 NARROW_LOGITS = "narrow_logits"
+LOGIT_COLUMNS = "logit_columns"
 SHARED_PREFIX = "shared_prefix"
 PREFIX_CACHE = "prefix_cache"
 OPTIMISATIONS = (
     *PASSES,
     LOOP_INVARIANTS,
     SIDE_BY_SIDE,
-    *(WINDOWS, NARROW_LOGITS, SHARED_PREFIX, PREFIX_CACHE),
+    *(WINDOWS, NARROW_LOGITS, LOGIT_COLUMNS, SHARED_PREFIX, PREFIX_CACHE),
     *(BATCH_RUNS, EARLY_STOP, LIVENESS, COMPILE, SKIP_LAYERS, COBATCH, CONTINUOUS_BATCHING, FUSE_WRITES),
 )
 
@@ -175,12 +177,18 @@ def make_plan(
             return _NO_WINDOWS
         return find_windows(graph, card, specs, differentiated, logits=unembedding is not None, uses=uses)
 
-    small, windows = source, windows_of(source, specs, {})
+    small, columns = source, None
+    if unembedding is not None and unembedding.columns and not {WINDOWS, LOGIT_COLUMNS} & off:
+        columns = find_columns(source, card, differentiated)
+        if columns is not None:
+            small, specs, origin = renumbered(source, specs, origin, columns, card.d_vocab)
+            differentiated = frozenset(a for n in small.nodes if n.op == "grad" for a in n.args[1:])
+    windows = windows_of(small, specs, {})
     sharing: Sharing | None = None
     if means.continuation is not None and SHARED_PREFIX not in off:
         kept = PREFIX_CACHE not in off
         planner = Planner(
-            source,
+            small,
             card,
             means.continuation,
             windows,
@@ -202,7 +210,7 @@ def make_plan(
     joint = together and alike and size <= max_pass_tokens and sharing is None
     timeline = schedule(small, card, joint=joint)
     groups = _group_runs(small, card, timeline, max_pass_tokens if together else 0, sharing, means)
-    builder = _Builder(small, card, timeline, groups, options, means.continuation, unembedding, windows)
+    builder = _Builder(small, card, timeline, groups, options, means.continuation, unembedding, windows, columns)
     passes, after = builder.build()
     facts = tuple(verified.facts[o] for o in origin)
     facts = tuple(
@@ -216,6 +224,8 @@ def make_plan(
         saved[NARROW_LOGITS] = sum(
             p.rows * p.seq - sum(n for _, _, n in p.logits) for p in passes if p.logits is not None
         )
+    if columns is not None:
+        saved[LOGIT_COLUMNS] = card.d_vocab - len(columns)
     if sharing is not None:
         saved |= {SHARED_PREFIX: sharing.saved, PREFIX_CACHE: len(sharing.trunks)}
     return Plan(
@@ -308,9 +318,10 @@ class _Builder:
         how: Continuation | None,
         unembedding: Unembedding | None,
         windows: Windows,
+        columns: tuple[int, ...] | None,
     ) -> None:
         self.graph, self.card, self.timeline, self.groups, self.options = graph, card, timeline, groups, options
-        self.how, self.unembedding, self.windows = how, unembedding, windows
+        self.how, self.unembedding, self.windows, self.columns = how, unembedding, windows, columns
         self.kernels: dict[str, Callable[..., Any] | None] = {}
         #: Attributes with defaults filled in, by operation and identity: most nodes share theirs with others.
         self.filled: dict[tuple[str, int], Mapping[str, Any]] = {}
@@ -378,6 +389,7 @@ class _Builder:
                     keeps_through=through,
                     drops=() if start is None or last_from[start.base] > p else (start.base,),
                     logits=self.logits.get(p),
+                    columns=self.columns if p in self.logits else None,
                 )
             )
         return tuple(passes), moments.get((len(self.groups), BEFORE), Actions())
@@ -568,7 +580,7 @@ class _Builder:
             read: Step = Generated(i)
             if node.op == "site.read":
                 slot = self._slot(time, node)
-                read = Read(i, slot, i in self.differentiated, self._part(i, node, slot))
+                read = Read(i, slot, i in self.differentiated, self._part(i, node, slot), self._columns(node, slot))
             return [read, Emit(i, names, free)] if names or free else [read]
         attrs = self.filled.get((node.op, id(node.attrs)))
         if attrs is None:
@@ -596,6 +608,11 @@ class _Builder:
     def _shown(self, slot: Slot, axis: int) -> int:
         """The first position that a slot of a run's value shows."""
         return slot.first if slot.flat is not None or axis in slot.short else 0
+
+    def _columns(self, node: Node, slot: Slot) -> tuple[int, ...] | None:
+        """The logits that a read picks of all, where the forward computes all."""
+        generates = self.graph.runs[slot.run].generation is not None
+        return None if node.attrs["site"] != LOGITS or generates or slot.flat is not None else self.columns
 
     def _part(self, i: int, node: Node, slot: Slot) -> Part | None:
         axis = position_axis(self.card, str(node.attrs["site"]))

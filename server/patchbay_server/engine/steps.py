@@ -76,12 +76,14 @@ class Read:
         slot: the run's rows.
         differentiated: a gradient is taken with respect to the value, so the model goes on with it.
         part: which positions are taken; None for all.
+        columns: which of the last axis; None for all.
     """
 
     node: int
     slot: Slot
     differentiated: bool = False
     part: Part | None = None
+    columns: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +227,7 @@ class Pass:
         keeps_through: the layer after which the forward ends; None where `stop_at` says when.
         drops: runs that nothing goes on from any more when it has ended.
         logits: the only positions at which logits are computed: row, first position and number of positions.
+        columns: the only tokens whose logits are computed; None for all.
     """
 
     slots: tuple[Slot, ...]
@@ -242,6 +245,7 @@ class Pass:
     keeps_through: int | None = None
     drops: tuple[int, ...] = ()
     logits: tuple[tuple[int, int, int], ...] | None = None
+    columns: tuple[int, ...] | None = None
 
     @property
     def forwards(self) -> int:
