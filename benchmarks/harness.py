@@ -65,7 +65,7 @@ class Bench:
             try:
                 session.measure()
             except (WorkerError, OSError, ValueError) as problem:
-                error = str(problem)
+                error = public(str(problem))
                 self.say(f"    {figure.name} cannot be measured: {error}")
         trials = Trials(session.samples)
         return Measured(
@@ -182,7 +182,7 @@ class _Session:
     def _leave_out(self, contender: Contender, why: str) -> None:
         self._contenders.remove(contender)
         self.samples = [s for s in self.samples if s.contender != contender.name]
-        self.notes.append(f"{contender.label} was left out: {why}")
+        self.notes.append(f"{contender.label} was left out: {public(why)}")
         self._bench.say(f"    left out: {contender.name}: {why}")
 
     # --- the same work
@@ -231,6 +231,11 @@ def compare(mine: Path, other: Path, contender: Contender, reference: Contender,
     values = np.concatenate(everything)
     spread = float(values.std()) if values.size else 0.0
     return Check(contender.name, reference.name, largest, spread, tolerance, count)
+
+
+def public(reason: str) -> str:
+    """An error's text without the path of this checkout: it goes into files that are committed."""
+    return reason.replace(f"{ROOT}{os.sep}", "")
 
 
 class SaveModels:

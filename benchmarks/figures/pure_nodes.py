@@ -27,9 +27,10 @@ class Nodes(Work):
         (self.ids,) = prompts(700, 1, 4, 1)
 
     def chain(self, x: Any) -> Any:
-        """`nodes` operations, each on the last one's result; no two are equal, so none can be merged."""
-        for i in range(self.nodes // 2):
-            x = (x + float(i)) * 0.999
+        """`nodes` operations, each on the result of the last; no two are equal, so none can be merged."""
+        first = x
+        for _ in range(self.nodes // 2):
+            x = (x + first) * 0.999
         return x
 
     def values(self) -> Mapping[str, Any]:
@@ -175,7 +176,7 @@ FIGURE = Figure(
     name="pure_nodes",
     title="Overhead of 1,000 pure nodes",
     what=(
-        "A chain of 1,000 additions and multiplications by constants on two numbers that were read from the "
+        "A chain of 1,000 additions and multiplications on two numbers that were read from the "
         "demo model, in one trace, in-process; every operation differs, so that nothing can be merged or "
         "folded."
     ),
