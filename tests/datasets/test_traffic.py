@@ -63,6 +63,34 @@ def test_states_of_lanes_do_not_grow_the_requests(model: Model) -> None:
     assert abs(sent[0] - sent[1]) < 1_000, sent
 
 
+def test_a_large_constant_of_the_function_crosses_the_wire_once(model: Model) -> None:
+    """A dictionary of 2 MiB that every trace of the function holds is sent once, also when it was lost meanwhile."""
+    encoder = np.random.default_rng(0).standard_normal((D_MODEL, 2_048)).astype(np.float32)
+    lost = False
+
+    def look(run: Any) -> dict[str, Any]:
+        return {"most": reduce.max(run.blocks[1].resid_post @ encoder)}
+
+    def lose(progress: MapProgress) -> None:
+        nonlocal lost
+        if progress.rows >= 64 and not lost:
+            lost = True
+            for artifact in model.artifacts.list():
+                if artifact.nbytes == encoder.nbytes:
+                    model.artifacts.delete(artifact)
+
+    first = model.map(ROWS, look, batch=16)
+    assert encoder.nbytes < first.sent_bytes < encoder.nbytes + 30_000 * first.batches
+    again = model.map(ROWS, look, batch=16)
+    assert again.sent_bytes < 30_000 * first.batches
+    # A connection of its own: its lanes wait for nothing that the callback does.
+    broken = model.map(ROWS, look, batch=16, lanes=1, progress=lose)
+    assert lost
+    assert broken.sent_bytes > encoder.nbytes
+    for found in (again, broken):
+        np.testing.assert_allclose(found["most"], first["most"], rtol=1e-6)
+
+
 def test_progress_tells_rows_tokens_and_bytes(model: Model) -> None:
     """Every batch is told of, in order; the last says that all rows are done."""
     seen: list[MapProgress] = []

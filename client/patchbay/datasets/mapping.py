@@ -330,11 +330,22 @@ class Mapper:
         """Runs a batch; returns the lane's state behind it."""
         import numpy as np
 
-        template = await self._traced(batch, begins=before is None)
         folded = 0 if before is None else before.batches
         header = np.array([self._state.salt, lane, folded + 1], dtype=np.float64)
-        graph = template.fill(batch, header, None if before is None else _constant(before))
-        outcome, kept = await self._execute(graph, template)
+        state = None if before is None else _constant(before)
+        template = await self._traced(batch, begins=before is None)
+        try:
+            outcome, kept = await self._execute(template, template.fill(batch, header, state))
+        except NotFoundError as error:
+            gone = error.metadata.get("digest")
+            if before is not None and gone == before.digest:
+                raise _lost(error) from None
+            if gone not in template.uploaded:
+                raise self._core.stored.explain(error, template.graph) from None
+            # A large constant of the function's has expired or given way to others: trace it anew, and send it again.
+            self._templates.clear()
+            template = await self._traced(batch, begins=before is None, again=True)
+            outcome, kept = await self._execute(template, template.fill(batch, header, state))
         after = before
         if template.reductions:
             info = kept[STATE]
@@ -355,12 +366,17 @@ class Mapper:
             await self._close_windows()
         return after
 
-    async def _traced(self, batch: Batch, *, begins: bool) -> Template:
+    async def _traced(self, batch: Batch, *, begins: bool, again: bool = False) -> Template:
+        """The template for a batch, its large constants on the server and out of this process's memory."""
         key = (*batch.shape, begins)
         async with self._tracing:  # lanes that meet a new shape at the same time trace it once
             found = self._templates.get(key)
             if found is None:
                 found = await self._host(self._tracer.trace, batch, begins, self._plan.keep)
+                stored, card = self._core.stored, self._core.card
+                graph = found.graph
+                named = await self._patience.call(lambda: stored.named(graph, card.name, card.limits, again=again))
+                found = found.lightened(named)
                 if not found.concrete:
                     self._templates[key] = found
                     while len(self._templates) > _TEMPLATES:
@@ -369,7 +385,7 @@ class Mapper:
                 self._templates.move_to_end(key)
         return found
 
-    async def _execute(self, graph: Graph, template: Template) -> tuple[Outcome, dict[str, ArtifactInfo]]:
+    async def _execute(self, template: Template, graph: Graph) -> tuple[Outcome, dict[str, ArtifactInfo]]:
         kept: dict[str, ArtifactInfo] = {}
 
         def note(event: Event) -> None:
@@ -384,8 +400,6 @@ class Mapper:
             outcome = await self._patience.call(send)
         except GraphError as error:
             raise template.locate(error) from None
-        except NotFoundError as error:
-            raise _lost(error) from None
         missing = [o.name for o in graph.outputs if o.name not in (kept if o.keep else outcome.values)]
         if missing:
             raise ProtocolError(f"the server did not send {missing[0]!r}")

@@ -114,9 +114,9 @@ class Reduction(abc.ABC):
             raise TraceError(f"pb.reduce.{self.name} takes a value of the run, not {type(value).__name__}")
         if over is not None and over not in OVER:
             raise TraceError(f"pb.reduce.{self.name}: over is 'rows' or 'tokens', not {over!r}")
-        self.value = value
+        self.value: Any = value
         self.over = over
-        self.mask = None if mask is None else _proxy(value, mask)
+        self.mask: Any = None if mask is None else _proxy(value, mask)
         self.rest: tuple[int, ...] = ()
         self.stride = 1
 
@@ -129,6 +129,10 @@ class Reduction(abc.ABC):
         self.rest = self.value.shape[1 + self.per_token :]
         self.stride = samples.stride if self.per_token else 1
         return self._fold(samples, samples.flat(self.value, self.per_token), samples.counted(self.mask, self.per_token))
+
+    def release(self) -> None:
+        """Forgets the values of the trace: what is left merges, finishes and makes results."""
+        self.value = self.mask = None
 
     @abc.abstractmethod
     def _fold(self, samples: Samples, x: Proxy, counted: Proxy | None) -> Parts:
@@ -160,8 +164,12 @@ class Grouped(Reduction):
             )
         if groups is not None and groups < 1:
             raise TraceError(f"pb.reduce.{self.name}: groups is at least 1, not {groups}")
-        self.by = None if by is None else _proxy(value, by)
+        self.by: Any = None if by is None else _proxy(value, by)
         self.groups = groups
+
+    def release(self) -> None:
+        super().release()
+        self.by = None
 
     def members(self, samples: Samples, x: Proxy, counted: Proxy | None) -> list[Proxy | None]:
         """For each group, which samples are in it, bool [n]; None when all are."""

@@ -51,6 +51,10 @@ class TopK(Reduction):
         self.context = context
         self.kept: dict[str, tuple[tuple[int, ...], str]] = {}
 
+    def release(self) -> None:
+        super().release()
+        self.keep = {}
+
     def _fold(self, samples: Samples, x: Proxy, counted: Proxy | None) -> Parts:
         if self.context is not None and not self.per_token:
             raise TraceError("pb.reduce.topk: context= shows the tokens around a token; these samples are whole rows")

@@ -7,7 +7,7 @@ is a value of the trace there, behind which stands a constant that each batch fi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from patchbay.datasets.axes import Axes, axes_of, known, settle, wider
@@ -20,6 +20,7 @@ from patchbay.ir.graph import Run as GraphRun
 from patchbay.results import Price, map_tree
 from patchbay.tokens import Tokens
 from patchbay.tracing.arrays import to_data
+from patchbay.tracing.builder import GraphBuilder, TracedGraph
 from patchbay.tracing.proxy import Created, Proxy
 from patchbay.tracing.runs import Run
 from patchbay.tracing.trace import BaseTrace
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from patchbay.core import ModelCore
+    from patchbay.ir.card import ModelCard
     from patchbay.model import Edit
-    from patchbay.tracing.builder import GraphBuilder, TracedGraph
 
 #: Makes a constant's array for a batch.
 Fill = Callable[[Batch], "NDArray[Any]"]
@@ -196,7 +197,8 @@ class Template:
         reductions: the reductions, in the order of the state.
         layout: names and shapes of their parts.
         concrete: whether it fits its own batch only.
-        builder: what made the graph.
+        card: the model's card.
+        uploaded: digests of constants that the server was given.
     """
 
     graph: TracedGraph
@@ -207,11 +209,24 @@ class Template:
     reductions: tuple[Reduction, ...]
     layout: tuple[tuple[tuple[str, tuple[int, ...]], ...], ...]
     concrete: bool
-    builder: GraphBuilder
+    card: ModelCard
+    uploaded: frozenset[str] = frozenset()
 
     def locate(self, error: GraphError) -> GraphError:
         """An error about a node, with the user's line."""
-        return self.builder.locate(error, self.graph)
+        return GraphBuilder(self.card).locate(error, self.graph)
+
+    def lightened(self, named: Graph) -> Template:
+        """The template with `named`, its graph with large constants named by their digests, in the graph's place."""
+        for reduction in self.reductions:
+            reduction.release()
+        pairs = zip(self.graph.nodes, named.nodes, strict=True)
+        digests = {str(new.attrs["artifact"]) for old, new in pairs if old is not new and "artifact" in new.attrs}
+        old = self.graph
+        graph = TracedGraph(
+            named, old.specs, old.places, fragments=old.fragments, model=old.model, revision=old.revision
+        )
+        return replace(self, graph=graph, uploaded=frozenset(digests))
 
     def fill(self, batch: Batch, header: NDArray[Any], state: Mapping[str, Any] | None) -> Graph:
         """The graph for `batch`.
@@ -396,7 +411,7 @@ class Tracer:
         tree = map_tree(trace.returned, lambda leaf, path: replaced.get(path, leaf))
         state = None if state_data is None else constants[id(state_data)]
         return Template(
-            graph, fills, state, tree, tuple(collected), tuple(reductions), layout, trace.concrete, trace.builder
+            graph, fills, state, tree, tuple(collected), tuple(reductions), layout, trace.concrete, trace.builder.card
         )
 
 

@@ -2,8 +2,8 @@
 that excite a neuron most.
 
 Each streams the rows through one graph and reduces on the server (`Model.map`); rows are whatever `Model.map` takes,
-and further keyword arguments (``batch``, ``resume``, ``progress`` ...) go to it. What is looked at is a site by name, or a
-function of a run that returns a value.
+and further keyword arguments (``batch``, ``resume``, ``progress`` ...) go to it. What is looked at is a site by name,
+or a function of a run that returns a value.
 """
 
 from __future__ import annotations
