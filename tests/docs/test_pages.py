@@ -65,6 +65,8 @@ class Page:
 
 
 PAGES = [
+    Page("control.md", blocks=6),
+    Page("artifacts.md", blocks=6),
     Page("generation.md", demo, blocks=4),
     Page("language.md", blocks=4),
     Page("tracing.md", worded, blocks=10),
