@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.figure import Contender, Figure, Plan, Scale, Service, Trials
-from benchmarks.models import prompts
+from benchmarks.models import prompts, wait
 from benchmarks.samples import Finding
 from benchmarks.spread import percentile
 from benchmarks.work import Work
@@ -33,15 +33,17 @@ class Bare(Work):
 
     Args:
         calls: forwards per trial.
+        device: where.
     """
 
-    def __init__(self, calls: int) -> None:
-        self._calls = calls
+    def __init__(self, calls: int, device: str) -> None:
+        self._calls, self._device = calls, device
 
     def prepare(self) -> None:
         from patchbay_server.models.demo import load
 
-        self._model, _ = load()
+        model, _ = load()
+        self._model = model.to(self._device)
 
     def run(self, round_: int) -> Mapping[str, float]:
         import torch
@@ -50,14 +52,15 @@ class Bare(Work):
         for row in rows(round_, self._calls):
             start = time.perf_counter()
             with torch.no_grad():
-                self._model(torch.tensor([row]))
+                self._model(torch.tensor([row], device=self._device))
+                wait(self._device)
             times.append(time.perf_counter() - start)
         layer = self._model.model.layers[LAYER]
         handle = layer.register_forward_hook(lambda module, args, out: found.append(out[0, -1].clone()))
         with torch.no_grad():
-            self._model(torch.tensor([rows(round_, self._calls)[-1]]))
+            self._model(torch.tensor([rows(round_, self._calls)[-1]], device=self._device))
         handle.remove()
-        self._found = found[0].numpy()
+        self._found = found[0].cpu().numpy()
         return of(times)
 
     def values(self) -> Mapping[str, Any]:
@@ -69,12 +72,15 @@ class Read(Work):
 
     Args:
         calls: traces per trial.
+        device: of a model in this process.
         address: of the service; "" for a model in this process.
         keys: of its accounts.
     """
 
-    def __init__(self, calls: int, address: str = "", keys: Mapping[str, str | None] | None = None) -> None:
-        self._calls, self._address, self._keys = calls, address, keys or {}
+    def __init__(
+        self, calls: int, device: str, address: str = "", keys: Mapping[str, str | None] | None = None
+    ) -> None:
+        self._calls, self._device, self._address, self._keys = calls, device, address, keys or {}
 
     def prepare(self) -> None:
         import patchbay as pb
@@ -85,7 +91,8 @@ class Read(Work):
         else:
             from patchbay_server.models.demo import load
 
-            self._model = pb.local(*load())
+            model, tokenizer = load()
+            self._model = pb.local(model.to(self._device), tokenizer)
 
     def run(self, round_: int) -> Mapping[str, float]:
         times, inside, waited = [], [], []
@@ -104,7 +111,7 @@ class Read(Work):
 
 
 def plan(scale: Scale) -> Plan:
-    settings = {"calls": scale.choose(full=200, quick=100, tiny=5)}
+    settings = {"calls": scale.choose(full=200, quick=100, tiny=5), "device": scale.device}
     contenders = [
         Contender("bare", "bare forward", "Bare", settings=settings),
         Contender("in_process", "in-process (pb.local)", "Read", settings=settings, against="bare"),
