@@ -42,15 +42,15 @@ def write_all(
     result, owned = site_value, False
     for mode, parts in by_mode.items():
         table = torch.stack([constant.to(site_value.dtype) for constant, _ in parts]).unsqueeze(1)  # [k, 1, ...]
-        rows = [row for _, part in parts for row in range(part.start, part.stop)]
+        places = [row for _, part in parts for row in range(part.start, part.stop)]
         which = [number for number, (_, part) in enumerate(parts) for _ in range(part.start, part.stop)]
         vectors = table
         if which != list(range(len(parts))):
             vectors = table[torch.tensor(which, device=site_value.device)]  # [rows, 1, ...]
-        if rows == list(range(site_value.shape[0])):
+        if places == list(range(site_value.shape[0])):
             result, owned = _met(result, vectors, mode), True
             continue
-        at = torch.tensor(rows, device=site_value.device)
+        at = torch.tensor(places, device=site_value.device)
         if not owned:
             result, owned = site_value.clone(), True
         result[at] = _met(result[at], vectors, mode)

@@ -1,8 +1,8 @@
 """Whether rows of different requests may share a forward: checked on the model at load, not assumed.
 
-Three things are checked, on every layer's output and on the logits: a row that is padded on the right, without a mask, is
-what it is alone; it stays so in a batch of many equal rows (which overflows experts of limited capacity); and numbers that
-are not finite stay in their row.
+Three things are checked, on every layer's output and on the logits: a row that is padded on the right, without a mask,
+is what it is alone; it stays so in a batch of many equal rows (which overflows experts of limited capacity); and
+numbers that are not finite stay in their row. Whether generating rows may share steps is tried out as such.
 """
 
 from __future__ import annotations
@@ -73,15 +73,18 @@ def row_independence(
         ("rows change one another", [(t[:1], a) for t, a in zip(together, alone[0], strict=True)]),
         ("padding on the right changes a row", [(t[1:], a) for t, a in zip(together, alone[1], strict=True)]),
         ("a row depends on how many are like it", [(m[-1:], a) for m, a in zip(many, alone[0], strict=True)]),
-        ("what is not finite in one row reaches others", [(i[1:], h) for i, h in zip(infected, healthy, strict=True)]),
+        (
+            "what is not finite in one row reaches others",
+            [(i[1:], h) for i, h in zip(infected, healthy, strict=True)],
+        ),
     )
     for reason, pairs in checks:
         if not all(_close(value[:, : expected.shape[1]], expected) for value, expected in pairs):
             return Independence(False, reason)
     return Independence(
         True,
-        f"every layer's output of a row is the same alone, padded on the right, among {_MANY} like it, and beside a row "
-        "of NaN",
+        f"every layer's output of a row is the same alone, padded on the right, among {_MANY} like it, and beside a "
+        "row of NaN",
     )
 
 

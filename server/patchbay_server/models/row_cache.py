@@ -1,8 +1,8 @@
 """Keys and values of many generating rows in one place: rows come and go at every step, each with a length of its own.
 
-Rows are aligned at their newest position, so that one step writes one column for all of them, whatever their lengths; what
-a shorter row has before its beginning is masked. A row's positions lie side by side, as they do alone, so windows over the
-latest positions are right too. Buffers grow by half, so a step does not copy what is already there.
+Rows are aligned at their newest position, so that one step writes one column for all of them, whatever their lengths;
+what a shorter row has before its beginning is masked. A row's positions lie side by side, as they do alone, so windows
+over the latest positions are right too. Buffers grow by half, so a step does not copy what is already there.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ class Waiting:
         rows, seq: extents of its batch.
         depth: layers that it needs.
         together: forwards with equal ones may share; None shares with nobody.
-        bound: those with an equal `together` must go all at once (rows of one batch that generates), whatever they cost.
+        bound: those with an equal `together` must go all at once (rows of one batch that generates).
         nbytes: memory that it needs while it runs.
         since: when it began to wait, in any rising unit.
     """

@@ -1,8 +1,8 @@
 """What each account has had of the engine, so that the one that has had least goes first (a virtual token counter).
 
-Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024): every account has a counter of what was put through
-for it; whoever's counter is lowest is served next; an account that comes back after a pause starts at the lowest counter
-of those that are busy, so that nobody saves up credit by waiting, and nobody pays for having been alone.
+Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024): every account has a counter of what was put
+through for it; whoever's counter is lowest is served next; an account that comes back after a pause starts at the
+lowest counter of those that are busy, so that nobody saves up credit by waiting.
 """
 
 from __future__ import annotations

@@ -119,9 +119,9 @@ class LocalBackend:
         limits: what requests are held to.
         scheduling: which requests go together, and who goes first.
         artifacts: where tensors that stay on the server are kept; None where none are.
+        artifact_cache_bytes: of artifacts that stay on the device for their next use; 0: none.
         engine: what runs graphs; None: `patchbay_server.engine.Engine` on the hosted model.
-        torch_threads: threads of one forward on the CPU; of several numbers the best when tried; None leaves torch as it
-            is.
+        torch_threads: threads of one forward on the CPU; of several numbers the best when tried; None: torch's own.
         on_device_failure: called from the engine thread after an error that the device will not recover from, when all
             clients have been told. A served replica ends its process there; in-process use only refuses more work.
     """
@@ -133,6 +133,7 @@ class LocalBackend:
         *,
         scheduling: SchedulingConfig | None = None,
         artifacts: ArtifactStore | None = None,
+        artifact_cache_bytes: int = 2**30,
         engine: ExecutionEngine | None = None,
         torch_threads: int | Sequence[int] | None = None,
         on_device_failure: Callable[[BaseException], None] | None = None,
@@ -140,9 +141,11 @@ class LocalBackend:
         limits = LimitsConfig() if limits is None else limits
         if engine is None:
             from patchbay_server.engine import Engine, TrunkCache
+            from patchbay_server.engine.constants import ConstantCache
 
             room = (SchedulingConfig() if scheduling is None else scheduling).prefix_cache_bytes
-            engine = Engine(cast(Any, hosted), limits.graph_limits(), trunks=TrunkCache(room))
+            constants = ConstantCache(artifact_cache_bytes) if artifacts is not None and artifact_cache_bytes else None
+            engine = Engine(cast(Any, hosted), limits.graph_limits(), trunks=TrunkCache(room), constants=constants)
         self._hosted = hosted
         # The limits that hold here, so that clients check graphs against them before sending.
         self._card = replace(hosted.card, limits=limits.graph_limits())
@@ -426,6 +429,7 @@ def backends_of(config: Config, hosted: Sequence[Hosted], *, exit_on_device_fail
             config.limits,
             scheduling=config.scheduling,
             artifacts=store_of(config.artifacts),
+            artifact_cache_bytes=config.artifacts.device_cache_bytes,
             torch_threads=threads,
             on_device_failure=exit_replica if exit_on_device_failure else None,
         )

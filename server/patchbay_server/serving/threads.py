@@ -1,9 +1,9 @@
 """How many threads a forward on the CPU gets: candidates from the machine, tried on the model itself when it starts.
 
 A forward is not alone on the machine: the event loop and the proxy want a core too, and with as many torch threads as
-cores every parallel region then waits until all of them are scheduled (a 2 ms forward took 500 ms with two threads on two
-cores that something else was using). So each candidate is timed twice, with the machine as it is and with one core kept
-busy, and the smallest sum wins.
+cores every parallel region then waits until all of them are scheduled (a 2 ms forward took 500 ms with two threads on
+two cores that something else was using). So each candidate is timed twice, with the machine as it is and with one core
+kept busy, and the smallest sum wins.
 """
 
 from __future__ import annotations
