@@ -10,12 +10,13 @@ import torch
 
 from patchbay.errors import GraphError, RequestCancelledError
 from patchbay.ir.card import LOGITS
-from patchbay.ir.events import Event, Progress, TensorValue, Usage
+from patchbay.ir.events import Event, Progress, Usage
 from patchbay.ir.graph import TensorData
 from patchbay.ir.ops.control import BODY_ATTRS
 from patchbay.ir.ops.spec import TensorSpec
 from patchbay_server.engine.bodies import SIDE_BY_SIDE
 from patchbay_server.engine.bypass import SKIP_LAYERS, unseen_layers
+from patchbay_server.engine.copies import HostCopies
 from patchbay_server.engine.forwards import ForwardCall, GoingOn, Leaving, SiteCall
 from patchbay_server.engine.fusing import ConstantWrite
 from patchbay_server.engine.generate import Decoding
@@ -42,7 +43,7 @@ from patchbay_server.engine.steps import (
     Step,
     Write,
 )
-from patchbay_server.kernels import index_get, index_put, to_data, to_tensor, to_torch_dtype
+from patchbay_server.kernels import index_get, index_put, to_tensor, to_torch_dtype
 from patchbay_server.models.continuation import Trunk
 from patchbay_server.models.hosted import HostedModel
 from patchbay_server.models.narrowing import positions
@@ -62,6 +63,7 @@ class Execution:
         left: Callable[[int, Trunk], None] = lambda run, trunk: None,
     ) -> None:
         self._hosted, self._plan, self._emit, self._cancelled = hosted, plan, emit, cancelled
+        self._copies = HostCopies(emit)
         self._values: dict[int, Any] = {}
         #: What runs left for others to go on from, and who else is told.
         self._trunks: dict[int, Trunk] = dict(plan.trunks)
@@ -103,8 +105,10 @@ class Execution:
         with _frozen_parameters(self._hosted.model, self.exclusive):
             for number, each in enumerate(plan.passes):
                 yield from self._pass(each) if each.generation is None else self._generation(each)
+                self._copies.deliver(wait=False)
                 self._emit(Progress(number + 1, len(plan.passes)))
             self._happen(plan.after)
+            self._copies.deliver(wait=True)
         layers = len(self._hosted.layers) * self._forwards
         skipped = layers - self._layers_run
         saved = {
@@ -502,9 +506,7 @@ class Execution:
             return
         value = self._values[node]
         tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
-        data, finite = to_data(self._returned(tensor)), _all_finite(tensor)
-        for name in names:
-            self._emit(TensorValue(name, data, finite))
+        self._copies.send(self._returned(tensor), names)
 
     def _returned(self, value: torch.Tensor) -> torch.Tensor:
         """`value` in memory of its own."""
@@ -551,11 +553,3 @@ def _meet(current: torch.Tensor, new: Any, mode: str) -> torch.Tensor:
 
 def _storage(value: torch.Tensor) -> int:
     return value.untyped_storage().data_ptr()
-
-
-def _all_finite(value: torch.Tensor) -> bool:
-    if not value.is_floating_point() or value.numel() == 0:
-        return True
-    wide = value.float() if value.element_size() == 1 else value
-    # A finite sum proves finite terms in one cheap sweep; an infinite one may still be an overflow.
-    return bool(torch.isfinite(wide.sum())) or bool(torch.isfinite(wide).all())
