@@ -424,6 +424,55 @@ def test_neither_side_holds_two_copies(ada: Client) -> None:
     assert peak < 6 * MIB
 
 
+# --- on the device --------------------------------------------------------------------------------------------------
+
+
+def test_an_artifact_is_copied_to_the_device_once(ada: Client) -> None:
+    """Later traces copy nothing, say so in their usage, and give the same bits as without the cache."""
+    model, handle = ada.model("m"), ada.artifacts.put(array(2.0))
+    found, saved = [], []
+    for disabled in ([], [], ["artifact_cache"], []):
+        with model.trace([[1, 2, 3]], disabled=disabled) as run:
+            # Used in every way that could change it: written, edited after being written, sent back.
+            product = run.blocks[0].resid_post @ handle
+            run.blocks[1].resid_post[:, 0] = run.trace.constant(handle)[:, 0]
+            run.blocks[1].resid_post[:, 0] += 1.0
+            run.save(product=product, h=run.blocks[1].resid_post, itself=run.trace.constant(handle))
+        found.append(run.results)
+        saved.append(run.usage.saved.get("artifact_cache", 0))
+    assert saved == [0, handle.nbytes, 0, handle.nbytes]
+    for results in found:
+        np.testing.assert_array_equal(results.itself, array(2.0))
+        for name in ("product", "h"):
+            np.testing.assert_array_equal(results[name], found[0][name])
+
+
+def test_the_cache_on_the_device_is_bounded_and_one_accounts_own() -> None:
+    """The least recently used goes first, what is too large is never kept, and a changed tensor is read again."""
+    torch = pytest.importorskip("torch")
+    from patchbay.ir.artifacts import KeyedTensor
+    from patchbay_server.engine.constants import ConstantCache
+
+    def keyed(key: str, size: int = 100) -> KeyedTensor:
+        return KeyedTensor(float32, (size,), np.full(size, len(key), np.float32).tobytes(), key)
+
+    cache, cpu = ConstantCache(1_000), torch.device("cpu")
+    for key, size, hit in (("a", 100, 0), ("b", 100, 0), ("a", 100, 400), ("c", 100, 0), ("b", 100, 0), ("a", 100, 0)):
+        assert cache.take(keyed(key, size), cpu)[1] == hit
+        assert cache.nbytes <= 1_000
+    assert cache.take(keyed("ada/x"), cpu)[0] is not cache.take(keyed("bob/x"), cpu)[0]
+    cache.take(keyed("big", 300), cpu)
+    assert cache.take(keyed("big", 300), cpu)[1] == 0
+    kept, _ = cache.take(keyed("bob/x"), cpu)
+    kept += 1
+    again, saved = cache.take(keyed("bob/x"), cpu)
+    assert saved == 0
+    assert float(again[0]) == 5.0
+    cache.clear()
+    assert cache.nbytes == 0
+    assert cache.take(keyed("bob/x"), cpu)[1] == 0
+
+
 # --- the asynchronous client, several at once -----------------------------------------------------------------------
 
 

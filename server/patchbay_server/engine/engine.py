@@ -11,6 +11,7 @@ from patchbay.errors import GraphError
 from patchbay.ir.events import Event, ExecuteOptions, Usage
 from patchbay.ir.graph import Graph
 from patchbay.ir.limits import Limits
+from patchbay_server.engine.constants import ConstantCache
 from patchbay_server.engine.decoding import DecodeBatches
 from patchbay_server.engine.executor import Execution
 from patchbay_server.engine.forwards import ForwardCall, run_forward
@@ -46,6 +47,7 @@ class Engine:
         max_pass_tokens: int = MAX_PASS_TOKENS,
         worthwhile: float = WORTHWHILE,
         trunks: TrunkCache | None = None,
+        constants: ConstantCache | None = None,
     ) -> None:
         self.hosted = hosted
         self.limits = hosted.card.limits if limits is None else limits
@@ -57,6 +59,7 @@ class Engine:
             worthwhile,
         )
         self._trunks = trunks
+        self._constants = constants
         self._depths = Depths(hosted.card)
         self._batches = DecodeBatches(hosted)
 
@@ -108,12 +111,12 @@ class Engine:
         """An execution of `plan`, for who runs several at a time; nothing has happened yet."""
         trunks, account = self._trunks, plan.account
         if trunks is None or account is None or PREFIX_CACHE in plan.options.disabled:
-            return Execution(self.hosted, plan, emit, cancelled)
+            return Execution(self.hosted, plan, emit, cancelled, constants=self._constants)
 
         def left(run: int, trunk: Trunk) -> None:
             trunks.put(account, plan.graph.runs[run].tokens, trunk)
 
-        return Execution(self.hosted, plan, emit, cancelled, left)
+        return Execution(self.hosted, plan, emit, cancelled, left, self._constants)
 
     def run(self, plan: Plan, emit: Callable[[Event], None], cancelled: Callable[[], bool] = lambda: False) -> Usage:
         """Run `plan` to its end, handing Progress and TensorValue events to `emit` as they happen. Blocks.
@@ -190,6 +193,8 @@ class Engine:
 
     def make_room(self) -> None:
         """Give memory that nothing uses back to the device."""
+        if self._constants is not None:
+            self._constants.clear()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

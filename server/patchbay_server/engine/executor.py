@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from patchbay.errors import GraphError, RequestCancelledError
+from patchbay.ir.artifacts import KeyedTensor
 from patchbay.ir.card import LOGITS
 from patchbay.ir.events import Event, Progress, Usage
 from patchbay.ir.graph import TensorData
@@ -16,6 +17,7 @@ from patchbay.ir.ops.control import BODY_ATTRS
 from patchbay.ir.ops.spec import TensorSpec
 from patchbay_server.engine.bodies import SIDE_BY_SIDE
 from patchbay_server.engine.bypass import SKIP_LAYERS, unseen_layers
+from patchbay_server.engine.constants import ARTIFACT_CACHE, ConstantCache
 from patchbay_server.engine.copies import HostCopies
 from patchbay_server.engine.forwards import ForwardCall, GoingOn, Leaving, SiteCall
 from patchbay_server.engine.fusing import ConstantWrite
@@ -61,6 +63,7 @@ class Execution:
         emit: Callable[[Event], None],
         cancelled: Callable[[], bool],
         left: Callable[[int, Trunk], None] = lambda run, trunk: None,
+        constants: ConstantCache | None = None,
     ) -> None:
         self._hosted, self._plan, self._emit, self._cancelled = hosted, plan, emit, cancelled
         self._copies = HostCopies(emit)
@@ -68,6 +71,7 @@ class Execution:
         #: What runs left for others to go on from, and who else is told.
         self._trunks: dict[int, Trunk] = dict(plan.trunks)
         self._left = left
+        self._constants, self._not_copied = constants, 0
         self._layers_run = self._layers_compiled = self._layers_shared = self._layers_bypassed = self._fused = 0
         #: Memory of the model's own tensors while one of its sites is visited; nothing that outlives the visit may
         #: share it.
@@ -122,6 +126,8 @@ class Execution:
             saved[SKIP_LAYERS] = self._layers_bypassed
         if self._fused:
             saved[FUSE_WRITES] = self._fused
+        if self._not_copied:
+            saved[ARTIFACT_CACHE] = self._not_copied
         return Usage(
             tokens=self._positions,
             passes=self._forwards,
@@ -479,10 +485,18 @@ class Execution:
         if step.outputs:
             self._send(step.node, step.outputs)
 
+    def _constant(self, value: TensorData) -> torch.Tensor:
+        kept = self._constants
+        if kept is None or not isinstance(value, KeyedTensor) or ARTIFACT_CACHE in self._plan.options.disabled:
+            return to_tensor(value, self._hosted.device)
+        tensor, saved = kept.take(value, self._hosted.device)
+        self._not_copied += saved
+        return tensor
+
     def _structural(self, step: Compute) -> Any:
         if step.op == "const":
             value: TensorData | None = step.attrs["value"]
-            return step.attrs["scalar"] if value is None else to_tensor(value, self._hosted.device)
+            return step.attrs["scalar"] if value is None else self._constant(value)
         if step.op == "param.read":
             return self._hosted.parameters[step.attrs["name"]].of(self._hosted.model)
         if step.op == "item":

@@ -21,6 +21,7 @@ from patchbay.ir.verify import verify
 from patchbay_server.engine.bodies import LOOP_INVARIANTS, SIDE_BY_SIDE
 from patchbay_server.engine.bypass import SKIP_LAYERS
 from patchbay_server.engine.columns import find_columns, renumbered
+from patchbay_server.engine.constants import ARTIFACT_CACHE
 from patchbay_server.engine.differentiation import Gradient, plan_gradients
 from patchbay_server.engine.optimize import MERGE_RUNS, PASSES, optimize
 from patchbay_server.engine.prefix import LAYER_COST_CPU, WORTHWHILE, Group, Planner, Sharing, bucketed
@@ -64,6 +65,7 @@ OPTIMISATIONS = (
     SIDE_BY_SIDE,
     *(WINDOWS, NARROW_LOGITS, LOGIT_COLUMNS, SHARED_PREFIX, PREFIX_CACHE),
     *(BATCH_RUNS, EARLY_STOP, LIVENESS, COMPILE, SKIP_LAYERS, COBATCH, CONTINUOUS_BATCHING, FUSE_WRITES),
+    ARTIFACT_CACHE,
 )
 
 _NO_WINDOWS = Windows(MappingProxyType({}), MappingProxyType({}))

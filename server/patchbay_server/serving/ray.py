@@ -104,6 +104,7 @@ def _load(config: Config, model: ModelConfig, sharing: int) -> LocalBackend:
         loaded.with_weights(model.weights),
         config.limits,
         artifacts=store_of(config.artifacts),
+        artifact_cache_bytes=config.artifacts.device_cache_bytes,
         scheduling=config.scheduling,
         torch_threads=thread_candidates(config.torch_threads, sharing=sharing),
         on_device_failure=exit_replica,
