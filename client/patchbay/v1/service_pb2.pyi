@@ -105,14 +105,16 @@ class ExecuteRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., graph: _Optional[_Union[_graph_pb2.Graph, _Mapping]] = ..., options: _Optional[_Union[ExecuteOptions, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class ExecuteOptions(_message.Message):
-    __slots__ = ("deterministic", "disabled_optimizations", "dry_run")
+    __slots__ = ("deterministic", "disabled_optimizations", "dry_run", "accepted_compressions")
     DETERMINISTIC_FIELD_NUMBER: _ClassVar[int]
     DISABLED_OPTIMIZATIONS_FIELD_NUMBER: _ClassVar[int]
     DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_COMPRESSIONS_FIELD_NUMBER: _ClassVar[int]
     deterministic: bool
     disabled_optimizations: _containers.RepeatedScalarFieldContainer[str]
     dry_run: bool
-    def __init__(self, deterministic: bool = ..., disabled_optimizations: _Optional[_Iterable[str]] = ..., dry_run: bool = ...) -> None: ...
+    accepted_compressions: _containers.RepeatedScalarFieldContainer[_tensor_pb2.Compression]
+    def __init__(self, deterministic: bool = ..., disabled_optimizations: _Optional[_Iterable[str]] = ..., dry_run: bool = ..., accepted_compressions: _Optional[_Iterable[_Union[_tensor_pb2.Compression, str]]] = ...) -> None: ...
 
 class ExecuteResponse(_message.Message):
     __slots__ = ("queued", "started", "progress", "value", "tensor", "chunk", "done", "error", "kept")

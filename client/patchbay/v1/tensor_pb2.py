@@ -24,19 +24,21 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18patchbay/v1/tensor.proto\x12\x0bpatchbay.v1\"U\n\x06Tensor\x12.\n\x0c\x65lement_type\x18\x01 \x01(\x0e\x32\x18.patchbay.v1.ElementType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"a\n\x0cTensorHeader\x12.\n\x0c\x65lement_type\x18\x01 \x01(\x0e\x32\x18.patchbay.v1.ElementType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\":\n\x0bTensorChunk\x12\x0e\n\x06offset\x18\x01 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\r\n\x05\x63rc32\x18\x03 \x01(\x07*\xe0\x02\n\x0b\x45lementType\x12\x1c\n\x18\x45LEMENT_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x45LEMENT_TYPE_BOOL\x10\x01\x12\x16\n\x12\x45LEMENT_TYPE_UINT8\x10\x02\x12\x15\n\x11\x45LEMENT_TYPE_INT8\x10\x03\x12\x16\n\x12\x45LEMENT_TYPE_INT16\x10\x04\x12\x16\n\x12\x45LEMENT_TYPE_INT32\x10\x05\x12\x16\n\x12\x45LEMENT_TYPE_INT64\x10\x06\x12\x1e\n\x1a\x45LEMENT_TYPE_FLOAT8_E4M3FN\x10\x07\x12\x1c\n\x18\x45LEMENT_TYPE_FLOAT8_E5M2\x10\x08\x12\x18\n\x14\x45LEMENT_TYPE_FLOAT16\x10\t\x12\x19\n\x15\x45LEMENT_TYPE_BFLOAT16\x10\n\x12\x18\n\x14\x45LEMENT_TYPE_FLOAT32\x10\x0b\x12\x18\n\x14\x45LEMENT_TYPE_FLOAT64\x10\x0c\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18patchbay/v1/tensor.proto\x12\x0bpatchbay.v1\"U\n\x06Tensor\x12.\n\x0c\x65lement_type\x18\x01 \x01(\x0e\x32\x18.patchbay.v1.ElementType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x90\x01\n\x0cTensorHeader\x12.\n\x0c\x65lement_type\x18\x01 \x01(\x0e\x32\x18.patchbay.v1.ElementType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x12-\n\x0b\x63ompression\x18\x04 \x01(\x0e\x32\x18.patchbay.v1.Compression\"U\n\x0bTensorChunk\x12\x0e\n\x06offset\x18\x01 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\r\n\x05\x63rc32\x18\x03 \x01(\x07\x12\x19\n\x11uncompressed_size\x18\x04 \x01(\x05*\xe0\x02\n\x0b\x45lementType\x12\x1c\n\x18\x45LEMENT_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x45LEMENT_TYPE_BOOL\x10\x01\x12\x16\n\x12\x45LEMENT_TYPE_UINT8\x10\x02\x12\x15\n\x11\x45LEMENT_TYPE_INT8\x10\x03\x12\x16\n\x12\x45LEMENT_TYPE_INT16\x10\x04\x12\x16\n\x12\x45LEMENT_TYPE_INT32\x10\x05\x12\x16\n\x12\x45LEMENT_TYPE_INT64\x10\x06\x12\x1e\n\x1a\x45LEMENT_TYPE_FLOAT8_E4M3FN\x10\x07\x12\x1c\n\x18\x45LEMENT_TYPE_FLOAT8_E5M2\x10\x08\x12\x18\n\x14\x45LEMENT_TYPE_FLOAT16\x10\t\x12\x19\n\x15\x45LEMENT_TYPE_BFLOAT16\x10\n\x12\x18\n\x14\x45LEMENT_TYPE_FLOAT32\x10\x0b\x12\x18\n\x14\x45LEMENT_TYPE_FLOAT64\x10\x0c*H\n\x0b\x43ompression\x12\x1b\n\x17\x43OMPRESSION_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x43OMPRESSION_SHUFFLE_ZSTD\x10\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'patchbay.v1.tensor_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ELEMENTTYPE']._serialized_start=288
-  _globals['_ELEMENTTYPE']._serialized_end=640
+  _globals['_ELEMENTTYPE']._serialized_start=363
+  _globals['_ELEMENTTYPE']._serialized_end=715
+  _globals['_COMPRESSION']._serialized_start=717
+  _globals['_COMPRESSION']._serialized_end=789
   _globals['_TENSOR']._serialized_start=41
   _globals['_TENSOR']._serialized_end=126
-  _globals['_TENSORHEADER']._serialized_start=128
-  _globals['_TENSORHEADER']._serialized_end=225
-  _globals['_TENSORCHUNK']._serialized_start=227
-  _globals['_TENSORCHUNK']._serialized_end=285
+  _globals['_TENSORHEADER']._serialized_start=129
+  _globals['_TENSORHEADER']._serialized_end=273
+  _globals['_TENSORCHUNK']._serialized_start=275
+  _globals['_TENSORCHUNK']._serialized_end=360
 # @@protoc_insertion_point(module_scope)
