@@ -145,7 +145,7 @@ class FakeModel:
         if any(run.generation for run in graph.runs):
             raise GraphError("the fake model generates no tokens")
         verified = verify(graph, self.card)
-        cost = price(graph, verified.specs)
+        cost = price(verified.flat, verified.flat_specs, verified.facts)
         if options.dry_run:
             yield Done(Usage(nodes=len(graph.nodes), cost=cost))
             return
@@ -155,7 +155,7 @@ class FakeModel:
             if "artifact" in node.attrs:
                 value = self.stored(str(node.attrs["artifact"]), node=str(i))[1]
                 nodes[i] = Node("const", (), {"value": value})
-        values = _Evaluation(Graph(graph.runs, tuple(nodes)), self.card).values()
+        values = _Evaluation(Graph(graph.runs, tuple(nodes), bodies=graph.bodies), self.card).values()
         yield Progress(len(graph.runs), len(graph.runs))
         sent = 0
         for output in graph.outputs:
@@ -316,6 +316,8 @@ class _Evaluation:
                 return _call(str(node.attrs["target"]), args[0])
             case "item":
                 return args[0][node.attrs["index"]]
+            case "scan" | "cond" | "map":
+                return reference.evaluate_control(node.op, node.attrs, args, self._graph.bodies)
         return reference.evaluate(spec(node.op), args, node.attrs)
 
     def _site(self, node: Node) -> NDArray[Any]:

@@ -214,3 +214,12 @@ def test_where_chooses_element_by_element(trace: Trace) -> None:
     x = trace.constant([1.0, -2.0])
     assert pb.where(x > 0, x, 0.0).shape == (2,)
     assert pb.where.__doc__ is not None and "element by element" in pb.where.__doc__
+
+
+def test_the_fake_server_takes_loops() -> None:
+    """A trace with a loop runs there too, to values of the right shapes."""
+    with fake_client().model("fake").trace() as t:
+        x = t.run([1, 2]).blocks[0].resid_post[0]
+        end, ys = pb.scan(lambda c, row: (c + row, c.sum()), np.zeros(x.shape[1:], "float32"), x)
+        t.save(end=end, ys=ys)
+    assert t.results["end"].shape == x.shape[1:] and t.results["ys"].shape == (2,)
