@@ -144,7 +144,7 @@ class SchedulingConfig(_Section):
     max_forward_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="Token positions of one forward shared by several requests. Default: 1024 on a CPU, 16384 on a GPU.",
+        description="Token positions of one forward shared by several requests. Default: 512 on a CPU, 16384 on a GPU.",
     )
     fairness: Literal["virtual-tokens", "round-robin"] = Field(
         default="virtual-tokens",

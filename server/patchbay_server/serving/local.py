@@ -72,7 +72,7 @@ EXIT_GRACE_S = 0.5
 #: Exit status of a replica whose device failed (EX_SOFTWARE): the supervisor starts another.
 EXIT_DEVICE_FAILED = 70
 #: Positions of one shared forward, unless configured: on a CPU, and on a GPU.
-CPU_FORWARD_TOKENS, FORWARD_TOKENS = 1_024, 16_384
+CPU_FORWARD_TOKENS, FORWARD_TOKENS = 512, 16_384
 #: Time beyond the deadline after which a request that is still inside the engine counts as stuck.
 STUCK_AFTER_S = 60.0
 
