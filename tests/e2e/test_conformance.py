@@ -409,3 +409,46 @@ async def test_hostile_uploads_leave_nothing(served: Served) -> None:
         assert stored.name == "good"
     finally:
         await transport.close()
+
+
+# --- data sets ------------------------------------------------------------------------------------------------------
+
+
+def test_a_map_over_a_data_set_is_reduced_where_the_model_is(served: Served, model: Model, tmp_path: Path) -> None:
+    """Reductions equal numpy's over the same activations fetched whole, bytes stay there, and a map goes on."""
+    words = "the capital of france italy is paris rome a cat dog sat on mat".split()
+    rng = np.random.default_rng(0)
+    rows = [{"text": " ".join(rng.choice(words, size=rng.integers(1, 9))), "label": i % 2} for i in range(60)]
+
+    def look(run):
+        h = run.blocks[1].resid_post
+        return {
+            "mean": pb.reduce.mean(h),
+            "by": pb.reduce.mean(h[:, -1], by=run.column("label"), groups=2),
+            "cov": pb.reduce.covariance(h),
+            "top": pb.reduce.topk(h[..., :3], 4),
+        }
+
+    class StopError(Exception):
+        pass
+
+    def stop(progress):
+        if progress.rows >= 30:
+            raise StopError
+
+    how = {"batch": 5, "window": 10, "lanes": 2}
+    found = model.map(rows, look, **how)
+    with pytest.raises(StopError):
+        model.map(rows, look, resume=tmp_path / "state.json", progress=stop, **how)
+    resumed = model.map(rows, look, resume=tmp_path / "state.json", **how)
+    whole = model.map(rows, lambda run: {"h": run.blocks[1].resid_post}, **how)["h"]
+    x = np.concatenate(list(whole)).astype(np.float64)
+    last = np.array([h[-1] for h in whole], dtype=np.float64)
+    np.testing.assert_allclose(found["mean"], x.mean(0), rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(found["by"], [last[0::2].mean(0), last[1::2].mean(0)], rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(found["cov"].covariance, np.cov(x.T), rtol=1e-6, atol=1e-9)
+    np.testing.assert_array_equal(found["top"].values, np.sort(x[:, :3].T, axis=1)[:, ::-1][:, :4])
+    for name in ("mean", "by"):
+        np.testing.assert_array_equal(resumed[name], found[name])
+    np.testing.assert_array_equal(resumed["cov"].covariance, found["cov"].covariance)
+    np.testing.assert_array_equal(resumed["top"].rows, found["top"].rows)
