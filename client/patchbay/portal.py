@@ -19,6 +19,10 @@ from patchbay.errors import TraceError
 T = TypeVar("T")
 _JOIN_S = 5.0
 
+#: How long a wait lasts at most before it is begun again: a Ctrl-C that comes just before the thread falls asleep is
+#: only seen when it wakes.
+_LISTEN_S = 0.5
+
 
 class Portal:
     """An event loop in a daemon thread, started on first use; a forked child starts another."""
@@ -38,7 +42,12 @@ class Portal:
         """Runs `work` in the loop and waits; Ctrl-C cancels it."""
         future = self._submit(work)
         try:
-            return future.result()
+            while True:
+                try:
+                    return future.result(_LISTEN_S)
+                except concurrent.futures.TimeoutError:
+                    if future.done():  # the work's own, or it ended just now
+                        return future.result()
         except BaseException:
             future.cancel()
             raise
@@ -57,7 +66,10 @@ class Portal:
         future.add_done_callback(lambda _: events.put((False, None)))
         try:
             while True:
-                more, event = events.get()
+                try:
+                    more, event = events.get(timeout=_LISTEN_S)
+                except queue.Empty:
+                    continue
                 if not more:
                     return future.result()
                 on_event(event)
