@@ -228,7 +228,7 @@ def check_body(graph: Graph, card: ModelCard, number: int, facts: Sequence[BodyF
             error.field = f"{name}.nodes[{k}]"
             raise
         specs.append(spec)
-        steps += 1
+        steps += node.op != "const"
         args = [value for a in node.args if isinstance(value := specs[a], TensorSpec)]
         attrs = op_spec(node.op).fill(node.attrs)
         if node.op in BODY_ATTRS:
