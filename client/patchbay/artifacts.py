@@ -162,7 +162,13 @@ class StoredArtifacts:
         transport = await self._connection.transport()
         digest = await asyncio.to_thread(digest_of, tensor)
         wanted = ArtifactInfo(digest, tensor.dtype, tensor.shape, tensor.nbytes, name)
-        info = await transport.put_artifact(wanted, tensor)
+        known = bool(await transport.stat_artifacts([digest])) if tensor.nbytes > UPLOAD_ABOVE_BYTES else False
+        try:
+            info = await transport.put_artifact(wanted, tensor, known=known)
+        except ProtocolError:
+            if not known:
+                raise
+            info = await transport.put_artifact(wanted, tensor)  # it went in between
         self._remember(digest)
         return self._handle(info)
 

@@ -219,7 +219,13 @@ class FakeTransport(Transport):
             yield event
 
     async def put_artifact(
-        self, info: ArtifactInfo, tensor: TensorData, *, automatic: bool = False, model: str | None = None
+        self,
+        info: ArtifactInfo,
+        tensor: TensorData,
+        *,
+        automatic: bool = False,
+        known: bool = False,
+        model: str | None = None,
     ) -> ArtifactInfo:
         self._check_open()
         if info.digest not in self.model.artifacts:

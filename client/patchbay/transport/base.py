@@ -84,18 +84,26 @@ class Transport(abc.ABC):
 
     @abc.abstractmethod
     async def put_artifact(
-        self, info: ArtifactInfo, tensor: TensorData, *, automatic: bool = False, model: str | None = None
+        self,
+        info: ArtifactInfo,
+        tensor: TensorData,
+        *,
+        automatic: bool = False,
+        known: bool = False,
+        model: str | None = None,
     ) -> ArtifactInfo:
-        """Store a tensor under its digest; one that is there already is not sent again.
+        """Store a tensor under its digest.
 
         Args:
             info: its digest, form and name.
             tensor: its elements; not copied.
             automatic: on behalf of a graph: the server may drop it where room is short.
+            known: the server has it: send nothing but what it is to be called.
             model: name of the model whose replica should take it; None: whichever part of the service answers.
 
         Raises:
             ResourceExhaustedError: too large, beyond the quota, or the disk is full.
+            ProtocolError: it was said to be there, and is not.
             UnsupportedError: the server keeps no artifacts.
         """
 

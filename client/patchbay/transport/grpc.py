@@ -202,25 +202,33 @@ class GrpcTransport(Transport):
                 await asyncio.sleep(min(max(delay_s, 0.0), MAX_RETRY_DELAY_S))
 
     async def put_artifact(
-        self, info: ArtifactInfo, tensor: TensorData, *, automatic: bool = False, model: str | None = None
+        self,
+        info: ArtifactInfo,
+        tensor: TensorData,
+        *,
+        automatic: bool = False,
+        known: bool = False,
+        model: str | None = None,
     ) -> ArtifactInfo:
         application = CONTROL_APPLICATION if model is None else model
         for last_try in (False, True):
             try:
-                return await self._upload(info, tensor, automatic, application)
+                return await self._upload(info, tensor, automatic, known, application)
             except ServiceError as error:
                 if last_try or not _lost(error):  # the same bytes under the same name: safe to send again
                     raise
                 await asyncio.sleep(RETRY_DELAY_S)
         raise AssertionError("the second try returns or raises")
 
-    async def _upload(self, info: ArtifactInfo, tensor: TensorData, automatic: bool, application: str) -> ArtifactInfo:
+    async def _upload(
+        self, info: ArtifactInfo, tensor: TensorData, automatic: bool, known: bool, application: str
+    ) -> ArtifactInfo:
         channel = self._open()
         import grpc
         from grpc import aio
 
         async def parts() -> AsyncIterator[bytes]:
-            for part in encode_put(info, tensor, automatic):
+            for part in encode_put(info, tensor, automatic, known):
                 data = serialize(part)
                 self.bytes_sent += len(data)
                 yield data

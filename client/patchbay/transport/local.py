@@ -159,13 +159,19 @@ class LocalTransport(Transport):
         decoder.finish()
 
     async def put_artifact(
-        self, info: ArtifactInfo, tensor: TensorData, *, automatic: bool = False, model: str | None = None
+        self,
+        info: ArtifactInfo,
+        tensor: TensorData,
+        *,
+        automatic: bool = False,
+        known: bool = False,
+        model: str | None = None,
     ) -> ArtifactInfo:
         self._check_open()
         context = self._context()
 
         async def parts() -> AsyncIterator[artifact_pb2.PutArtifactRequest]:
-            for part in encode_put(info, tensor, automatic):
+            for part in encode_put(info, tensor, automatic, known):
                 self.bytes_sent += part.ByteSize()
                 yield part
 

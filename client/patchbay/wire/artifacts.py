@@ -108,8 +108,10 @@ def _display_name(name: str, field: str) -> str:
 # --- their bytes --------------------------------------------------------------------------------------------------
 
 
-def encode_put(info: ArtifactInfo, tensor: TensorData, automatic: bool) -> Iterator[artifact_pb2.PutArtifactRequest]:
-    """The messages that upload `tensor`, made one at a time as they are asked for.
+def encode_put(
+    info: ArtifactInfo, tensor: TensorData, automatic: bool, known: bool = False
+) -> Iterator[artifact_pb2.PutArtifactRequest]:
+    """The messages that upload `tensor`, made one at a time as they are asked for; `known`: only the first.
 
     Raises:
         InvalidRequestError: a name that cannot be sent.
@@ -124,7 +126,7 @@ def encode_put(info: ArtifactInfo, tensor: TensorData, automatic: bool) -> Itera
     except (ValueError, UnicodeError) as error:
         raise InvalidRequestError(f"an artifact cannot be called so: {error}", reason="INVALID_NAME") from None
     yield artifact_pb2.PutArtifactRequest(header=header)
-    for offset in chunk_offsets(tensor, CHUNK_BYTES):
+    for offset in () if known else chunk_offsets(tensor, CHUNK_BYTES):
         part = artifact_pb2.PutArtifactRequest()
         fill_chunk(part.chunk, tensor, offset, CHUNK_BYTES)
         yield part
