@@ -66,6 +66,7 @@ class Page:
 
 PAGES = [
     Page("control.md", blocks=6),
+    Page("datasets.md", demo, blocks=6),
     Page("artifacts.md", blocks=6),
     Page("generation.md", demo, blocks=4),
     Page("language.md", blocks=4),
