@@ -6,6 +6,7 @@ import math
 
 from hypothesis import strategies as st
 
+from patchbay.ir.artifacts import ArtifactInfo, digest_of
 from patchbay.ir.bodies import Body
 from patchbay.ir.card import SYMBOLS, CallableSpec, InputSpec, ModelCard, SiteSpec
 from patchbay.ir.dtypes import DTYPES, DType
@@ -13,6 +14,7 @@ from patchbay.ir.events import (
     Cost,
     Done,
     ExecuteOptions,
+    Kept,
     ModelSummary,
     Progress,
     Queued,
@@ -85,7 +87,7 @@ def graphs(draw: st.DrawFn) -> Graph:
             )
         )
     output_names = draw(st.lists(names, unique=True, max_size=3)) if nodes else []
-    outputs = tuple(Output(name, draw(st.integers(0, len(nodes) - 1))) for name in output_names)
+    outputs = tuple(Output(name, draw(st.integers(0, len(nodes) - 1)), draw(st.booleans())) for name in output_names)
     return Graph(
         runs=tuple(runs), nodes=tuple(nodes), outputs=outputs, bodies=tuple(draw(st.lists(bodies(), max_size=2)))
     )
@@ -192,11 +194,24 @@ usages = st.builds(
     cost=costs,
     saved=st.dictionaries(texts, int64s, max_size=3),
 )
+
+
+@st.composite
+def artifacts(draw: st.DrawFn) -> ArtifactInfo:
+    """What is known of any tensor."""
+    tensor = draw(tensors(64))
+    times = st.integers(0, 2**33).map(float)
+    return ArtifactInfo(
+        digest_of(tensor), tensor.dtype, tensor.shape, tensor.nbytes, draw(texts), draw(times), draw(times)
+    )
+
+
 events = st.one_of(
     st.builds(Queued, position=counts),
     st.just(Started()),
     st.builds(Progress, pass_index=counts, passes=counts),
     st.builds(TensorValue, name=names, value=tensors(), finite=st.booleans()),
+    st.builds(Kept, name=names, artifact=artifacts(), finite=st.booleans()),
     st.builds(Done, usage=usages),
 )
 options = st.builds(
