@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.page:
         write_page()
         return 0
-    from patchbay_server.serving.local import choose_torch_threads
+    from patchbay_server.serving.threads import choose_torch_threads
 
     mode = "quick" if options.quick else "gpu" if options.gpu else "tiny" if options.tiny else "full"
     environments = {"patchbay": sys.executable, **places_of(options.place)}

@@ -1,4 +1,4 @@
-"""A `grpc.aio` server that streams bytes and knows nothing else; it stops when its stdin ends."""
+"""A `grpc.aio` server that streams an array's bytes and knows nothing else; it stops when its stdin ends."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator
 from typing import Any
+
+import numpy as np
 
 METHOD = "/bare.Stream/Bytes"
 #: Large windows, as Patchbay's own transports use, so that the comparison is of the same gRPC.
@@ -17,12 +19,12 @@ OPTIONS = [
 
 
 async def stream(request: bytes, context: Any) -> AsyncIterator[bytes]:
-    """`total` bytes in messages of `chunk`."""
+    """The bytes of `total` / 4 float32 numbers, counted from 0 and made anew, in messages of `chunk` bytes."""
     del context
     total, chunk = map(int, request.split())
-    block = bytes(chunk)
+    data = memoryview(np.arange(total // 4, dtype=np.float32)).cast("B")
     for start in range(0, total, chunk):
-        yield block if total - start >= chunk else block[: total - start]
+        yield bytes(data[start : start + chunk])
 
 
 async def main() -> None:

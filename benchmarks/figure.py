@@ -77,9 +77,9 @@ class Contender:
             multiplied.
         service: name of the figure's service that it talks to; the class gets ``address`` and ``keys`` as well.
         against: the contender whose values its own must equal; "" for none.
-        each: it takes part in every so many rounds only; its samples of the rounds between are the last one again.
         fresh: every trial runs in a new process.
         own_process: it does not share its worker with the figure's other contenders.
+        env: environment variables of its worker, where it has one to itself.
     """
 
     name: str
@@ -92,6 +92,7 @@ class Contender:
     against: str = ""
     fresh: bool = False
     own_process: bool = False
+    env: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

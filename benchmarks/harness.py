@@ -133,14 +133,14 @@ class _Session:
             with self._start("patchbay") as worker:
                 worker.ask("load", name="models", module="benchmarks.harness", work="SaveModels", settings=settings)
 
-    def _start(self, place: str) -> Worker:
+    def _start(self, place: str, env: Mapping[str, str] | None = None) -> Worker:
         log = self._scratch / f"{place}-{len(list(self._scratch.iterdir()))}.log"
-        return Worker(self._bench.environments[place], self._bench.environment(place), log)
+        return Worker(self._bench.environments[place], {**self._bench.environment(place), **(env or {})}, log)
 
     def _load(self, contender: Contender) -> None:
         key = contender.name if contender.own_process else contender.place
         if key not in self._workers:
-            self._workers[key] = self._start(contender.place)
+            self._workers[key] = self._start(contender.place, contender.env)
             self._stack.callback(self._workers[key].close)
         self._workers[contender.name] = self._workers[key]
         self._load_in(self._workers[key], contender)
@@ -160,7 +160,7 @@ class _Session:
         service = self._services.get(contender.service)
         before = service.cpu_s() if service is not None else 0.0
         if contender.fresh:
-            with self._start(contender.place) as worker:
+            with self._start(contender.place, contender.env) as worker:
                 self._load_in(worker, contender)
                 answer = worker.ask("run", name=contender.name, round=round_)
                 worker.ask("values", name=contender.name, path=str(self._values(contender)))

@@ -23,7 +23,7 @@ _ASK = (
 
 def machine() -> dict[str, Any]:
     """The processor, its cores, the memory, the system, and how busy the machine is now."""
-    from patchbay_server.serving.local import usable_cores
+    from patchbay_server.serving.threads import usable_cores
 
     load = os.getloadavg()
     return {

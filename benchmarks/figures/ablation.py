@@ -101,7 +101,7 @@ def plan(scale: Scale) -> Plan:
                 # Equal prompts would let one contender profit from what another left in the cache.
                 settings={**settings[w], "disabled": off, "shared": True, "salt": 1 + number},
             )
-            for w in WORKLOADS
+            for w in (WORKLOADS if scale.mode != "quick" else ("sweep", "repeat"))
             for number, (v, off) in enumerate(chosen)
         ],
         rounds=scale.choose(full=2, quick=1, tiny=1),

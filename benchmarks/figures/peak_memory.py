@@ -15,6 +15,10 @@ from benchmarks.work import Work
 _STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
 
+#: Every tensor of more than a page is a mapping of its own, given back when it is freed: otherwise what is left over
+#: from loading, in whichever thread's arena, hides some of the growth of one contender and not of another.
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4096", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_MAX_": "1000000"}
+
 
 def resident(key: str) -> int:
     """``VmRSS`` or ``VmHWM`` of this process, bytes."""
@@ -77,7 +81,8 @@ def plan(scale: Scale) -> Plan:
     settings = {"model": name, "length": scale.choose(full=512, quick=512, tiny=64), "device": scale.device}
 
     def contender(key: str, label: str, layer: int | None, logits: bool = True) -> Contender:
-        return Contender(key, label, "Peak", settings={**settings, "layer": layer, "logits": logits}, fresh=True)
+        given = {**settings, "layer": layer, "logits": logits}
+        return Contender(key, label, "Peak", settings=given, fresh=True, env=_MALLOC)
 
     return Plan(
         contenders=[
@@ -117,7 +122,7 @@ FIGURE = Figure(
     how=(
         "Every trial in a fresh process: load, run 16 tokens (libraries set themselves up), reset the kernel's"
         " high-water mark of resident memory (`/proc/self/clear_refs`), run once, and take the mark less the "
-        "resident memory before. On CUDA: torch's own peak."
+        "resident memory before; glibc's malloc is told to give freed tensors back at once. On CUDA: torch's own peak."
     ),
     plan=plan,
     findings=findings,
