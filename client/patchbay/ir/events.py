@@ -15,6 +15,10 @@ from patchbay.ir.artifacts import ArtifactInfo
 from patchbay.ir.graph import TensorData
 
 
+#: The optimisation that the wire makes, by its off switch in `ExecuteOptions.disabled`; it saves bytes.
+COMPRESSION = "compression"
+
+
 @dataclass(frozen=True, slots=True)
 class ExecuteOptions:
     """How to run a graph.

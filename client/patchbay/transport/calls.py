@@ -10,7 +10,7 @@ from patchbay.ir.artifacts import ArtifactInfo
 from patchbay.ir.card import ModelCard
 from patchbay.ir.events import ChatMessage, ExecuteOptions, ModelSummary, TokenizedRow
 from patchbay.ir.graph import Graph
-from patchbay.v1 import artifact_pb2, service_pb2
+from patchbay.v1 import artifact_pb2, service_pb2, tensor_pb2
 from patchbay.wire.artifacts import decode_artifact, encode_digest
 from patchbay.wire.cards import decode_card, decode_summary
 from patchbay.wire.events import encode_options
@@ -129,11 +129,16 @@ def read_put(response: artifact_pb2.PutArtifactResponse, wanted: ArtifactInfo) -
     return info
 
 
-def execute_request(model: str, graph: Graph, options: ExecuteOptions) -> service_pb2.ExecuteRequest:
-    """A request with an id of its own, to be kept when it is sent again."""
-    return service_pb2.ExecuteRequest(
+def execute_request(
+    model: str, graph: Graph, options: ExecuteOptions, *, compress: bool = False
+) -> service_pb2.ExecuteRequest:
+    """A request with an id of its own, to be kept when it is sent again; `compress`: large results may be."""
+    request = service_pb2.ExecuteRequest(
         model=encode_model(model),
         graph=encode_graph(graph),
         options=encode_options(options),
         request_id=str(uuid.uuid4()),
     )
+    if compress:
+        request.options.accepted_compressions.append(tensor_pb2.COMPRESSION_SHUFFLE_ZSTD)
+    return request

@@ -34,6 +34,7 @@ from patchbay.transport.base import Transport
 from patchbay.v1 import artifact_pb2, service_pb2
 from patchbay.wire.artifacts import ArtifactDecoder, encode_digest, encode_put
 from patchbay.wire.bounds import MAX_RESULT_BYTES
+from patchbay.wire.compression import is_available
 from patchbay.wire.events import EventDecoder
 from patchbay.wire.parse import parse, serialize
 from patchbay.wire.status import decode_status, service_error
@@ -101,6 +102,12 @@ def split_target(target: str) -> tuple[str, bool]:
     if tls and ":" not in address.rpartition("]")[2]:
         address += ":443"
     return address, tls
+
+
+def is_loopback(address: str) -> bool:
+    """Whether a target's address is this machine's own."""
+    host = address.removeprefix("dns:///").removeprefix("ipv4:").removeprefix("ipv6:")
+    return host.startswith(("127.", "localhost:", "[::1]", "unix:")) or host == "localhost"
 
 
 class GrpcTransport(Transport):
@@ -178,7 +185,8 @@ class GrpcTransport(Transport):
     async def execute(
         self, model: str, graph: Graph, options: ExecuteOptions, *, timeout_s: float | None = None
     ) -> AsyncIterator[Event]:
-        data = serialize(calls.execute_request(model, graph, options))
+        compress = is_available() and not is_loopback(self._address)
+        data = serialize(calls.execute_request(model, graph, options, compress=compress))
         give_up_at = None if timeout_s is None else time.monotonic() + timeout_s
         for last_try in (False, True):
             heard = False

@@ -32,6 +32,7 @@ class Chunk(NamedTuple):
     offset: int
     data: memoryview
     crc32: int
+    uncompressed_size: int = 0
 
 
 class ChunkFrame:
@@ -50,7 +51,7 @@ class ChunkFrame:
     def SerializeToString(self, *, deterministic: bool = True) -> bytes:
         """The message's bytes; named as protobuf names it, for Ray Serve calls it."""
         del deterministic
-        offset, data, checksum = self.chunk
+        offset, data, checksum, _ = self.chunk
         before = _OFFSET + _varint(offset) if offset else b""
         before += _DATA + _varint(len(data))
         after = _CRC32 + checksum.to_bytes(4, "little") if checksum else b""

@@ -20,6 +20,7 @@ from patchbay.v1 import tensor_pb2
 from patchbay.wire.bounds import CHUNK_BYTES, MAX_CHUNK_BYTES
 from patchbay.wire.checksum import crc32
 from patchbay.wire.chunks import Chunk
+from patchbay.wire.compression import decompress, is_available
 
 if TYPE_CHECKING:
     import numpy as np
@@ -179,6 +180,18 @@ def fill_chunk(
     message.crc32 = crc32(part)
 
 
+def _is_compressed(header: tensor_pb2.TensorHeader, field: str) -> bool:
+    """
+    Raises:
+        ProtocolError: compressed in a way that was not accepted.
+    """
+    if header.compression == tensor_pb2.COMPRESSION_UNSPECIFIED:
+        return False
+    if header.compression != tensor_pb2.COMPRESSION_SHUFFLE_ZSTD or not is_available():
+        raise ProtocolError(f"{field}: compressed in a way that this client did not accept", field=field)
+    return True
+
+
 class ChunkOrder:
     """Holds the chunks of one tensor to their order, sizes and checksums.
 
@@ -186,10 +199,11 @@ class ChunkOrder:
         dtype: the tensor's element type.
         size: its bytes.
         field: its place, for errors.
+        compressed: whether chunks may be.
     """
 
-    def __init__(self, dtype: DType, size: int, field: str) -> None:
-        self._dtype, self._size, self._field = dtype, size, field
+    def __init__(self, dtype: DType, size: int, field: str, *, compressed: bool = False) -> None:
+        self._dtype, self._size, self._field, self._compressed = dtype, size, field, compressed
         self._received = 0
 
     @property
@@ -203,15 +217,21 @@ class ChunkOrder:
             ProtocolError: a chunk out of order, repeated, empty, too large, or damaged.
         """
         data, offset, field = chunk.data, chunk.offset, self._field
+        packed = chunk.uncompressed_size
+        size = packed or len(data)
+        if packed and not self._compressed:
+            raise ProtocolError(f"{field}: a compressed chunk, which nobody announced", field=field)
         if offset != self._received:
             raise ProtocolError(f"{field}: a chunk at byte {offset} where {self._received} comes next", field=field)
-        if not data or len(data) > min(self.missing_bytes, MAX_CHUNK_BYTES):
-            allowed = min(self.missing_bytes, MAX_CHUNK_BYTES)
-            raise ProtocolError(f"{field}: a chunk of {len(data)} bytes where 1 to {allowed} may come", field=field)
+        allowed = min(self.missing_bytes, MAX_CHUNK_BYTES)
+        if not data or not 0 < size <= allowed or len(data) > MAX_CHUNK_BYTES:
+            raise ProtocolError(f"{field}: a chunk of {size} bytes where 1 to {allowed} may come", field=field)
         if crc32(data) != chunk.crc32:
             raise ProtocolError(f"{field}: the chunk at byte {offset} is damaged (its checksum differs)", field=field)
+        if packed:
+            data = decompress(data, size, self._dtype.itemsize, field)
         _check_elements(self._dtype, data, field)
-        self._received += len(data)
+        self._received += size
         return data
 
 
@@ -239,7 +259,7 @@ class Assembler:
 
         # Not filled with zeros first, unlike a bytearray: that would touch all of its memory once more.
         self._buffer = memoryview(np.empty(header.size_bytes, np.uint8))
-        self._order = ChunkOrder(self._dtype, header.size_bytes, field)
+        self._order = ChunkOrder(self._dtype, header.size_bytes, field, compressed=_is_compressed(header, field))
 
     @property
     def complete(self) -> bool:

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from patchbay.ir.card import LOGITS, ModelCard
-from patchbay.ir.events import Cost, ExecuteOptions
+from patchbay.ir.events import COMPRESSION, Cost, ExecuteOptions
 from patchbay.ir.facts import Facts
 from patchbay.ir.graph import Graph, Node, Run, TensorData
 from patchbay.ir.limits import Limits
@@ -66,6 +66,7 @@ OPTIMISATIONS = (
     *(WINDOWS, NARROW_LOGITS, LOGIT_COLUMNS, SHARED_PREFIX, PREFIX_CACHE),
     *(BATCH_RUNS, EARLY_STOP, LIVENESS, COMPILE, SKIP_LAYERS, COBATCH, CONTINUOUS_BATCHING, FUSE_WRITES),
     ARTIFACT_CACHE,
+    COMPRESSION,  # not the engine's, but switched off by the same list
 )
 
 _NO_WINDOWS = Windows(MappingProxyType({}), MappingProxyType({}))

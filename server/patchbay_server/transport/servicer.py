@@ -28,10 +28,12 @@ from patchbay.errors import (
     ProtocolError,
     ServiceError,
 )
-from patchbay.ir.events import ChatMessage, Event, ExecuteOptions, TokenizedRow
+from patchbay.ir.events import COMPRESSION, ChatMessage, Event, ExecuteOptions, TokenizedRow
 from patchbay.ir.graph import Graph
-from patchbay.v1 import artifact_pb2, events_pb2, service_pb2
+from patchbay.v1 import artifact_pb2, events_pb2, service_pb2, tensor_pb2
 from patchbay.wire.cards import encode_card, encode_summary
+from patchbay.wire.chunks import ChunkFrame
+from patchbay.wire.compression import is_available
 from patchbay.wire.events import decode_options, encode_event
 from patchbay.wire.graphs import decode_graph
 from patchbay.wire.names import decode_model
@@ -39,6 +41,7 @@ from patchbay.wire.parse import parse
 from patchbay.wire.tokens import encode_row
 from patchbay_server.transport.artifact_calls import ArtifactCalls, Store
 from patchbay_server.transport.auth import Authenticator
+from patchbay_server.transport.compressing import CompressedStream
 from patchbay_server.transport.context import CallContext, bearer_key, set_error
 from patchbay_server.transport.limits import (
     DEFAULT_PAGE_SIZE,
@@ -120,11 +123,12 @@ class Servicer:
 
     async def Execute(
         self, request: Request[service_pb2.ExecuteRequest], context: CallContext
-    ) -> AsyncIterator[service_pb2.ExecuteResponse]:
+    ) -> AsyncIterator[service_pb2.ExecuteResponse | ChunkFrame]:
         """Run a graph; events, the last of which is `done` or `error`. Closing the generator cancels."""
         try:
             account, message, size = await self._admit(request, context, service_pb2.ExecuteRequest)
             backend, graph, options = await self._decode(message, size)
+            compressed = self._compressed(message, options)
             del request, message  # a graph's constants should not be held twice while it waits
             # Every backend's iterator is an async generator; the protocol only does not say so.
             events = cast(
@@ -132,8 +136,12 @@ class Servicer:
             )
             async with aclosing(events):
                 async for event in events:
-                    for response in encode_event(event):
-                        yield response
+                    if compressed is None:
+                        for response in encode_event(event):
+                            yield response
+                    else:
+                        async for response in compressed.messages(event):
+                            yield response
         except Exception as error:  # noqa: BLE001 - whatever happened, the client is told in its own terms
             status = set_error(context, _public(error, "Execute"))
             yield service_pb2.ExecuteResponse(error=events_pb2.ErrorEvent(status=status))
@@ -237,6 +245,13 @@ class Servicer:
         if size <= INLINE_DECODE_BYTES:
             return account, parse(request_type, request), size
         return account, await asyncio.to_thread(parse, request_type, request), size
+
+    def _compressed(
+        self, message: service_pb2.ExecuteRequest, options: ExecuteOptions
+    ) -> CompressedStream | None:
+        """What compresses large results, where both sides can and nobody switched it off."""
+        accepted = tensor_pb2.COMPRESSION_SHUFFLE_ZSTD in message.options.accepted_compressions
+        return CompressedStream() if accepted and is_available() and COMPRESSION not in options.disabled else None
 
     async def _decode(self, message: service_pb2.ExecuteRequest, size: int) -> tuple[Backend, Graph, ExecuteOptions]:
         if _REQUEST_ID.fullmatch(message.request_id) is None:
