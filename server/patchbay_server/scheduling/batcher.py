@@ -58,7 +58,7 @@ class Budget:
     nbytes: int = 1 << 30
     filled: float = 0.75
     level: float = 0.75
-    free_tokens: int = 64
+    free_tokens: int = 32
 
 
 class Batcher:
