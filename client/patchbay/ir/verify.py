@@ -41,8 +41,8 @@ from patchbay.ir.schedule import dependents, site_chains, topological_order
 #: The value of a node that yields none (``site.write``).
 NO_VALUE: tuple[TensorSpec, ...] = ()
 
-#: Sites that are tapped behind the cache of keys and values.
-_CACHED = (".attn.v", ".attn.rot_k")
+#: A site that is behind the cache of keys and values in every model.
+_CACHED = ".attn.rot_k"
 
 _SCALAR_DTYPES = {"bool": bool_, "int": int64, "float": float32}
 
@@ -164,10 +164,9 @@ def _infer_read(ctx: _Context, node: Node, spec: OpSpec, args: Sequence[TensorSp
 def _site_shape(ctx: _Context, site: SiteSpec, run: Run, step: int | None) -> tuple[int, ...]:
     _check_step(run, step)
     if run.generation is not None and site.name.endswith(_CACHED):
-        instead = "the site k" if site.name.endswith("rot_k") else "the output of the value projection's module"
         raise GraphError(
-            f"{site.name} cannot be used while tokens are generated, for later forwards take it from the cache; use "
-            f"{instead}"
+            f"{site.name} cannot be used while tokens are generated, for later forwards take it from the cache; use the "
+            "site k, which is turned afterwards"
         )
     try:
         return ctx.card.site_shape(site, run, step or 0)

@@ -15,7 +15,7 @@ from patchbay_server.engine.constants import ConstantCache
 from patchbay_server.engine.decoding import DecodeBatches
 from patchbay_server.engine.executor import Execution
 from patchbay_server.engine.forwards import ForwardCall, run_forward
-from patchbay_server.engine.generate import check_generates
+from patchbay_server.engine.generate import check_generates, check_sites
 from patchbay_server.engine.memory import held_to
 from patchbay_server.engine.plan import OPTIMISATIONS, PREFIX_CACHE, Means, Plan, make_plan
 from patchbay_server.engine.prefix import LAYER_COST_CPU, LAYER_COST_GPU, WORTHWHILE
@@ -82,6 +82,7 @@ class Engine:
                 except GraphError as error:
                     error.field = f"runs[{index}].generation"
                     raise
+                check_sites(self.hosted, graph)
         for name in options.disabled:
             if name not in OPTIMISATIONS:
                 raise GraphError(f"no optimisation is called {name!r} (there are: {', '.join(OPTIMISATIONS)})")

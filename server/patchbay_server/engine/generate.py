@@ -14,11 +14,11 @@ import torch
 
 from patchbay.errors import GraphError
 from patchbay.ir.card import LOGITS
-from patchbay.ir.graph import Generation
+from patchbay.ir.graph import Generation, Graph
 from patchbay_server.engine.steps import Pass
 from patchbay_server.models.hosted import HostedModel
 from patchbay_server.models.row_cache import RowCache, Seat
-from patchbay_server.models.taps import first_tensor
+from patchbay_server.models.taps import OutputTap, first_tensor
 
 #: Stands in for tokens that were never generated.
 NO_TOKEN = -1
@@ -35,6 +35,24 @@ def check_generates(hosted: HostedModel, ragged: bool) -> None:
         raise GraphError(f"{hosted.card.name!r} cannot generate: it keeps no keys and values between forwards")
     if ragged and not {"position_ids", "attention_mask"} <= set(takes):
         raise GraphError(f"{hosted.card.name!r} generates from rows of one length only: it takes no positions")
+
+
+def check_sites(hosted: HostedModel, graph: Graph) -> None:
+    """
+    Raises:
+        GraphError: a generating run uses values that this model has only behind its cache of keys and values.
+    """
+    for i, node in enumerate(graph.nodes):
+        site = str(node.attrs.get("site", ""))
+        if node.run is None or not site.endswith(".attn.v") or graph.runs[node.run].generation is None:
+            continue
+        if site in hosted.taps and not isinstance(hosted.taps[site], OutputTap):
+            raise GraphError(
+                f"{site} of {hosted.card.name!r} cannot be used while tokens are generated: it has values only where "
+                "later forwards take them from the cache; use the module that makes them",
+                node=i,
+                field=f"nodes[{i}]",
+            )
 
 
 def takes(model: torch.nn.Module, argument: str) -> bool:
