@@ -424,6 +424,17 @@ def test_neither_side_holds_two_copies(ada: Client) -> None:
     assert peak < 6 * MIB
 
 
+def test_a_model_in_this_process_leaves_no_folder_behind() -> None:
+    """Its artifacts are in a temporary folder that goes with it, but not with a fork of the process."""
+    store = serving_artifacts.TemporaryArtifacts()
+    store.put("ada", tensor())
+    serving_artifacts._remove(str(store.root), owner=-1)
+    assert store.root.exists()
+    store.close()
+    assert not store.root.exists()
+    store.close()
+
+
 # --- on the device --------------------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,10 @@ The engine never hears of artifacts: a constant that names one becomes an ordina
 
 from __future__ import annotations
 
+import os
+import shutil
 import tempfile
+import weakref
 from dataclasses import dataclass, replace
 
 from patchbay.errors import DTypeError, GraphError, LimitExceededError, NotFoundError, ShapeError, UnsupportedError
@@ -119,9 +122,15 @@ class TemporaryArtifacts(ArtifactStore):
     """A store in a temporary folder, for a model inside its user's process; `close` removes it."""
 
     def __init__(self) -> None:
-        self._folder_itself = tempfile.TemporaryDirectory(prefix="patchbay-artifacts-")
-        super().__init__(self._folder_itself.name, durable=False)
+        folder = tempfile.mkdtemp(prefix="patchbay-artifacts-")
+        super().__init__(folder, durable=False)
+        self._finalizer = weakref.finalize(self, _remove, folder, os.getpid())
 
     def close(self) -> None:
-        """Remove everything."""
-        self._folder_itself.cleanup()
+        """Remove everything; the garbage collector and the end of the process do it too."""
+        self._finalizer()
+
+
+def _remove(folder: str, owner: int) -> None:
+    if os.getpid() == owner:  # a fork that ends must not take its parent's
+        shutil.rmtree(folder, ignore_errors=True)
