@@ -37,7 +37,16 @@ MAX_PASS_TOKENS = 16_384
 
 
 class Engine:
-    """Plans and runs graphs on one model. `prepare` may be called from any thread; `run` from one at a time."""
+    """Plans and runs graphs on one model. `prepare` may be called from any thread; `run` from one at a time.
+
+    Args:
+        hosted: the model.
+        limits: what graphs are held to; the card's when None.
+        max_pass_tokens: token positions that one forward carries at most.
+        layer_cost, worthwhile: when runs go on from others (`patchbay_server.engine.prefix`); None for what was
+            measured.
+        trunks: where what runs leave is kept for an account's later requests; None keeps nothing.
+    """
 
     def __init__(
         self,
@@ -45,6 +54,7 @@ class Engine:
         limits: Limits | None = None,
         *,
         max_pass_tokens: int = MAX_PASS_TOKENS,
+        layer_cost: int | None = None,
         worthwhile: float = WORTHWHILE,
         trunks: TrunkCache | None = None,
         constants: ConstantCache | None = None,
@@ -52,10 +62,11 @@ class Engine:
         self.hosted = hosted
         self.limits = hosted.card.limits if limits is None else limits
         self._max_pass_tokens = max_pass_tokens
+        on_cpu = hosted.device.type == "cpu"
         self._means = Means(
             hosted.continuation,
             hosted.unembedding,
-            LAYER_COST_CPU if hosted.device.type == "cpu" else LAYER_COST_GPU,
+            layer_cost if layer_cost is not None else LAYER_COST_CPU if on_cpu else LAYER_COST_GPU,
             worthwhile,
         )
         self._trunks = trunks
