@@ -226,6 +226,7 @@ def test_chunks_are_taken_from_a_tensor_without_a_copy_and_put_into_one_buffer()
         event = decoder.feed_bytes(message.SerializeToString(deterministic=True))
         found += [] if event is None else [event]
     (event,) = found
+    assert isinstance(event, TensorValue)
     array = to_numpy(event.value)
     assert array.flags.writeable
     assert np.shares_memory(array, np.frombuffer(event.value.data, np.uint8))

@@ -87,8 +87,8 @@ Infer: TypeAlias = "Callable[[Graph, ModelCard, Node, Sequence[ValueSpec]], Valu
 class Inference:
     """Finds the facts of one graph's nodes, in order; a node like an earlier one costs a look into a table.
 
-    Nodes are alike when operation and run are equal and attributes and specs of the arguments are the same objects, which
-    is what `AttrTable` and this class make of equal ones. (By value, 1, 1.0 and True would be alike.)
+    Nodes are alike when operation and run are equal and attributes and specs of the arguments are the same objects,
+    which is what `AttrTable` and this class make of equal ones. (By value, 1, 1.0 and True would be alike.)
     """
 
     def __init__(self, card: ModelCard, infer: Infer) -> None:
@@ -145,7 +145,8 @@ class AttrTable:
         if not attrs:
             return NO_ATTRS
         try:
-            key = marshal.dumps(attrs, 2)  # tells 1, 1.0 and True apart, and 0.0 from -0.0
+            # Tells 1, 1.0 and True apart, and 0.0 from -0.0.
+            key = marshal.dumps(attrs, 2)  # type: ignore[arg-type]
         except ValueError:
             return attrs
         found = self._known.get(key)

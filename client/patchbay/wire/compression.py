@@ -30,7 +30,7 @@ def compress(data: memoryview, itemsize: int) -> bytes:
 
     elements = np.frombuffer(data, np.uint8).reshape(-1, itemsize)
     shuffled = elements if itemsize == 1 else np.ascontiguousarray(elements.T)
-    return zstandard.ZstdCompressor(level=LEVEL).compress(memoryview(shuffled.reshape(-1)))
+    return zstandard.ZstdCompressor(level=LEVEL).compress(shuffled.reshape(-1).data)
 
 
 def decompress(data: bytes | memoryview, size: int, itemsize: int, field: str) -> memoryview:
@@ -54,4 +54,4 @@ def decompress(data: bytes | memoryview, size: int, itemsize: int, field: str) -
     if itemsize == 1:
         return memoryview(plain)
     shuffled = np.frombuffer(plain, np.uint8).reshape(itemsize, -1)
-    return memoryview(np.ascontiguousarray(shuffled.T).reshape(-1))
+    return np.ascontiguousarray(shuffled.T).reshape(-1).data

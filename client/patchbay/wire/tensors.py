@@ -258,7 +258,7 @@ class Assembler:
         import numpy as np
 
         # Not filled with zeros first, unlike a bytearray: that would touch all of its memory once more.
-        self._buffer = memoryview(np.empty(header.size_bytes, np.uint8))
+        self._buffer: memoryview = np.empty(header.size_bytes, np.uint8).data
         self._order = ChunkOrder(self._dtype, header.size_bytes, field, compressed=_is_compressed(header, field))
 
     @property
