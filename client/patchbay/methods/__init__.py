@@ -8,6 +8,7 @@ several methods may share one::
         lens = methods.logit_lens(run)
         t.save(tokens=lens.tokens, heads=methods.previous_token_scores(run))
 
+    adapters.py  low-rank adapters (LoRA) as edits of a model
     lens.py      logit lens, the rank of a token, a difference of logits
     patching.py  activation patching, and how much of an effect a patch recovers
     heads.py     scores of attention heads, ablation of heads
@@ -28,6 +29,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from patchbay.methods.adapters import lora
     from patchbay.methods.corpus import (
         Example,
         harvest,
@@ -71,6 +73,7 @@ _HOME = {
     "logistic_probe": "fitting",
     "logit_difference": "lens",
     "logit_lens": "lens",
+    "lora": "adapters",
     "max_activating_examples": "corpus",
     "mean_activations": "corpus",
     "mean_difference": "corpus",
@@ -104,6 +107,7 @@ __all__ = [
     "logistic_probe",
     "logit_difference",
     "logit_lens",
+    "lora",
     "max_activating_examples",
     "mean_activations",
     "mean_difference",

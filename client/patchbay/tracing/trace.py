@@ -128,7 +128,7 @@ class BaseTrace(abc.ABC):
         run = kind(self, self.builder.add_run(data), rows, single)
         self.runs.append(run)
         for edit in self._edits:
-            with self.builder.fragment(edit_name(edit)):
+            with self.builder.fragment(edit_name(edit), getattr(edit, "version", "")):
                 edit(run)
         if isinstance(run, GeneratingRun):
             self.want(run.generated, f"run{run.index}.generated")
