@@ -452,3 +452,33 @@ def test_a_map_over_a_data_set_is_reduced_where_the_model_is(served: Served, mod
         np.testing.assert_array_equal(resumed[name], found[name])
     np.testing.assert_array_equal(resumed["cov"].covariance, found["cov"].covariance)
     np.testing.assert_array_equal(resumed["top"].rows, found["top"].rows)
+
+
+def test_loops_run_where_the_model_is(model: Model) -> None:
+    """Descent on activations, a choice and a map are the same over every transport; what goes wrong names the line."""
+    with model.trace(FRANCE) as run:
+        x = run.blocks[1].resid_post[0]
+
+        def step(w, _):
+            loss = ((x @ w - 1.0) ** 2).mean()
+            return w - 0.1 * pb.grad(loss, wrt=w), loss
+
+        w, losses = pb.scan(step, np.zeros(D_MODEL, "float32"), length=20)
+        better = pb.cond(losses[-1] < losses[0], lambda: w, lambda: w * 0.0)
+        run.save(better=better, losses=losses, sums=pb.vmap(lambda row: row.sum())(x))
+    plain = torch.tensor(hooked(FRANCE, "blocks.1.resid_post")[0])
+    w, losses = torch.zeros(D_MODEL), []
+    for _ in range(20):
+        leaf = w.clone().requires_grad_()
+        loss = ((plain @ leaf - 1) ** 2).mean()
+        w = w - 0.1 * torch.autograd.grad(loss, leaf)[0]
+        losses.append(float(loss.detach()))
+    np.testing.assert_allclose(run.results["better"], w.numpy(), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(run.results["losses"], losses, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(run.results["sums"], plain.sum(-1).numpy(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(IndexOutOfRangeError) as wrong, model.trace(FRANCE) as run:
+        row = run.blocks[1].resid_post[0, 0]
+        _, ys = pb.scan(lambda i, _: (i + 7, row[i[None]]), run.trace.constant(0), length=9)  # too far
+        run.save(ys=ys)
+    file, _, line = str(wrong.value.location).rpartition(":")
+    assert "# too far" in Path(file).read_text(encoding="utf-8").splitlines()[int(line) - 1]

@@ -41,9 +41,11 @@ from patchbay.errors import (
     UnknownOpError,
     UnknownSiteError,
 )
+from patchbay.ir.bodies import Body
 from patchbay.ir.dtypes import bool_, float32, float64, int64
 from patchbay.ir.events import Done, Event, ExecuteOptions, TensorValue
 from patchbay.ir.graph import Graph, Node, Output, Run, TensorData
+from patchbay.ir.ops.spec import TensorSpec
 from patchbay.transport.grpc import GrpcTransport
 from patchbay.v1 import graph_pb2, service_pb2
 from patchbay.wire.events import EventDecoder
@@ -190,7 +192,39 @@ def _const(tensor: TensorData) -> Node:
 BIG = 2**40
 ROW = _const(_zeros(4_000))
 
+_VECTOR = TensorSpec((4_000,), float32)
+
+
+def _loop(length: int, *bodies: Body) -> Graph:
+    """A scan of the last body."""
+    attrs = {"body": len(bodies) - 1, "length": length, "carry": 1, "xs": 0}
+    nodes = (ROW, N("scan", (0,), attrs), N("item", (1,), {"index": 0}))
+    return Graph(nodes=nodes, outputs=(O("x", 2),), bodies=bodies)
+
+
+def _nested_loops(depth: int, length: int) -> tuple[Body, ...]:
+    """Each loops over the one before."""
+    bodies = [Body((_VECTOR,), (N("add", (0, 0)),), (1,), (_VECTOR,))]
+    for level in range(depth):
+        scan = N("scan", (0,), {"body": level, "length": length, "carry": 1, "xs": 0})
+        bodies.append(Body((_VECTOR,), (scan, N("item", (1,), {"index": 0})), (2,), (_VECTOR,)))
+    return tuple(bodies)
+
+
 HUGE: dict[str, Graph] = {
+    "a loop of a billion steps": _loop(10**9, *_nested_loops(0, 0)),
+    "loops in loops": _loop(10_000, *_nested_loops(6, 10_000)),
+    "a body of 100,000 nodes": _loop(1, Body((_VECTOR,), (N("add", (0, 0)),) * 100_000, (1,), (_VECTOR,))),
+    "100,000 bodies": _loop(1, *_nested_loops(0, 0) * 100_000),
+    "a step that makes a terabyte": _loop(
+        1,
+        Body(
+            (_VECTOR,),
+            (N("outer", (0, 0)), N("outer", (0, 0)), N("matmul", (1, 2)), N("sum", (3,)), N("add", (0, 4))),
+            (5,),
+            (_VECTOR,),
+        ),
+    ),
     "expand": _outputs(_const(_zeros(1)), N("broadcast_to", (0,), {"shape": (BIG,)})),
     "expand, then sum": _outputs(
         _const(_zeros(1)), N("broadcast_to", (0,), {"shape": (2**20, 2**20)}), N("exp", (1,)), N("sum", (2,))
@@ -275,6 +309,15 @@ async def test_a_long_chain_that_is_allowed(victim: Victim) -> None:
 _INTS = _const(TensorData(int64, (2,), (7).to_bytes(8, "little") + (-9).to_bytes(8, "little", signed=True)))
 
 WRONG: dict[str, tuple[Graph, type[GraphError]]] = {
+    "a body that uses itself": (_loop(1, _nested_loops(1, 1)[1]), GraphError),
+    "bodies too deep": (_loop(1, *_nested_loops(30, 1)), GraphError),
+    "a body of no number": (_loop(1), GraphError),
+    "a site in a body": (_loop(1, Body((_VECTOR,), (READ,), (0,), (_VECTOR,))), GraphError),
+    "a body that announces something else": (
+        _loop(1, Body((_VECTOR,), (N("sum", (0,)),), (1,), (_VECTOR,))),
+        ShapeError,
+    ),
+    "a loop that goes backwards": (_loop(-1, *_nested_loops(0, 0)), GraphError),
     "cycle": (_outputs(N("add", (0, 0))), GraphError),
     "forward reference": (_outputs(N("add", (1, 1)), ROW), GraphError),
     "negative reference": (_outputs(ROW, N("exp", (-1,))), GraphError),

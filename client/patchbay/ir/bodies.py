@@ -338,10 +338,8 @@ def loop_cost(
     body = facts[attrs["body"]]
     if op == "scan":
         length, carried = attrs["length"], sum(a.nbytes for a in args[: attrs["carry"]])
-        # Two steps' carried values exist at once; what the steps gave exists twice while it is stacked.
-        assert isinstance(out, tuple)
-        stacked = min(sum(part.nbytes for part in out[attrs["carry"] :]), MAX_KEPT_BYTES)
-        workspace = body.peak_bytes + 2 * carried + stacked + min(body.recorded_bytes, MAX_KEPT_BYTES)
+        # Two steps' carried values exist at once.
+        workspace = body.peak_bytes + 2 * carried + min(body.recorded_bytes, MAX_KEPT_BYTES)
     else:
         length = args[0].shape[0]
         workspace = body.peak_bytes * side_by_side(body, length) + min(body.recorded_bytes, MAX_KEPT_BYTES)

@@ -15,13 +15,12 @@ import torch
 from patchbay.errors import GraphError, RequestCancelledError
 from patchbay.ir.bodies import side_by_side
 from patchbay.ir.graph import Graph
+from patchbay.ir.ops.spec import TensorSpec
 from patchbay_server.engine.bodies import LOOP_INVARIANTS, SIDE_BY_SIDE, Program, Surroundings, detached
 from patchbay_server.kernels import to_torch_dtype
 
 #: Slices that are taken of a value at a time.
 _SLICES = 1024
-#: What the steps gave is collected in a list up to this many bytes, and written into one tensor beyond.
-_LISTED_BYTES = 16 * 2**20
 #: What torch cannot run over slices side by side, or only by a slow loop of its own.
 ONE_BY_ONE = frozenset(
     {"grad", "call", "cond", "scan", "map", "masked_fill", "kl_div", "scaled_dot_product_attention", "searchsorted"}
@@ -165,30 +164,31 @@ class Loops:
             return tuple(pieces[0])
         return tuple(torch.cat(parts) for parts in zip(*pieces, strict=True))
 
-    def _stack(self, spec: Any, length: int, recording: bool) -> _Stack:
-        bytes_in_all = spec.nbytes * length
-        listed = recording or bytes_in_all <= _LISTED_BYTES
-        return _Stack(spec, length, self._around.device, listed=listed and length > 0, recording=recording)
+    def _stack(self, spec: TensorSpec, length: int, recording: bool) -> _Stack:
+        return _Stack(spec, length, self._around.device, recording)
 
 
 class _Stack:
-    """What the steps of a loop gave, along a new first axis."""
+    """What the steps of a loop gave, along a new first axis.
 
-    def __init__(self, spec: Any, length: int, device: torch.device, *, listed: bool, recording: bool) -> None:
-        self._list: list[torch.Tensor] = []
-        self._recording = recording
-        self._whole: torch.Tensor | None = None
-        if not listed:
-            self._whole = torch.empty((length, *spec.shape), dtype=to_torch_dtype(spec.dtype), device=device)
+    Written into one tensor as it comes: thousands of small tensors, kept while large ones come and go around them,
+    would leave the allocator with memory in pieces that it cannot use. Only a gradient through the loop needs them
+    apart.
+    """
+
+    def __init__(self, spec: TensorSpec, length: int, device: torch.device, recording: bool) -> None:
+        self._list: list[torch.Tensor] | None = [] if recording and length else None
+        shape = (0 if recording else length, *spec.shape)
+        self._whole = torch.empty(shape, dtype=to_torch_dtype(spec.dtype), device=device)
 
     def put(self, i: int, value: torch.Tensor) -> None:
-        if self._whole is not None:
-            self._whole[i].copy_(value)
+        if self._list is None:
+            self._whole[i] = value
         else:
-            self._list.append(value if self._recording else _own(value))
+            self._list.append(value)
 
     def done(self) -> torch.Tensor:
-        return torch.stack(self._list) if self._whole is None else self._whole
+        return self._whole if self._list is None else torch.stack(self._list)
 
 
 def _slices(xs: Sequence[torch.Tensor], length: int) -> Iterator[tuple[torch.Tensor, ...]]:
