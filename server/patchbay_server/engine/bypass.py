@@ -17,9 +17,6 @@ from patchbay_server.engine.steps import Pass, Read, Resume, Write
 from patchbay_server.models.hosted import HostedModel
 from patchbay_server.models.taps import InputTap, OutputTap
 
-#: What switches it off.
-SKIP_LAYERS = "skip_layers"
-
 
 def unseen_layers(hosted: HostedModel, each: Pass) -> frozenset[int]:
     """The layers of a forward that need not run.

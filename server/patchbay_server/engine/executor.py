@@ -16,20 +16,14 @@ from patchbay.ir.graph import TensorData
 from patchbay.ir.ops.control import BODY_ATTRS
 from patchbay.ir.ops.spec import TensorSpec
 from patchbay_server.engine.bodies import SIDE_BY_SIDE
-from patchbay_server.engine.bypass import SKIP_LAYERS, unseen_layers
+from patchbay_server.engine.bypass import unseen_layers
 from patchbay_server.engine.constants import ARTIFACT_CACHE, ConstantCache
 from patchbay_server.engine.copies import HostCopies
 from patchbay_server.engine.forwards import ForwardCall, GoingOn, Leaving, SiteCall
 from patchbay_server.engine.fusing import ConstantWrite
 from patchbay_server.engine.generate import Decoding
 from patchbay_server.engine.loops import Loops
-from patchbay_server.engine.plan import (
-    COBATCH,
-    COMPILE,
-    CONTINUOUS_BATCHING,
-    FUSE_WRITES,
-    Plan,
-)
+from patchbay_server.engine.plan import Plan
 from patchbay_server.engine.rows import left_padded, own_rows, seen_rows, write_back
 from patchbay_server.engine.steps import (
     Actions,
@@ -45,6 +39,7 @@ from patchbay_server.engine.steps import (
     Step,
     Write,
 )
+from patchbay_server.engine.switches import COBATCH, COMPILE, CONTINUOUS_BATCHING, FUSE_WRITES, SKIP_LAYERS
 from patchbay_server.kernels import index_get, index_put, to_tensor, to_torch_dtype
 from patchbay_server.models.continuation import Trunk
 from patchbay_server.models.hosted import HostedModel

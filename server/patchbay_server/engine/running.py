@@ -14,7 +14,8 @@ from patchbay.errors import ResourceExhaustedError
 from patchbay.ir.card import ModelCard
 from patchbay.ir.events import Event, TensorValue, Usage
 from patchbay_server.engine.forwards import DEVICE_ERRORS, ForwardCall
-from patchbay_server.engine.plan import COBATCH, CONTINUOUS_BATCHING, Plan
+from patchbay_server.engine.plan import Plan
+from patchbay_server.engine.switches import COBATCH, CONTINUOUS_BATCHING
 
 if TYPE_CHECKING:
     from patchbay_server.engine.engine import Engine
