@@ -226,7 +226,8 @@ def _forward(engine: Engine, calls: Sequence[ForwardCall]) -> None:
     """One forward for all; where it fails for want of memory, or for a reason that is nobody's, one for each."""
     before = [dict(call.values) for call in calls] if len(calls) > 1 else []
     try:
-        engine.forward(calls)
+        with torch.no_grad():  # what differentiates runs alone, in `run_to_the_end`
+            engine.forward(calls)
     except Exception as error:
         if isinstance(error, DEVICE_ERRORS) and not isinstance(error, torch.OutOfMemoryError):
             raise
