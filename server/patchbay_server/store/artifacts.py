@@ -255,14 +255,12 @@ class ArtifactStore:
     def settle(self, folder: Path, path: Path, info: ArtifactInfo, automatic: bool) -> ArtifactInfo:
         """Give a complete upload its name; `Upload.finish` calls it."""
         with self._locked(folder), _disk_errors():
-            final = folder / (info.digest.removeprefix(PREFIX) + DATA)
-            os.replace(path, final)
-            self._touch(folder, info.digest)
+            now = self._clock()
+            os.utime(path, (now, now))  # before it can be seen: it has just been used
+            os.replace(path, folder / (info.digest.removeprefix(PREFIX) + DATA))
             if not automatic:
                 self._name(folder, info)
-        found = self._info(folder, info.digest)
-        assert found is not None
-        return found
+            return self._info(folder, info.digest) or replace(info, expires_at=now + self.ttl_s)
 
     # --- looking and using ----------------------------------------------------------------------------------------
 
@@ -281,7 +279,7 @@ class ArtifactStore:
     def list(self, account: str, *, after: str = "", limit: int = 100) -> tuple[list[ArtifactInfo], bool]:
         """Artifacts by digest, the first behind `after`; and whether there are more."""
         folder = self._folder(account)
-        names = sorted(f"{PREFIX}{name.removesuffix(DATA)}" for name, _ in _files(folder, DATA))
+        names = sorted(f"{PREFIX}{name.removesuffix(DATA)}" for name in _names(folder, DATA))
         found: list[ArtifactInfo] = []
         for digest in names:
             if digest > after and (info := self._info(folder, digest)) is not None:
@@ -399,15 +397,17 @@ class ArtifactStore:
         Raises:
             ResourceExhaustedError: `size` bytes more would exceed the account's quota or number.
         """
+        used, count, _ = _held(folder)
+        if used + size <= self.quota_bytes and count < self.max_count:
+            return
         self._clean(folder)
-        stored, coming = _files(folder, DATA), _files(folder / UPLOADS, "")
-        used = sum(status.st_size for _, status in (*stored, *coming))
-        count = len(stored) + len(coming)
+        used, count, stored = _held(folder)
+        named = {name.removesuffix(FACTS) for name in _names(folder, FACTS)}
         for name, status in sorted(stored, key=lambda pair: pair[1].st_mtime):
             if used + size <= self.quota_bytes and count < self.max_count:
                 return
             digest = name.removesuffix(DATA)
-            if not (folder / (digest + FACTS)).exists():
+            if digest not in named:
                 self._remove(folder, digest)
                 used, count = used - status.st_size, count - 1
         if used + size > self.quota_bytes:
@@ -467,14 +467,15 @@ class ArtifactStore:
         for name, status in _files(folder, DATA):
             if status.st_mtime + self.ttl_s <= now:
                 self._remove(folder, name.removesuffix(DATA))
-        for name, _ in _files(folder, FACTS):
-            if not (folder / (name.removesuffix(FACTS) + DATA)).exists():
+        there = {name.removesuffix(DATA) for name in _names(folder, DATA)}
+        for name in _names(folder, FACTS):
+            if name.removesuffix(FACTS) not in there:
                 (folder / name).unlink(missing_ok=True)
-        for name, _ in _files(folder / UPLOADS, ""):
+        for name in _names(folder / UPLOADS):
             with contextlib.suppress(OSError), open(folder / UPLOADS / name, "rb") as file:
                 if try_lock(file):  # nobody is writing it
                     (folder / UPLOADS / name).unlink(missing_ok=True)
-        for name, _ in _files(folder / IN_USE, ""):
+        for name in _names(folder / IN_USE):
             since = name.partition("-")[0]
             if not since.isdecimal() or int(since) + IN_USE_S <= now:
                 (folder / IN_USE / name).unlink(missing_ok=True)
@@ -500,8 +501,21 @@ def _form(file: Any, size: int) -> ArtifactInfo | None:
     return info
 
 
+def _held(folder: Path) -> tuple[int, int, list[tuple[str, os.stat_result]]]:
+    """Bytes and number of an account's artifacts, those on their way included; and those that are there."""
+    stored, coming = _files(folder, DATA), _files(folder / UPLOADS, "")
+    return sum(status.st_size for _, status in (*stored, *coming)), len(stored) + len(coming), stored
+
+
 def _folders(root: Path) -> list[Path]:
     return [folder for folder in root.iterdir() if folder.is_dir()] if root.is_dir() else []
+
+
+def _names(folder: Path, suffix: str = "") -> list[str]:
+    """Names of the files of a folder that end so."""
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        return [e.name for e in entries if e.name.endswith(suffix) and e.is_file(follow_symlinks=False)]
+    return []
 
 
 def _files(folder: Path, suffix: str) -> list[tuple[str, os.stat_result]]:
@@ -511,7 +525,7 @@ def _files(folder: Path, suffix: str) -> list[tuple[str, os.stat_result]]:
         for entry in entries:
             if entry.name.endswith(suffix) and entry.is_file(follow_symlinks=False):
                 with contextlib.suppress(FileNotFoundError):
-                    found.append((entry.name, os.stat(entry.path)))
+                    found.append((entry.name, entry.stat(follow_symlinks=False)))
     return found
 
 
