@@ -46,7 +46,7 @@ def test_only_what_was_asked_for_crosses_the_wire(model: Model) -> None:
     whole = model.map(ROWS, lambda run: {"h": run.blocks[1].resid_post}, batch=16)
     assert whole.received_bytes > activations
     x = np.concatenate(list(whole["h"])).astype(np.float64)
-    np.testing.assert_allclose(found["mean"], x.mean(0), rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(found["mean"], x.mean(0), rtol=1e-4, atol=1e-6)
 
 
 def test_states_of_lanes_do_not_grow_the_requests(model: Model) -> None:

@@ -444,10 +444,10 @@ def test_a_map_over_a_data_set_is_reduced_where_the_model_is(served: Served, mod
     whole = model.map(rows, lambda run: {"h": run.blocks[1].resid_post}, **how)["h"]
     x = np.concatenate(list(whole)).astype(np.float64)
     last = np.array([h[-1] for h in whole], dtype=np.float64)
-    np.testing.assert_allclose(found["mean"], x.mean(0), rtol=1e-6, atol=1e-9)
-    np.testing.assert_allclose(found["by"], [last[0::2].mean(0), last[1::2].mean(0)], rtol=1e-6, atol=1e-9)
-    np.testing.assert_allclose(found["cov"].covariance, np.cov(x.T), rtol=1e-6, atol=1e-9)
-    np.testing.assert_array_equal(found["top"].values, np.sort(x[:, :3].T, axis=1)[:, ::-1][:, :4])
+    np.testing.assert_allclose(found["mean"], x.mean(0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found["by"], [last[0::2].mean(0), last[1::2].mean(0)], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found["cov"].covariance, np.cov(x.T), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found["top"].values, np.sort(x[:, :3].T, axis=1)[:, ::-1][:, :4], rtol=1e-4, atol=1e-6)
     for name in ("mean", "by"):
         np.testing.assert_array_equal(resumed[name], found[name])
     np.testing.assert_array_equal(resumed["cov"].covariance, found["cov"].covariance)
