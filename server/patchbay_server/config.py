@@ -245,7 +245,7 @@ class Config(_Section):
     port: int = Field(default=9000, ge=0, le=65535, description="gRPC port; 0: any free one (plain server only).")
     insecure: bool = Field(default=False, description="Serve without keys: anybody who reaches the port may use it.")
     torch_threads: int | None = Field(
-        default=None, ge=1, description="Threads of one forward on the CPU. Default: cores minus one for the service."
+        default=None, ge=1, description="Threads of one forward on the CPU. Default: tried when a replica starts."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="What is logged.")
     limits: LimitsConfig = LimitsConfig()
