@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
 from typing import Any, TypeAlias
 
@@ -92,6 +93,9 @@ class Program:
         frees = self._frees(later, once)
         self._until = [self._instruction(k, frees[k]) for k in later if k <= last_grad]
         self._after = [self._instruction(k, frees[k]) for k in later if k > last_grad]
+        #: What was made before the last gradient and is used after it.
+        after = {a for k in later if k > last_grad for a in self._nodes[k].args} | set(self._results)
+        self._crossing = sorted(a for a in after - set(self._numbers) if a - self._first <= last_grad)
 
     # --- compiling ------------------------------------------------------------------------------------------------
 
@@ -193,7 +197,7 @@ class Program:
         plain = direct(node.op, attrs, [self._facts.specs[a] for a in node.args], self._facts.specs[self._first + k])
         if plain is not None:
             return plain
-        return (lambda *values: function(*values, **attrs)) if attrs else function
+        return partial(function, **attrs) if attrs else function
 
     # --- running --------------------------------------------------------------------------------------------------
 
@@ -220,18 +224,20 @@ class Program:
             self._execute(places, self._after)
             return [places[r] for r in self._results]
         self._recording = recording
-        with torch.enable_grad():
+        before = torch.is_grad_enabled()
+        try:
+            torch.set_grad_enabled(True)
             for i in self._wrt:
                 if i < self._first:
                     places[i] = _leaf(places[i])
             self._execute_graded(places)
-            if recording:
-                self._execute(places, self._after)
-        if not recording:
-            for i, value in enumerate(places):  # the recorded operations, and what they hold, are let go
-                places[i] = detached(value)
-            with torch.no_grad():
-                self._execute(places, self._after)
+            if not recording:
+                torch.set_grad_enabled(False)
+                for i in self._crossing:  # the recorded operations, and what they hold, are let go
+                    places[i] = detached(places[i])
+            self._execute(places, self._after)
+        finally:
+            torch.set_grad_enabled(before)
         return [places[r] for r in self._results]
 
     def _execute(self, places: list[Any], code: Sequence[Instruction]) -> None:

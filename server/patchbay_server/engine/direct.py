@@ -34,6 +34,11 @@ _TENSORS: Mapping[str, Callable[..., torch.Tensor]] = MappingProxyType(
     {"maximum": torch.maximum, "minimum": torch.minimum, "matmul": torch.matmul}
 )
 
+#: Of a number and a tensor.
+_SWAPPED: Mapping[str, Callable[..., torch.Tensor]] = MappingProxyType(
+    {"add": lambda a, b: torch.add(b, a), "multiply": lambda a, b: torch.mul(b, a)}
+)
+
 
 def direct(
     op: str, attrs: Mapping[str, Any], args: Sequence[ValueSpec], out: ValueSpec
@@ -44,6 +49,8 @@ def direct(
     a, b = args
     if not isinstance(a, TensorSpec) or not isinstance(b, TensorSpec) or not isinstance(out, TensorSpec):
         return None
+    if a.scalar is not None and b.scalar is None and b.dtype.is_floating and b.dtype.itemsize >= 4:
+        return _SWAPPED.get(op)
     if a.scalar is not None or not a.dtype.is_floating or a.dtype.itemsize < 4:
         return None
     if b.scalar is None and a.dtype == b.dtype:
