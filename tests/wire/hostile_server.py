@@ -11,12 +11,14 @@ import sys
 
 KEY = "pb_hostile_suite"
 MAX_REQUEST_BYTES = 32 * 2**20
+MAX_ARTIFACTS = 40
 
 
 async def main() -> None:
     """Serve until stdin closes."""
     from patchbay_server.config import Config, LimitsConfig
     from patchbay_server.models.loader import host
+    from patchbay_server.serving.artifacts import TemporaryArtifacts
     from patchbay_server.serving.local import LocalBackend, LocalCatalog
     from patchbay_server.serving.plain import serve_grpc
     from patchbay_server.transport.auth import DigestKeys, KeyAuthenticator
@@ -35,8 +37,10 @@ async def main() -> None:
         max_request_bytes=MAX_REQUEST_BYTES,
     )
     hosted = host(tiny_model(), tiny_tokenizer(), name="tiny")
-    catalog = LocalCatalog({"tiny": LocalBackend(hosted, limits, torch_threads=1)})
-    servicer = Servicer(catalog, KeyAuthenticator(DigestKeys({KEY: "mallory"})), limits)
+    store = TemporaryArtifacts()
+    store.quota_bytes, store.max_bytes, store.max_count = 24 * 2**20, 16 * 2**20, MAX_ARTIFACTS
+    catalog = LocalCatalog({"tiny": LocalBackend(hosted, limits, artifacts=store, torch_threads=1)})
+    servicer = Servicer(catalog, KeyAuthenticator(DigestKeys({KEY: "mallory"})), limits, artifacts=store)
     server = await serve_grpc(servicer, Config(host="127.0.0.1", port=0, limits=limits))
     print(server.port, flush=True)
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
