@@ -585,3 +585,20 @@ def test_only_what_is_alike_is_fused() -> None:
     assert not any("fuse_writes" in r.usage.saved for r in requests)
     for graph, request in zip([*many, *many], requests, strict=True):
         same(request.values, alone(engine, graph)[0])
+
+
+def test_no_operation_is_recorded_for_gradients() -> None:
+    """A forward that nobody differentiates keeps no activations: its operations are not recorded, alone or shared."""
+    engine, seen = Engine(host(build("gpt2"))), []
+    layer = engine.hosted.model.get_submodule(engine.hosted.layers[1])
+    handle = layer.register_forward_hook(lambda module, args, out: seen.append(torch.is_grad_enabled()))
+    read = (Node("site.read", attrs={"site": "blocks.2.resid_post"}, run=0),)
+    graph = Graph((Run((IDS[0],)),), read, (Output("x", 0),))
+    try:
+        with torch.enable_grad():
+            together(engine, [Request(engine, graph), Request(engine, graph)])
+            alone(engine, graph)
+    finally:
+        handle.remove()
+    assert seen
+    assert not any(seen)
