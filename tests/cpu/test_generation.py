@@ -390,6 +390,15 @@ def test_tokens_stream_as_they_appear() -> None:
 # --- mistakes, and what is left behind ----------------------------------------------------------------------------
 
 
+def test_streaming_a_text_that_ends_early_warns_of_nothing() -> None:
+    """Only what the user asked of steps that never came is warned of; the stream ends with the text."""
+    seen: list[int] = []
+    with demo().generate("The capital of France is", max_new_tokens=8, stream=lambda k, t: seen.append(t[0])) as run:
+        pass
+    assert [t for t in seen if t >= 0] == list(run.output.ids)
+    assert len(run.output) < 8
+
+
 def test_a_value_of_every_step_is_not_saved_as_one() -> None:
     """Saving what differs at every step is an error at the line that made it, which says what to do."""
     with (

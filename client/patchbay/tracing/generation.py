@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from patchbay.errors import IndexOutOfRangeError, InvalidRequestError, TraceError
 from patchbay.inputs import Text
 from patchbay.ir.events import Event, TensorValue
-from patchbay.ir.generation import ACCESSES
 from patchbay.ir.graph import Generation
 from patchbay.ir.sites import Address, canonical
 from patchbay.tracing.arrays import to_array
@@ -287,7 +286,9 @@ def take_generated(trace: BaseTrace, generated: list[list[Generated]]) -> None:
     for run, rows in zip(runs, generated, strict=True):
         object.__setattr__(run, "_output", tuple(rows))
         made = max(map(len, rows))
-        steps = [n.attrs.get("step") for n in trace.builder.nodes if n.run == run.index and n.op in ACCESSES]
+        # Tokens so far are what they are, whether or not their step came: streaming asks for those of every step.
+        visits = ("site.read", "site.write")
+        steps = [n.attrs.get("step") for n in trace.builder.nodes if n.run == run.index and n.op in visits]
         late = sorted({s for s in steps if isinstance(s, int) and made <= s < run.generation.max_new_tokens})
         if late:
             warnings.warn(
