@@ -12,7 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import patchbay as pb
+from patchbay.errors import GraphError
+from patchbay.ir.bodies import Body
+from patchbay.ir.dtypes import float64
 from patchbay.ir.graph import Graph, Node
+from patchbay.ir.ops.spec import TensorSpec
 from patchbay.ir.verify import verify
 from patchbay.model import Model
 from patchbay.reference import evaluate_control
@@ -145,6 +149,71 @@ def test_gradients_through_random_bodies(graph: Graph, disabled: set[str]) -> No
     assert len(engine) == len(plain)
     for a, b in zip(engine, plain, strict=True):
         np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=1e-8, atol=1e-9)
+
+
+def descending(graph: Graph, node: Node) -> tuple[Graph, Node, list[int]] | None:
+    """A scan whose step differentiates a number made of another loop by what it is given, and goes down the slope.
+
+    Returns it with the values that it takes: those of the loop, all carried; None where no value has a gradient.
+    """
+    specs = verify(graph, CARD).specs
+    args = [a for a in node.args if isinstance(s := specs[a], TensorSpec) and s.dtype == float64]
+    if not args or node.op == "cond":
+        return None
+    params = tuple(specs[a] for a in args)
+    nodes: list[Node] = [Node(node.op, tuple(range(len(args))), node.attrs)]
+    here = len(args)
+    total = None
+    for i in range(len(specs[graph.nodes.index(node)])):  # type: ignore[arg-type]
+        nodes.append(Node("item", (here,), {"index": i}))
+        nodes.append(Node("sin", (len(args) + len(nodes) - 1,)))
+        nodes.append(Node("sum", (len(args) + len(nodes) - 1,)))
+        value = len(args) + len(nodes) - 1
+        if total is not None:
+            nodes.append(Node("add", (total, value)))
+            value += 1
+        total = value
+    assert total is not None
+    nodes.append(Node("grad", (total, *range(len(args)))))
+    slopes, results = len(args) + len(nodes) - 1, []
+    for i in range(len(args)):
+        nodes.append(Node("item", (slopes,), {"index": i}))
+        nodes.append(Node("subtract", (i, len(args) + len(nodes) - 1)))
+        results.append(len(args) + len(nodes) - 1)
+    body = Body(params, tuple(nodes), (*results, total), (*params, TensorSpec((), float64)))  # type: ignore[arg-type]
+    attrs = {"body": len(graph.bodies), "length": 3, "carry": len(args), "xs": 0}
+    before = graph.nodes[: graph.nodes.index(node)]
+    scan = Node("scan", tuple(args), attrs)
+    return Graph((), (*before, scan), (), (*graph.bodies, body)), scan, args
+
+
+@given(controlled(CARD), st.sets(st.sampled_from(SWITCHES)))
+@settings(max_examples=60, deadline=None)
+def test_gradients_inside_bodies_that_hold_random_loops(graph: Graph, disabled: set[str]) -> None:
+    """Three steps down the slope of a number made of any loop end where autograd by hand ends."""
+    node = the_loop(graph)
+    made = descending(graph, node)
+    if made is None:
+        return
+    outer, scan, args = made
+    values = inputs_of(graph)
+    try:
+        loops = loops_of(outer, tuple(disabled))
+    except GraphError as error:
+        assert "does not depend" in str(error)
+        return
+    with torch.no_grad():
+        found = loops.run("scan", scan.attrs, [values[a] for a in args])
+    carry, seen = [values[a] for a in args], []
+    for _ in range(3):
+        leaves = [c.detach().clone().requires_grad_() for c in carry]
+        parts = by_hand(graph, node, leaves)
+        total = sum((p.sin().sum() for p in parts), start=torch.zeros((), dtype=torch.float64))
+        seen.append(total.detach())
+        slopes = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else [None] * len(leaves)
+        carry = [c if g is None else c - g for c, g in zip(carry, slopes, strict=True)]
+    for a, b in zip(found, [*carry, torch.stack(seen)], strict=True):
+        np.testing.assert_allclose(a.numpy(), b.detach().numpy(), rtol=1e-7, atol=1e-8)
 
 
 @given(controlled(CARD))
