@@ -43,7 +43,7 @@ def graphs(
     tokens = st.integers(0, card.d_vocab - 1)
     runs: list[Run] = []
     shared = draw(st.integers(2, 5)), draw(st.integers(1, 2))
-    for _ in range(draw(st.integers(1, 3))):
+    for _ in range(draw(st.integers(2 if alike else 1, 3))):
         seq, rows = shared if draw(st.booleans()) else (draw(st.integers(1, 5)), draw(st.integers(1, 2)))
         if alike and runs and draw(st.integers(0, 5)):
             runs.append(runs[0])

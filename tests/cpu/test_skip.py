@@ -132,7 +132,7 @@ def test_what_is_looked_at_inside_runs() -> None:
 
 def test_what_a_block_gives_may_be_seen_before() -> None:
     """A read of the block's own output, above the skip in the program, needs it computed."""
-    with model_of("llama").trace(IDS) as run:
+    with model_of("llama").trace(IDS, disabled=["prefix_cache"]) as run:
         own = run.blocks[1].resid_post
         run.blocks[1].skip()
         run.save(own=own, after=run.blocks[1].resid_post, before=run.blocks[1].resid_pre)
@@ -144,7 +144,7 @@ def test_what_a_block_gives_may_be_seen_before() -> None:
 def test_a_patch_of_the_whole_stream_needs_nothing_before_it() -> None:
     """Layers whose stream is written over before anybody looks are not run, whatever wrote it."""
     stream = np.random.default_rng(0).standard_normal((1, 5, 16)).astype(np.float32)
-    with model_of("llama").trace(IDS) as run:
+    with model_of("llama").trace(IDS, disabled=["prefix_cache"]) as run:
         run.blocks[1].resid_post = stream
         run.save(logits=run.logits)
     assert (run.usage.layers_run, run.usage.saved["skip_layers"]) == (1, 2)

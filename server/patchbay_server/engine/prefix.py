@@ -27,6 +27,8 @@ from patchbay_server.models.continuation import EMBEDDING, Continuation, Trunk
 LAYER_COST_CPU, LAYER_COST_GPU = 16, 512
 #: Sharing must come to less than this part of what the whole forwards cost, to be worth its own overheads.
 WORTHWHILE = 0.8
+#: What it may cost to leave something for later requests over a prompt that has come before.
+AFFORDABLE = 1.25
 #: A pass reads keys and values of so many times the positions that it computes, at most, for every row of its own.
 _REACH_BACK = 8
 #: First positions that one pass covers at most, so that planning stays quick.
@@ -169,9 +171,9 @@ class Planner:
             if trunk is not None and not _suffices(trunk, starts.values(), through):
                 trunk, going = None, [r for r in members if r not in plain[:1]]
                 starts = {r: s for r, s in starts.items() if r in going}
-            won = self._won(members, starts, trunk is not None)
+            won = self._won(members, starts, trunk is not None, AFFORDABLE if wanted else self.worthwhile)
             nbytes = 0 if trunk is not None else trunk_bytes(self.card, some)
-            if (won is None and not wanted) or nbytes > room:
+            if won is None or nbytes > room:
                 continue
             room -= nbytes
             if not plain:
@@ -181,7 +183,7 @@ class Planner:
                 bases[base] = len(self.how.layers) - 1 if wanted else through
             else:
                 trunks[base] = trunk
-            saved += won or 0
+            saved += won
         if not runs and not bases:
             return None
         return self._completed(runs, bases, trunks, made, specs, origin, saved)
@@ -232,8 +234,8 @@ class Planner:
 
     # --- whether it pays
 
-    def _won(self, members: Sequence[int], starts: Mapping[int, GoesOn], kept: bool) -> int | None:
-        """Token positions times layers that sharing saves; None where it does not pay."""
+    def _won(self, members: Sequence[int], starts: Mapping[int, GoesOn], kept: bool, limit: float) -> int | None:
+        """Token positions times layers that sharing saves; None where it costs more than `limit` of whole forwards."""
         runs = self.graph.runs
         some = runs[members[0]]
         deepest = 1 + max((self._through(r) for r in members), default=-1)
@@ -248,7 +250,7 @@ class Planner:
             first = min(g.first for _, g, _ in bucket)
             shared += sum(r.rows * (r.seq - first) * (g.through - g.after) for _, g, r in bucket)
             overhead += self.layer_cost * _layers(bucket)
-        if shared + overhead > self.worthwhile * (whole + passes * deepest * self.layer_cost):
+        if shared + overhead > limit * (whole + passes * deepest * self.layer_cost):
             return None
         return max(whole - shared, 0)
 
@@ -276,14 +278,14 @@ class Planner:
     ) -> Sharing:
         graph = self.graph
         lacking: dict[tuple[int, str], list[int]] = defaultdict(list)
-        for run, start in runs.items():
+        for run, goes_on in runs.items():
             for i in self.accesses[run]:
                 site = str(graph.nodes[i].attrs["site"])
                 axis = position_axis(self.card, site)
                 if graph.nodes[i].op != "site.read" or axis not in self.how.reaches[site].short:
                     continue
-                if self._read_window(i, graph.runs[run])[0] < start.first:
-                    lacking[start.base, site].append(i)
+                if self._read_window(i, graph.runs[run])[0] < goes_on.first:
+                    lacking[goes_on.base, site].append(i)
         count = len(lacking)
         completes: dict[int, int] = {}
         uses: dict[int, Window] = {}

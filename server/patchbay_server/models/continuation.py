@@ -186,7 +186,7 @@ def keeping(
 
     def take_keys(layer: int) -> None:
         for number, kept in enumerate(cache.layers):
-            if kept.is_initialized:
+            if isinstance(kept, _Kept) and kept.keys is not None and kept.values is not None:
                 trunk.keys[number], trunk.values[number] = kept.keys, kept.values
         if finished is not None:
             finished(layer)
@@ -287,12 +287,12 @@ def continuing(
 
     try:
         if begins == -1:
-            layer = model.get_submodule(how.layers[0])
-            handles.append(layer.register_forward_pre_hook(enter_first, with_kwargs=True))
+            opening = model.get_submodule(how.layers[0])
+            handles.append(opening.register_forward_pre_hook(enter_first, with_kwargs=True))
         for number in range(begins + 1):
-            layer = model.get_submodule(how.layers[number])
-            bypassed.append((layer, layer.__dict__.get("forward")))
-            layer.__dict__["forward"] = bypass(number)
+            module = model.get_submodule(how.layers[number])
+            bypassed.append((module, module.__dict__.get("forward")))
+            module.__dict__["forward"] = bypass(number)
         for number in joining:
             if number > begins:
                 handles.append(model.get_submodule(how.layers[number]).register_forward_hook(join(number)))
@@ -300,7 +300,7 @@ def continuing(
     finally:
         for handle in handles:
             handle.remove()
-        for layer, before in bypassed:
-            del layer.__dict__["forward"]
+        for module, before in bypassed:
+            del module.__dict__["forward"]
             if before is not None:
-                layer.__dict__["forward"] = before
+                module.__dict__["forward"] = before

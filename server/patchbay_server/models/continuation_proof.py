@@ -108,11 +108,11 @@ class _Trial:
         trunk, plain = self._trunk()
         reaches: dict[str, Reach] = {}
         for name in plain.values:
-            after, inside = plain.reached[name]
+            complete, inside = plain.reached[name]
             axes = tuple(i for i, d in enumerate(self.card.site(name).dims) if d in SEQUENCE_DIMS)
             if plain.values[name].shape[0] == self.tokens.shape[0]:
-                reaches[name] = Reach(after, inside, axes)
-        entries = [(-1, middle, last)] if growing else [(-1,) * 3, (middle,) * 3, (last,) * 3]
+                reaches[name] = Reach(complete, inside, axes)
+        entries: list[tuple[int, ...]] = [(-1, middle, last)] if growing else [(-1,) * 3, (middle,) * 3, (last,) * 3]
         how = Continuation(self.layers, tuple(self.returned), reaches, growing, self.width)
         for after in [(EMBEDDING,) * 3, *entries]:
             for first in (seq // 2, seq - 1):
