@@ -122,9 +122,10 @@ class Price(Cost):
     def __repr__(self) -> str:
         # How many forwards the runs share is the planner's business: worked out here, the number is not known.
         passes = f"{_count(self.passes, 'pass', 'passes')} over " if self.passes else ""
+        kept = f", keeps {show_bytes(self.kept_bytes)}" if self.kept_bytes else ""
         return (
             f"{self.flops:,} FLOPs, {passes}{_count(self.tokens, 'token')},"
-            f" peak {show_bytes(self.peak_bytes)}, results {show_bytes(self.result_bytes)}"
+            f" peak {show_bytes(self.peak_bytes)}, results {show_bytes(self.result_bytes)}{kept}"
         )
 
     __str__ = __repr__
