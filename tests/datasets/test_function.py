@@ -235,3 +235,56 @@ def test_one_length_only_needs_to_be_told_what_the_samples_are() -> None:
     found = local_model().map(rows, lambda run: {"a": reduce.mean(run.embed * weights, over="tokens")})
     whole = fetched(local_model(), rows, "embed").value.astype(np.float64) * weights
     np.testing.assert_allclose(found["a"], whole.reshape(-1, D_MODEL).mean(0), rtol=1e-6)
+
+
+def test_gradients_and_loops_work_in_every_batch() -> None:
+    """Attribution of every row's own tokens, and a body of the graph: as in a trace, whatever the batches."""
+
+    def look(run):
+        h = run.blocks[1].resid_post
+        metric = (run.logits[:, -1, 5] - run.logits[:, -1, 6]).sum()  # of all rows: each row's gradient is its own
+        powers, _ = pb.scan(lambda carry, _: (carry * 0.5, None), h[:, -1], length=3)
+        return {"attribution": (pb.grad(metric, h) * h).sum(axis=-1), "eighth": reduce.mean(powers)}
+
+    model = local_model()
+    found = model.map(ROWS, look, batch=7)
+    whole = fetched(model, ROWS, "blocks.1.resid_post")
+    np.testing.assert_allclose(found["eighth"], whole.value[:, -1].astype(np.float64).mean(0) / 8, rtol=1e-4, atol=1e-6)
+    for i in (0, 5, 11):
+        with model.trace([ROWS[i]]) as run:
+            h = run.blocks[1].resid_post
+            metric = (run.logits[:, -1, 5] - run.logits[:, -1, 6]).sum()
+            alone = (pb.grad(metric, h) * h).sum(axis=-1).save()
+        np.testing.assert_allclose(found["attribution"][i], alone.value[0], rtol=1e-3, atol=1e-4)
+
+
+def test_memory_of_the_client_does_not_grow_with_the_data_set() -> None:
+    """The most that is held at any batch of 2,000 reduced rows is what is held at one of 500."""
+    import gc
+    import tracemalloc
+
+    model = local_model()
+
+    def rows(count: int):
+        rng = np.random.default_rng(count)
+        for _ in range(count):
+            yield rng.integers(3, 32, size=4).tolist()
+
+    def held(count: int) -> int:
+        most = 0
+
+        def note(_: object) -> None:
+            nonlocal most
+            gc.collect()
+            most = max(most, tracemalloc.get_traced_memory()[0])
+
+        model.map(rows(count), lambda run: {"m": reduce.mean(run.embed)}, batch=50, window=100, progress=note)
+        return most
+
+    tracemalloc.start()
+    held(200)
+    try:
+        small, large = held(500), held(2_000)
+    finally:
+        tracemalloc.stop()
+    assert large < small + 100_000, (small, large)
