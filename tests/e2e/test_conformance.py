@@ -482,3 +482,34 @@ def test_loops_run_where_the_model_is(model: Model) -> None:
         run.save(ys=ys)
     file, _, line = str(wrong.value.location).rpartition(":")
     assert "# too far" in Path(file).read_text(encoding="utf-8").splitlines()[int(line) - 1]
+
+
+def test_the_language_is_the_same_everywhere(model: Model) -> None:
+    """Applied modules, skips, folded weights, continuations, gradients of two orders and through generated steps."""
+    with model.trace() as t:
+        a, b = t.run(FRANCE), t.run([FRANCE, ITALY])
+        h = a.blocks[0].resid_post
+        first = pb.grad(a.logits[0, -1, 3], wrt=h)
+        b.blocks[1].skip()
+        folded = b.ln_final.normalized @ t.params.folded("unembed.W_U")
+        run = t.generate(FRANCE, max_new_tokens=3, eos=False)
+        through = pb.grad(run.steps[2].logits[0, -1, 3], wrt=run.prefill.blocks[0].resid_post)
+        t.save(
+            second=pb.grad((first**2).sum(), wrt=h),
+            lens=t.apply("unembed", t.apply("ln_final", h)),
+            skipped=b.logits,
+            folded=folded,
+            p=a.logprob("paris"),
+            through=through,
+        )
+    r, plain = t.results, twin()
+    with torch.no_grad():
+        logits = plain(torch.tensor([[*tokens_of(FRANCE), *tokens_of("paris")]])).logits.log_softmax(-1)
+        lens = plain.lm_head(plain.model.norm(torch.from_numpy(hooked(FRANCE, "blocks.0.resid_post"))))
+    np.testing.assert_allclose(r["p"], logits[0, -2, tokens_of("paris")[0]], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(r["lens"], lens, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(r["skipped"], r["folded"], rtol=1e-4, atol=1e-5)
+    assert np.abs(r["second"]).max() > 1e-4
+    assert np.abs(r["through"]).max() > 1e-5
+    with pytest.raises(GraphError, match="needs more than one tensor"), model.trace(FRANCE) as other:
+        other.apply("blocks.0.attn", other.embed)
