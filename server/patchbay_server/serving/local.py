@@ -241,7 +241,7 @@ class LocalBackend:
         used = Used(graph)
         try:
             if needs_store(graph):
-                used = await loop.run_in_executor(self._beside, take, self._artifacts, account, graph)
+                used = await asyncio.to_thread(take, self._artifacts, account, graph)
                 graph = used.graph
             prepare = functools.partial(self._engine.prepare, graph, options, account=account)
             if len(graph.nodes) <= INLINE_NODES:
@@ -253,8 +253,7 @@ class LocalBackend:
                 return
             kept = frozenset(output.name for output in graph.outputs if output.keep)
             if kept and self._artifacts is not None:
-                check = self._artifacts.check_room
-                await loop.run_in_executor(self._beside, check, account, plan.cost.kept_bytes)
+                await asyncio.to_thread(self._artifacts.check_room, account, plan.cost.kept_bytes)
             job = Job(plan, channel, ticket, len(graph.nodes), bytes_in, kept)
             ticket.cost = float(max(1, plan.cost.flops))
             ticket.on_start = lambda: self._inbox.put(job)
@@ -265,7 +264,7 @@ class LocalBackend:
             while True:
                 event = await channel.get()
                 if isinstance(event, TensorValue) and event.name in kept and self._artifacts is not None:
-                    event = await loop.run_in_executor(self._beside, leave, self._artifacts, account, event)
+                    event = await asyncio.to_thread(leave, self._artifacts, account, event)
                 yield event
                 if isinstance(event, Done):
                     return
