@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
@@ -214,14 +214,12 @@ class GraphBuilder:
 
     # --- bodies: functions that are traced to be run by the server as often as it takes ---------------------------
 
-    @contextmanager
-    def body(self, op: str) -> Iterator[Scope]:
+    def body(self, op: str) -> AbstractContextManager[Scope]:
         """Nodes that are made inside belong to a function given to `op`."""
         self._check_open()
         if self._scopes is None:
             self._scopes = Scopes(self.nodes, self.specs)
-        with self._scopes.inside(Scope(op, show_place(_users_place()))) as scope:
-            yield scope
+        return self._scopes.inside(Scope(op, show_place(_users_place())))
 
     def add_param(self, scope: Scope, spec: TensorSpec, name: str) -> int:
         """The node that stands for what a function takes."""
