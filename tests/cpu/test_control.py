@@ -15,12 +15,13 @@ import patchbay as pb
 from patchbay.errors import GraphError
 from patchbay.ir.bodies import Body
 from patchbay.ir.dtypes import float64
-from patchbay.ir.graph import Graph, Node
+from patchbay.ir.graph import Graph, Node, Output, TensorData
 from patchbay.ir.ops.spec import TensorSpec
 from patchbay.ir.verify import verify
 from patchbay.model import Model
 from patchbay.reference import evaluate_control
 from patchbay_server.engine.loops import Loops
+from patchbay_server.engine.optimize import optimize
 from patchbay_server.kernels import to_tensor
 from tests.ir.cards import small_card
 from tests.strategies import controlled
@@ -226,3 +227,28 @@ def test_whole_graphs_through_the_engine(graph: Graph) -> None:
     results = llama().run(graph)
     for i, part in enumerate(reference):
         np.testing.assert_allclose(results[f"part_{i}"], part, rtol=1e-9, atol=1e-9)
+
+
+def test_equal_bodies_and_loops_merge_on_the_server() -> None:
+    """Two loops over bodies that are written twice are one; a body that differs in a number's type alone is another."""
+    vector = TensorSpec((2,), float64)
+
+    def scaled(by: float) -> Body:
+        number = Node("const", (), {"scalar": by})
+        return Body((vector,), (number, Node("multiply", (0, 1))), (2,), (vector,))
+
+    def outer(inner: int) -> Body:
+        scan = Node("scan", (0,), {"body": inner, "length": 2, "carry": 1, "xs": 0})
+        return Body((vector,), (scan, Node("item", (1,), {"index": 0})), (2,), (vector,))
+
+    bodies = (scaled(2.0), scaled(2.0), scaled(2), outer(0), outer(1), outer(2))
+    x = Node("const", (), {"value": TensorData(float64, (2,), np.ones(2).tobytes())})
+    loops = [Node("scan", (0,), {"body": b, "length": 3, "carry": 1, "xs": 0}) for b in (3, 4, 5)]
+    items = [Node("item", (1 + i,), {"index": 0}) for i in range(3)]
+    outputs = tuple(Output(f"x{i}", 4 + i) for i in range(3))
+    graph = Graph((), (x, *loops, *items), outputs, bodies)
+    small = optimize(verify(graph, CARD).flat, CARD).graph
+    assert [n.attrs["body"] for n in small.nodes if n.op == "scan"] == [3, 5]
+    assert [o.node for o in small.outputs] == [3, 3, 4]
+    for name, value in llama().run(graph).items():
+        np.testing.assert_array_equal(value, np.full(2, 64.0), err_msg=name)

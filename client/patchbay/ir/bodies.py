@@ -448,12 +448,3 @@ def canonical(bodies: Sequence[Body]) -> dict[int, int]:
     for i, body in enumerate(bodies):
         number[i] = first.setdefault(body_key(body, number), i)
     return number
-
-
-def used_bodies(nodes: Sequence[Node], bodies: Sequence[Body]) -> list[int]:
-    """Numbers of the bodies that `nodes` use, those inside them included, in order."""
-    used = {b for node in nodes for b in bodies_of(node)}
-    for i in range(len(bodies) - 1, -1, -1):
-        if i in used:
-            used.update(b for node in bodies[i].nodes for b in bodies_of(node))
-    return sorted(used)
