@@ -278,3 +278,30 @@ def test_rows_that_are_done_are_forgotten() -> None:
     found = local_model().map(rows(), lambda run: {"m": reduce.mean(run.embed)}, batch=50, window=100, progress=note)
     assert found.rows == 2_000
     assert 0 < max(held) <= 5 * 100 + 2 * 51, held  # windows that are open or being read, batches that templates hold
+
+
+def test_models_of_images_are_mapped_by_their_inputs() -> None:
+    """Rows are arrays, or dicts of arrays and fields; what is reduced is reduced over rows."""
+    from tests.modalities import build as build_modality
+
+    model = pb.local(build_modality("vit"))
+    images = np.random.default_rng(0).standard_normal((11, 3, 16, 16)).astype(np.float32)
+    rows = [{"pixel_values": image, "label": i % 2} for i, image in enumerate(images)]
+
+    def look(run):
+        first = run.blocks[1].resid_post[:, 0]
+        by = reduce.mean(first, by=run.column("label"), groups=2)
+        return {"by": by, "first": first, "top": reduce.topk(first, 2)}
+
+    found = model.map(rows, look, batch=4)
+    with model.trace({"pixel_values": images}) as run:
+        whole = run.blocks[1].resid_post[:, 0].save()
+    np.testing.assert_allclose(found["first"], whole.value, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found["by"][1], whole.value[1::2].astype(np.float64).mean(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(found["top"].rows[0], np.argsort(-whole.value[:, 0])[:2])
+    alone = model.map(images, lambda run: {"first": run.blocks[1].resid_post[:, 0]}, batch=4)
+    np.testing.assert_array_equal(alone["first"], found["first"])
+    with pytest.raises(TraceError, match="takes no tokens"):
+        model.map(rows, lambda run: {"a": reduce.count(run.mask)})
+    with pytest.raises(TraceError, match="row 1 of the data set has none"):
+        model.map([rows[0], {"label": 1}], look)

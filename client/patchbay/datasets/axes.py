@@ -31,6 +31,8 @@ class Axes:
 
 def wider(batch: Batch, n_ctx: int) -> Batch:
     """A batch of one row more, of one token more (or less, where there is no room)."""
+    if batch.seq == 0:  # no tokens
+        return Batch(batch.number, batch.window, (*batch.rows, batch.rows[0]))
     grow = batch.seq < n_ctx
     rows = []
     for row in (*batch.rows, batch.rows[0]):
@@ -47,7 +49,7 @@ def wider(batch: Batch, n_ctx: int) -> Batch:
             longer = Tokens(tokens.ids[:-1], tokens.strings[:-1], tokens.offsets[:-1], tokens.special[:-1], tokens.text)
         else:
             longer = tokens
-        rows.append(Row(row.number, longer, row.fields))
+        rows.append(Row(row.number, longer, row.fields, row.inputs))
     return Batch(batch.number, batch.window, tuple(rows))
 
 

@@ -27,13 +27,15 @@ class Item:
 
     Attributes:
         number: its place in the data set, from 0.
-        prompt: its text or tokens.
+        prompt: its text or tokens; no tokens for models that take none.
         fields: what else it has, by name.
+        inputs: the model's own inputs by name, for models that take no tokens.
     """
 
     number: int
     prompt: Text | Tokens
     fields: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,13 @@ class Row:
         number: its place in the data set, from 0.
         tokens: its prompt.
         fields: what else it has, by name.
+        inputs: the model's own inputs by name.
     """
 
     number: int
     tokens: Tokens
     fields: Mapping[str, Any]
+    inputs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,22 @@ def item_of(number: int, given: object, prepend_bos: bool | None = None) -> Item
     return Item(number, prompt, fields)
 
 
+def input_item(number: int, given: object, names: Sequence[str]) -> Item:
+    """A row of a data set for a model that takes arrays: a dict with them by name, or the array where there is one.
+
+    Raises:
+        TraceError: an input is missing; the message has the row's number.
+    """
+    if not isinstance(given, Mapping):
+        if len(names) != 1 or not hasattr(given, "shape"):
+            raise TraceError(f"row {number} of the data set is no dict of the model's inputs: {', '.join(names)}")
+        given = {names[0]: given}
+    inputs = {name: given[name] for name in names if name in given}
+    if not inputs:
+        raise TraceError(f"row {number} of the data set has none of the model's inputs: {', '.join(names)}")
+    return Item(number, Tokens(()), {str(k): v for k, v in given.items() if k not in inputs}, inputs)
+
+
 class Source:
     """Numbers the rows of a data set as they are read, and keeps a digest of them.
 
@@ -109,8 +129,9 @@ class Source:
         read: rows so far.
     """
 
-    def __init__(self, prepend_bos: bool | None) -> None:
+    def __init__(self, prepend_bos: bool | None, inputs: Sequence[str] | None = None) -> None:
         self._prepend_bos = prepend_bos
+        self._inputs = inputs
         self._digest = hashlib.sha256()
         self.read = 0
 
@@ -120,7 +141,10 @@ class Source:
         Raises:
             TraceError: one of them is no prompt.
         """
-        items = [item_of(self.read + i, one, self._prepend_bos) for i, one in enumerate(given)]
+        if self._inputs is not None:
+            items = [input_item(self.read + i, one, self._inputs) for i, one in enumerate(given)]
+        else:
+            items = [item_of(self.read + i, one, self._prepend_bos) for i, one in enumerate(given)]
         for item in items:
             self._digest.update(_fingerprint(item))
         self.read += len(items)
@@ -139,13 +163,16 @@ def _fingerprint(item: Item) -> bytes:
         shown: Any = [prompt.text, prompt.special, prompt.prepend_bos, chat]
     else:
         shown = list(prompt.ids)
-    return json.dumps([shown, item.fields], default=_plain, sort_keys=True).encode() + b"\n"
+    return json.dumps([shown, item.fields, item.inputs], default=_plain, sort_keys=True).encode() + b"\n"
 
 
 def _plain(value: object) -> Any:
     """A field of a row for its fingerprint."""
     if hasattr(value, "tolist"):
-        return [str(getattr(value, "dtype", "")), value.tolist()]
+        import numpy as np
+
+        array = np.ascontiguousarray(value)
+        return [str(array.dtype), array.shape, hashlib.sha256(array.tobytes()).hexdigest()]
     return f"{type(value).__name__}"
 
 

@@ -164,15 +164,17 @@ class Mapper:
             raise TraceError(
                 f"map takes a data set of many rows (a list of texts, a generator, ...), not {type(dataset).__name__}"
             )
-        if not core.card.takes_tokens:
-            raise TraceError(f"map feeds tokens, and {core.card.name!r} takes none")
+        needed = [spec.name for spec in core.card.inputs if spec.required]
+        if core.card.takes_tokens and needed:
+            raise TraceError(f"map feeds tokens alone, and {core.card.name!r} needs {', '.join(needed)} beside them")
         self._core = core
         self._plan = plan
         self._host = host
         self._notify = notify
         self._tracer = Tracer(core, edits, function, tokens_of)
         self._rows = _Rows(dataset, plan.rows_of_window, host)
-        self._source = Source(plan.prepend_bos)
+        names = None if core.card.takes_tokens else [spec.name for spec in core.card.inputs]
+        self._source = Source(plan.prepend_bos, names)
         self._total = len(dataset) if hasattr(dataset, "__len__") else None
         self._found: State | None = None
         self._behind: list[Any] = []
@@ -315,8 +317,9 @@ class Mapper:
         rows = []
         for item in items:
             found = item.prompt if isinstance(item.prompt, Tokens) else next(tokens)
-            self._core.check_row(found, f"row {item.number} of the data set")
-            rows.append(Row(item.number, found, item.fields))
+            if self._core.card.takes_tokens:
+                self._core.check_row(found, f"row {item.number} of the data set")
+            rows.append(Row(item.number, found, item.fields, item.inputs))
         return rows
 
     # --- lanes ------------------------------------------------------------------------------------------------------

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from patchbay.core import ModelCore
-    from patchbay.ir.card import ModelCard
     from patchbay.model import Edit
 
 #: Makes a constant's array for a batch.
@@ -78,7 +77,7 @@ class BatchTrace(BaseTrace):
     def run_over_batch(self) -> BatchRun:
         """A run over the batch's rows."""
         tokens = [row.tokens for row in self.batch.rows]
-        data = GraphRun(tuple(row.ids for row in tokens), f"{len(tokens)} rows of the data set")
+        data = _run_over(self._core, self.batch, f"{len(tokens)} rows of the data set")
         run = BatchRun(self, self.builder.add_run(data), tokens, False)
         self.runs.append(run)
         for edit in self._edits:
@@ -89,6 +88,8 @@ class BatchTrace(BaseTrace):
     def samples(self) -> Samples:
         """What reductions fold."""
         stride = self.builder.card.n_ctx
+        if not self.builder.card.takes_tokens:
+            return Samples(self, self.row_numbers, None, None, None, stride)
         return Samples(self, self.row_numbers, self.lengths, self.mask, lambda: self.ids, stride)
 
     @property
@@ -97,6 +98,8 @@ class BatchTrace(BaseTrace):
 
     @property
     def lengths(self) -> Proxy:
+        if not self.builder.card.takes_tokens:
+            raise TraceError(f"{self.builder.card.name!r} takes no tokens: its rows have no lengths, mask or ids")
         return self.late("lengths", _lengths)
 
     @property
@@ -112,7 +115,7 @@ class BatchTrace(BaseTrace):
     @property
     def ids(self) -> Proxy:
         """Token ids, int64 [rows, seq]; 0 at padding."""
-        found: Proxy = self.late("ids", _ids).astype("int64")
+        found: Proxy = self.late("ids", _ids).astype("int64") if self.builder.card.takes_tokens else self.lengths
         return found
 
 
@@ -197,7 +200,7 @@ class Template:
         reductions: the reductions, in the order of the state.
         layout: names and shapes of their parts.
         concrete: whether it fits its own batch only.
-        card: the model's card.
+        core: the model.
         uploaded: digests of constants that the server was given.
     """
 
@@ -209,12 +212,12 @@ class Template:
     reductions: tuple[Reduction, ...]
     layout: tuple[tuple[tuple[str, tuple[int, ...]], ...], ...]
     concrete: bool
-    card: ModelCard
+    core: ModelCore
     uploaded: frozenset[str] = frozenset()
 
     def locate(self, error: GraphError) -> GraphError:
         """An error about a node, with the user's line."""
-        return GraphBuilder(self.card).locate(error, self.graph)
+        return GraphBuilder(self.core.card).locate(error, self.graph)
 
     def lightened(self, named: Graph) -> Template:
         """The template with `named`, its graph with large constants named by their digests, in the graph's place."""
@@ -242,9 +245,10 @@ class Template:
             nodes[i] = Node("const", (), {"value": to_data(value)})
         if self.state is not None and state is not None:
             nodes[self.state] = Node("const", (), state)
-        tokens = tuple(row.tokens.ids for row in batch.rows)
-        label = f"rows {batch.rows[0].number} to {batch.rows[-1].number}"
-        runs = self.graph.runs if self.concrete else tuple(GraphRun(tokens, label) for _ in self.graph.runs)
+        runs = self.graph.runs
+        if not self.concrete:
+            run = _run_over(self.core, batch, f"rows {batch.rows[0].number} to {batch.rows[-1].number}")
+            runs = (run,) * len(runs)
         return Graph(runs, tuple(nodes), self.graph.outputs, self.graph.bodies)
 
 
@@ -411,7 +415,7 @@ class Tracer:
         tree = map_tree(trace.returned, lambda leaf, path: replaced.get(path, leaf))
         state = None if state_data is None else constants[id(state_data)]
         return Template(
-            graph, fills, state, tree, tuple(collected), tuple(reductions), layout, trace.concrete, trace.builder.card
+            graph, fills, state, tree, tuple(collected), tuple(reductions), layout, trace.concrete, self._core
         )
 
 
@@ -441,6 +445,23 @@ def merged_graph(
     graph = trace.builder.finish(outputs)
     trace._verified(graph)
     return graph, wanted
+
+
+def _run_over(core: ModelCore, batch: Batch, label: str) -> GraphRun:
+    """A run over the batch's rows."""
+    if core.card.takes_tokens:
+        return GraphRun(tuple(row.tokens.ids for row in batch.rows), label)
+    import numpy as np
+
+    stacked: dict[str, Any] = {}
+    for name in batch.rows[0].inputs:
+        arrays = [np.asarray(row.inputs.get(name)) for row in batch.rows]
+        if len({a.shape for a in arrays}) > 1:
+            raise TraceError(f"{name!r} has another shape in some rows: {sorted({a.shape for a in arrays})}")
+        stacked[name] = np.stack(arrays)
+    known = core.known_inputs_of(stacked)
+    assert known is not None  # no text among them, so nothing to ask for
+    return GraphRun((), label, known.named)
 
 
 # --- what depends on the batch ----------------------------------------------------------------------------------------
