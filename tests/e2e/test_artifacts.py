@@ -6,6 +6,7 @@ What every transport does alike is in test_conformance.py; the store by itself i
 from __future__ import annotations
 
 import asyncio
+import gc
 import tracemalloc
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -422,6 +423,18 @@ def test_neither_side_holds_two_copies(ada: Client) -> None:
     finally:
         tracemalloc.stop()
     assert peak < 6 * MIB
+
+
+def test_nothing_is_held_once_a_graph_has_ended(service: Service, ada: Client) -> None:
+    """The second links of what graphs used go with the graphs; deleting while one waits takes nothing from it."""
+    model, handle = ada.model("m"), ada.artifacts.put(array(2.0))
+    for disabled in ([], ["artifact_cache"]):
+        with model.trace([[1, 2]], disabled=disabled) as run:
+            run.save(x=(run.blocks[0].resid_post @ handle).sum())
+    with model.trace([[1, 2]]) as run:
+        run.save(x=run.blocks[0].resid_post)
+    gc.collect()
+    assert list(service.store.root.rglob("in-use/*")) == []
 
 
 def test_a_model_in_this_process_leaves_no_folder_behind() -> None:

@@ -86,10 +86,9 @@ def test_what_is_put_comes_back(store: ArtifactStore, dtype: Any, shape: tuple[i
     count = int(np.prod(shape))
     value = TensorData(dtype, shape, os.urandom(count * dtype.itemsize))
     info = store.put("ada", value, "mine")
-    lease = store.open("ada", info.digest)
-    assert (lease.tensor.dtype, lease.tensor.shape, bytes(lease.tensor.data)) == (dtype, shape, value.data)
-    assert (info.name, info.nbytes, info.created_at) == ("mine", value.nbytes, 1_800_000_000.0)
-    lease.close()
+    told, back = store.open("ada", info.digest)
+    assert (back.dtype, back.shape, bytes(back.data)) == (dtype, shape, value.data)
+    assert (told.name, info.name, info.nbytes, info.created_at) == ("mine", "mine", value.nbytes, 1_800_000_000.0)
 
 
 def test_the_file_is_safetensors_and_its_digest_is_its_name(store: ArtifactStore) -> None:
@@ -248,7 +247,7 @@ def test_unused_artifacts_expire_and_use_puts_it_off(make: Callable[..., Artifac
     asked, opened, unused = (store.put("ada", tensor(i)).digest for i in range(3))
     clock.now += 60
     assert store.stat("ada", [asked])[0].expires_at == clock.now + 100
-    store.open("ada", opened).close()
+    store.open("ada", opened)
     clock.now += 60
     assert [info.digest for info in store.list("ada")[0]] == sorted([asked, opened])
     with pytest.raises(NotFoundError):
@@ -259,25 +258,27 @@ def test_unused_artifacts_expire_and_use_puts_it_off(make: Callable[..., Artifac
 
 
 def test_what_a_graph_uses_does_not_vanish(store: ArtifactStore, clock: Clock) -> None:
-    """Deleted and swept while it is open, an artifact stays readable; its link goes with the lease."""
+    """Deleted and swept while in use, an artifact stays readable; its second link goes with the last reference."""
     value = tensor(0, 500_000)
     digest = store.put("ada", value).digest
-    lease = store.open("ada", digest)
+    _, used = store.open("ada", digest)
+    elements = used.data
     store.delete("ada", digest)
     with pytest.raises(NotFoundError):
         store.open("ada", digest)
-    assert bytes(lease.tensor.data) == value.data
+    assert bytes(elements) == value.data
     assert len(files(store)) == 1  # the second link
-    lease.close()
-    assert files(store) == []
-    del lease
+    del used
+    assert len(files(store)) == 1
+    del elements
     gc.collect()
+    assert files(store) == []
     kept = store.put("ada", value).digest
-    left_by_a_killed_replica = store.open("ada", kept)
+    left_by_a_killed_replica = store.open("ada", kept)[1]
     clock.now += 25 * 3600
     ArtifactStore(store.root, clock=clock).put("bob", tensor(1))
     assert not any("in-use" in str(p) for p in files(store))
-    assert bytes(left_by_a_killed_replica.tensor.data) == value.data
+    assert bytes(left_by_a_killed_replica.data) == value.data
 
 
 def test_without_second_links_a_copy_is_used(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,9 +290,9 @@ def test_without_second_links_a_copy_is_used(store: ArtifactStore, monkeypatch: 
         raise OSError(errno.EPERM, "no links here")
 
     monkeypatch.setattr(os, "link", refuse)
-    lease = store.open("ada", digest)
+    _, used = store.open("ada", digest)
     store.delete("ada", digest)
-    assert bytes(lease.tensor.data) == value.data
+    assert bytes(used.data) == value.data
     assert files(store) == []
 
 
@@ -364,7 +365,7 @@ def test_many_at_once_put_the_same(make: Callable[..., ArtifactStore]) -> None:
     store = make()
     assert len(files(store, ".safetensors")) == 1
     assert len(files(store)) == 2
-    assert bytes(store.open("ada", results[0]).tensor.data) == value.data
+    assert bytes(store.open("ada", results[0])[1].data) == value.data
 
 
 def test_lists_are_paged(store: ArtifactStore) -> None:
@@ -392,7 +393,7 @@ def test_a_file_that_is_not_whole_is_not_there(store: ArtifactStore, harm: str) 
         store.open("ada", digest)
     assert store.list("ada") == ([], False)
     store.put("ada", value)
-    assert bytes(store.open("ada", digest).tensor.data) == value.data
+    assert bytes(store.open("ada", digest)[1].data) == value.data
 
 
 def test_only_the_service_can_read_the_folder(store: ArtifactStore) -> None:

@@ -9,30 +9,17 @@ import os
 import shutil
 import tempfile
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from patchbay.errors import DTypeError, GraphError, LimitExceededError, NotFoundError, ShapeError, UnsupportedError
-from patchbay.ir.artifacts import check_digest, not_there
+from patchbay.ir.artifacts import KeyedTensor, check_digest, not_there
 from patchbay.ir.events import Kept, TensorValue
 from patchbay.ir.graph import Graph, Node
 from patchbay_server.config import ArtifactsConfig
-from patchbay_server.store.artifacts import ArtifactStore, Lease
+from patchbay_server.store.artifacts import ArtifactStore
 
 #: Artifacts that one graph may name: each is an open file.
 MAX_PER_GRAPH = 1_024
-
-
-@dataclass(frozen=True)
-class Used:
-    """A graph whose constants are all at hand, and what keeps them there."""
-
-    graph: Graph
-    leases: tuple[Lease, ...] = ()
-
-    def close(self) -> None:
-        """Let go of the artifacts."""
-        for lease in self.leases:
-            lease.close()
 
 
 def needs_store(graph: Graph) -> bool:
@@ -40,8 +27,8 @@ def needs_store(graph: Graph) -> bool:
     return any(output.keep for output in graph.outputs) or any("artifact" in node.attrs for node in graph.nodes)
 
 
-def take(store: ArtifactStore | None, account: str, graph: Graph) -> Used:
-    """`graph` with every artifact that it names in its place. Blocks.
+def take(store: ArtifactStore | None, account: str, graph: Graph) -> Graph:
+    """`graph` with every artifact that it names in its place, readable for as long as the graph is there. Blocks.
 
     Raises:
         NotFoundError: the account has no such artifact; its metadata holds the node.
@@ -60,25 +47,21 @@ def take(store: ArtifactStore | None, account: str, graph: Graph) -> Used:
             allowed=MAX_PER_GRAPH,
             requested=len(digests),
         )
-    leases: dict[str, Lease] = {}
+    found: dict[str, KeyedTensor] = {}
     nodes = list(graph.nodes)
-    try:
-        for i, node in named.items():
-            nodes[i] = _constant(store, account, i, node, leases)
-    except BaseException:
-        Used(graph, tuple(leases.values())).close()
-        raise
-    return Used(replace(graph, nodes=tuple(nodes)), tuple(leases.values()))
+    for i, node in named.items():
+        nodes[i] = _constant(store, account, i, node, found)
+    return replace(graph, nodes=tuple(nodes))
 
 
-def _constant(store: ArtifactStore, account: str, i: int, node: Node, leases: dict[str, Lease]) -> Node:
+def _constant(store: ArtifactStore, account: str, i: int, node: Node, found: dict[str, KeyedTensor]) -> Node:
     digest = _digest(i, node)
-    if digest not in leases:
+    if digest not in found:
         try:
-            leases[digest] = store.open(account, digest)
+            _, found[digest] = store.open(account, digest)
         except NotFoundError:
             raise not_there(digest, node=str(i)) from None
-    tensor = leases[digest].tensor
+    tensor = found[digest]
     if node.attrs.get("dtype") != tensor.dtype.name:
         raise DTypeError(f"const: the artifact {digest} holds {tensor.dtype}, not {node.attrs.get('dtype')}", node=i)
     if node.attrs.get("shape") != tensor.shape:

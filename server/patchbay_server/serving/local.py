@@ -52,7 +52,7 @@ from patchbay_server.scheduling import (
     Ticket,
     VirtualTokenQueue,
 )
-from patchbay_server.serving.artifacts import TemporaryArtifacts, Used, leave, needs_store, store_of, take
+from patchbay_server.serving.artifacts import TemporaryArtifacts, leave, needs_store, store_of, take
 from patchbay_server.serving.backend import Backend, ExecutionEngine, Hosted, no_such_model
 from patchbay_server.serving.threads import set_torch_threads, settle_threads, thread_candidates
 from patchbay_server.serving.work import Job, WorkLoop
@@ -238,11 +238,9 @@ class LocalBackend:
         self._scheduler.enter(ticket)
         job: Job | None = None
         deadline: asyncio.TimerHandle | None = None
-        used = Used(graph)
         try:
             if needs_store(graph):
-                used = await asyncio.to_thread(take, self._artifacts, account, graph)
-                graph = used.graph
+                graph = await asyncio.to_thread(take, self._artifacts, account, graph)
             prepare = functools.partial(self._engine.prepare, graph, options, account=account)
             if len(graph.nodes) <= INLINE_NODES:
                 plan = prepare()
@@ -275,7 +273,6 @@ class LocalBackend:
                 job.stopped = True
                 self._jobs.discard(job)
             self._scheduler.leave(ticket)
-            used.close()
 
     def _too_late(self) -> DeadlineExceededError:
         return DeadlineExceededError(

@@ -23,8 +23,9 @@ import secrets
 import shutil
 import struct
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -58,25 +59,6 @@ _HEX = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _MAX_HEADER_BYTES = 4096
 _WRITE_BYTES = 4 * 2**20
 _DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
-
-
-@dataclass(frozen=True)
-class Lease:
-    """A tensor in use: it stays readable until `close`, whoever deletes it.
-
-    Attributes:
-        info: what is known of it.
-        tensor: its elements, over a map of its file.
-    """
-
-    info: ArtifactInfo
-    tensor: KeyedTensor
-    _link: Path | None = None
-
-    def close(self) -> None:
-        """Let go of it; a second time does nothing."""
-        if self._link is not None:
-            self._link.unlink(missing_ok=True)
 
 
 class Upload:
@@ -288,8 +270,8 @@ class ArtifactStore:
                 found.append(info)
         return found, False
 
-    def open(self, account: str, digest: str) -> Lease:
-        """A tensor to use; it stays readable until the lease is closed.
+    def open(self, account: str, digest: str) -> tuple[ArtifactInfo, KeyedTensor]:
+        """A tensor to use, over a map of its file: it stays readable for as long as anybody refers to it.
 
         Raises:
             NotFoundError: the account has none of that digest.
@@ -299,7 +281,7 @@ class ArtifactStore:
         if info is None:
             raise not_there(digest)
         try:
-            data, link = self._readable(folder, folder / name, info.nbytes)
+            data = self._readable(folder, folder / name, info.nbytes)
         except FileNotFoundError:
             raise not_there(digest) from None
         except OSError as error:
@@ -308,7 +290,7 @@ class ArtifactStore:
             raise
         self._touch(folder, digest)
         elements = memoryview(data)[len(file_header(info.dtype, info.shape)) :]
-        return Lease(info, KeyedTensor(info.dtype, info.shape, elements, f"{folder.name}/{digest}"), link)
+        return info, KeyedTensor(info.dtype, info.shape, elements, f"{folder.name}/{digest}")
 
     def delete(self, account: str, digest: str) -> None:
         """Remove one; whoever uses it keeps what is open.
@@ -324,23 +306,25 @@ class ArtifactStore:
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
-    def _readable(self, folder: Path, path: Path, size: int) -> tuple[bytes | mmap.mmap, Path | None]:
-        """A file's content, and the link that keeps it from vanishing."""
+    def _readable(self, folder: Path, path: Path, size: int) -> bytes | mmap.mmap:
+        """A file's content; a second link keeps it from vanishing while it is mapped."""
         if size <= READ_BYTES:
-            return path.read_bytes(), None
+            return path.read_bytes()
         link = folder / IN_USE / f"{int(self._clock())}-{secrets.token_hex(8)}"
         try:
             os.link(path, link)
         except FileNotFoundError:
             raise
         except OSError:  # a file system without second links: a copy in memory cannot vanish either
-            return path.read_bytes(), None
+            return path.read_bytes()
         try:
             with open(link, "rb") as file:
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), link
+                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except BaseException:
             link.unlink(missing_ok=True)
             raise
+        weakref.finalize(content, _unlink, link, os.getpid())
+        return content
 
     def _folder(self, account: str) -> Path:
         # A digest: whatever an account is called, it is one name of one folder, on every file system.
@@ -479,6 +463,11 @@ class ArtifactStore:
             since = name.partition("-")[0]
             if not since.isdecimal() or int(since) + IN_USE_S <= now:
                 (folder / IN_USE / name).unlink(missing_ok=True)
+
+
+def _unlink(link: Path, owner: int) -> None:
+    if os.getpid() == owner:  # what a fork inherits is not its own to remove
+        link.unlink(missing_ok=True)
 
 
 def _form(file: Any, size: int) -> ArtifactInfo | None:

@@ -46,18 +46,6 @@ class Upload(Protocol):
     def abort(self) -> None: ...
 
 
-class Lease(Protocol):
-    """What `GetArtifact` needs of an artifact in use."""
-
-    @property
-    def info(self) -> ArtifactInfo: ...
-
-    @property
-    def tensor(self) -> TensorData: ...
-
-    def close(self) -> None: ...
-
-
 class Store(Protocol):
     """What the calls need of `patchbay_server.store.artifacts.ArtifactStore`; everything blocks."""
 
@@ -67,7 +55,7 @@ class Store(Protocol):
 
     def list(self, account: str, *, after: str = "", limit: int = 100) -> tuple[list[ArtifactInfo], bool]: ...
 
-    def open(self, account: str, digest: str) -> Lease: ...
+    def open(self, account: str, digest: str) -> tuple[ArtifactInfo, TensorData]: ...
 
     def delete(self, account: str, digest: str) -> None: ...
 
@@ -117,14 +105,11 @@ class ArtifactCalls:
 
     async def get(self, request: artifact_pb2.GetArtifactRequest, account: str) -> AsyncIterator[Any]:
         """Hand out an artifact, a chunk at a time."""
-        lease = await asyncio.to_thread(self._store.open, account, decode_digest(request.name, "name"))
-        try:
-            parts = encode_get(lease.info, lease.tensor)
-            # A thread for each: a page of the file may have to come from a disk.
-            while (part := await asyncio.to_thread(next, parts, None)) is not None:
-                yield part
-        finally:
-            lease.close()
+        info, tensor = await asyncio.to_thread(self._store.open, account, decode_digest(request.name, "name"))
+        parts = encode_get(info, tensor)
+        # A thread for each: a page of the file may have to come from a disk.
+        while (part := await asyncio.to_thread(next, parts, None)) is not None:
+            yield part
 
     async def stat(
         self, request: artifact_pb2.StatArtifactsRequest, account: str
