@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import time
 from typing import Any
@@ -220,6 +221,19 @@ def test_equal_bodies_have_one_canonical_number() -> None:
 
     bodies = (scaled(2), scaled(2.0), scaled(2), calling(0), calling(2), calling(1))
     assert list(canonical(bodies).values()) == [0, 1, 0, 3, 3, 5]
+
+
+def test_gradients_in_large_bodies_are_checked_in_time() -> None:
+    """Thousands of values to differentiate by, and thousands of gradients, cost little in a body of 20,000 nodes."""
+    count = 20_000
+    chain = (*(Node("add", (i, i)) for i in range(count)), Node("sum", (count,)))
+    metric = count + 1
+    for grads in ((Node("grad", (metric, *[0] * 2_000)),), (Node("grad", (metric, 0)),) * 2_000):
+        body = Body((VECTOR,), (*chain, *grads), (count,), (VECTOR,))
+        start = time.process_time()
+        with contextlib.suppress(GraphError):
+            verify(looped(body, length=1), CARD)
+        assert time.process_time() - start < 2
 
 
 def test_facts_are_found_anew() -> None:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 #: How deeply loops may stand inside one another.
 MAX_DEPTH = 8
+#: Gradients that one body takes; whether each depends on its values is found out by going through the body.
+MAX_GRADS = 16
 #: Steps of one loop; the configured limits are on all of them together.
 MAX_LENGTH = 2**31 - 1
 #: Bytes of values that are the same at every step and may be kept instead of being computed again.
@@ -272,16 +274,20 @@ def _check_node(body: Body, k: int, node: Node, number: int) -> None:
 def _check_grad(body: Body, k: int, node: Node) -> None:
     metric, *wrt = node.args
     first = len(body.params)
-    for value in wrt:
-        reached = {value}
-        for i, other in enumerate(body.nodes[:k], start=first):
-            if any(a in reached for a in other.args):
-                reached.add(i)
-        if metric not in reached:
-            raise GraphError(
-                "grad: the metric does not depend on a value that it is differentiated by; inside a loop, both must be "
-                "made there, or the value be one that it carries or takes"
-            )
+    behind, pending = {metric}, [metric]
+    while pending:
+        value = pending.pop() - first
+        for a in body.nodes[value].args if value >= 0 else ():
+            if a not in behind:
+                behind.add(a)
+                pending.append(a)
+    if not behind.issuperset(wrt):
+        raise GraphError(
+            "grad: the metric does not depend on a value that it is differentiated by; inside a loop, both must be "
+            "made there, or the value be one that it carries or takes"
+        )
+    if sum(other.op == "grad" for other in body.nodes[: k + 1]) > MAX_GRADS:
+        raise GraphError(f"a body takes gradients at most {MAX_GRADS} times; each may be by many values")
 
 
 def _check_results(body: Body, specs: Sequence[ValueSpec], name: str) -> None:
