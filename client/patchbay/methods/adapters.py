@@ -1,8 +1,8 @@
 """Low-rank adapters (Hu et al. 2021, LoRA) as edits of a model: ``model.edited(methods.lora("adapter/"))``.
 
-An adapter in the form of Hugging Face's PEFT, a folder or a dict of its tensors, becomes a named, versioned function: it
-adds ``scale * (x @ A.T) @ B.T`` to what each adapted module makes of ``x``. It lives in the client's traces: the hosted
-model is not touched, several users' adapters and other edits stack.
+An adapter in the form of Hugging Face's PEFT, a folder or a dict of its tensors, becomes a named, versioned function
+that adds ``scale * (x @ A.T) @ B.T`` to what each adapted module makes of ``x``. It lives in the client's traces: the
+hosted model is not touched, several users' adapters and other edits stack.
 """
 
 from __future__ import annotations

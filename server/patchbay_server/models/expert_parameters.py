@@ -1,8 +1,8 @@
 """Weights of mixture-of-experts layers by canonical name: the router's, and those of all experts, each proved at load.
 
 ``mlp.router.W [d_model, expert]`` makes the router's scores; ``mlp.experts.W_in`` and ``W_gate``
-``[expert, d_model, d_mlp]`` and ``mlp.experts.W_out [expert, d_mlp, d_model]`` are every expert's. They are offered only
-where an expert, computed from them by hand on made-up tokens, gives what the model's own module gives.
+``[expert, d_model, d_mlp]`` and ``mlp.experts.W_out [expert, d_mlp, d_model]`` are every expert's. They are offered
+only where an expert, computed from them by hand on made-up tokens, gives what the model's own module gives.
 """
 
 from __future__ import annotations
