@@ -19,6 +19,7 @@ from patchbay_server.engine.generate import check_generates, check_sites
 from patchbay_server.engine.memory import held_to
 from patchbay_server.engine.plan import OPTIMISATIONS, PREFIX_CACHE, Means, Plan, make_plan
 from patchbay_server.engine.prefix import LAYER_COST_CPU, LAYER_COST_GPU, WORTHWHILE
+from patchbay_server.engine.recurring import Questions, RecurringPlans
 from patchbay_server.engine.running import (
     Depths,
     Running,
@@ -71,6 +72,7 @@ class Engine:
         )
         self._trunks = trunks
         self._constants = constants
+        self._plans = RecurringPlans()
         self._depths = Depths(hosted.card)
         self._batches = DecodeBatches(hosted)
 
@@ -86,6 +88,10 @@ class Engine:
             GraphError: the most specific subclass, naming the node.
         """
         options = ExecuteOptions() if options is None else options
+        means = self._means_of(account)
+        known = self._plans.get(graph, options, account, means)
+        if known is not None:
+            return known
         for index, run in enumerate(graph.runs):
             if run.generation is not None:
                 try:
@@ -97,15 +103,18 @@ class Engine:
         for name in options.disabled:
             if name not in OPTIMISATIONS:
                 raise GraphError(f"no optimisation is called {name!r} (there are: {', '.join(OPTIMISATIONS)})")
+        asked = Questions(means)
         plan = make_plan(
             graph,
             self.hosted.card,
             self.limits,
             options,
             max_pass_tokens=self._max_pass_tokens,
-            means=self._means_of(account),
+            means=asked.recorded(),
         )
-        return held_to(replace(plan, account=account), self.limits)
+        plan = held_to(replace(plan, account=account), self.limits)
+        self._plans.put(graph, options, account, plan, asked)
+        return plan
 
     def _means_of(self, account: str | None) -> Means:
         trunks, card = self._trunks, self.hosted.card

@@ -53,6 +53,7 @@ from patchbay_server.transport.limits import (
     check_request_size,
     check_texts,
 )
+from patchbay_server.transport.recurring import RecurringGraphs
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -91,6 +92,7 @@ class Servicer:
     ) -> None:
         self.close = on_close
         self._artifacts = ArtifactCalls(artifacts)
+        self._recurring = RecurringGraphs()
         self._catalog = catalog
         self._authenticator = authenticator
         self._limits: RequestLimits = FixedLimits() if request_limits is None else request_limits
@@ -127,7 +129,7 @@ class Servicer:
         """Run a graph; events, the last of which is `done` or `error`. Closing the generator cancels."""
         try:
             account, message, size = await self._admit(request, context, service_pb2.ExecuteRequest)
-            backend, graph, options = await self._decode(message, size)
+            backend, graph, options = await self._decode(message, size, account)
             compressed = self._compressed(message, options)
             del request, message  # a graph's constants should not be held twice while it waits
             # Every backend's iterator is an async generator; the protocol only does not say so.
@@ -253,7 +255,9 @@ class Servicer:
         accepted = tensor_pb2.COMPRESSION_SHUFFLE_ZSTD in message.options.accepted_compressions
         return CompressedStream() if accepted and is_available() and COMPRESSION not in options.disabled else None
 
-    async def _decode(self, message: service_pb2.ExecuteRequest, size: int) -> tuple[Backend, Graph, ExecuteOptions]:
+    async def _decode(
+        self, message: service_pb2.ExecuteRequest, size: int, account: str
+    ) -> tuple[Backend, Graph, ExecuteOptions]:
         if _REQUEST_ID.fullmatch(message.request_id) is None:
             raise InvalidRequestError(
                 "request_id is at most 64 letters, digits, '-' and '_' (a UUID)", reason="INVALID_REQUEST_ID"
@@ -261,7 +265,7 @@ class Servicer:
         backend = self._catalog.get(decode_model(message.model, "model"))
         options = decode_options(message.options)
         if size <= INLINE_DECODE_BYTES:
-            graph = decode_graph(message.graph, self._limits.graph_limits())
+            graph = self._recurring.decode(account, message.graph, self._limits.graph_limits())
         else:
             graph = await asyncio.to_thread(decode_graph, message.graph, self._limits.graph_limits())
         log.debug("execute %s on %s: %d nodes, %d bytes", message.request_id, message.model, len(graph.nodes), size)
