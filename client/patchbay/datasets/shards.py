@@ -8,8 +8,6 @@ that depends on the tokens in another way is padded on the left. ``index.json`` 
 from __future__ import annotations
 
 import json
-import mmap
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,26 +182,10 @@ def read_safetensors(path: Path) -> dict[str, NDArray[Any]]:
     Raises:
         ProtocolError: the file is damaged.
     """
-    import numpy as np
+    from patchbay import saving
+    from patchbay.wire.tensors import to_numpy
 
-    from patchbay.ir.artifacts import SAFETENSORS_NAMES
-    from patchbay.ir.dtypes import DTYPES
-    from patchbay.tracing.arrays import numpy_dtype
-
-    names = {code: name for name, code in SAFETENSORS_NAMES.items()}
-    with open(path, "rb") as file:
-        whole = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     try:
-        (size,) = struct.unpack("<Q", whole[:8])
-        header = json.loads(bytes(whole[8 : 8 + size]))
-        arrays = {}
-        for name, about in header.items():
-            if name == "__metadata__":
-                continue
-            begin, end = about["data_offsets"]
-            dtype = numpy_dtype(DTYPES[names[about["dtype"]]])
-            data = whole[8 + size + begin : 8 + size + end]
-            arrays[name] = np.frombuffer(data, dtype=dtype).reshape(about["shape"])
-        return arrays
-    except (ValueError, KeyError, TypeError, struct.error) as error:
+        return {name: to_numpy(tensor) for name, tensor in saving.read_safetensors(path).items()}
+    except ProtocolError as error:
         raise ProtocolError(f"{path} is damaged: {error}") from None
