@@ -96,13 +96,13 @@ def render(model: ModelCard, *, every_site: bool = False, proofs: bool = False) 
         ("source", f"{model.source} (weights {model.revision})"),
         *((key.replace("_", " "), value) for key, value in sorted(model.attributes.items())),
     ]
-    modules = dict.fromkeys(
+    callables = dict.fromkeys(
         f"{re.sub(r'^blocks[.][0-9]+', 'blocks[i]', c.name)} [{c.d_in} -> {c.d_out}]"
         for c in model.callables
         if c.canonical and c.absent is None
     )
-    if modules:
-        facts.append(("callables", ", ".join(modules)))
+    if callables:
+        facts.append(("callables", ", ".join(callables)))
     limits = dataclasses.asdict(model.limits)
     facts.append(("limits", ", ".join(f"{name} {count(value)}" for name, value in limits.items())))
     present = [s for s in model.sites if s.absent is None]
