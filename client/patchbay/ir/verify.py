@@ -419,12 +419,17 @@ def _metrics_depend_on_what_they_are_differentiated_by(graph: Graph, card: Model
     grads = [i for i, node in enumerate(graph.nodes) if node.op == "grad" and len(node.args) > 1]
     if not grads:
         return
-    users = dependents(graph, card)
-    for i in grads:
+    sources: list[list[int]] = [[] for _ in graph.nodes]
+    for source, users in enumerate(dependents(graph, card)):
+        for user in users:
+            sources[user].append(source)
+    behind, of = set[int](), -1  # found once for a metric, however many values it is differentiated by
+    for i in sorted(grads, key=lambda i: graph.nodes[i].args[0]):
         metric, *wrt = graph.nodes[i].args
+        if metric != of:
+            behind, of = _reached(sources, metric), metric
         for position, value in enumerate(wrt, start=1):
-            reached = _downstream(users, [value])
-            if metric not in reached:
+            if value not in behind:
                 what = graph.nodes[value]
                 hint = (
                     "; take the gradient with respect to the site's whole value, then index the gradient"
@@ -440,14 +445,14 @@ def _metrics_depend_on_what_they_are_differentiated_by(graph: Graph, card: Model
                 )
 
 
-def _downstream(users: Sequence[Sequence[int]], start: Sequence[int]) -> set[int]:
-    """Everything that `start` influences, itself included."""
-    reached, pending = set(start), list(start)
+def _reached(leads: Sequence[Sequence[int]], start: int) -> set[int]:
+    """Everywhere that `start` leads, itself included."""
+    reached, pending = {start}, [start]
     while pending:
-        for user in users[pending.pop()]:
-            if user not in reached:
-                reached.add(user)
-                pending.append(user)
+        for there in leads[pending.pop()]:
+            if there not in reached:
+                reached.add(there)
+                pending.append(there)
     return reached
 
 
