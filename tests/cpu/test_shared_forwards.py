@@ -16,7 +16,7 @@ from patchbay.errors import CausalityError, GraphError, RequestCancelledError, R
 from patchbay.ir.dtypes import float32
 from patchbay.ir.events import ExecuteOptions, TensorValue, Usage
 from patchbay.ir.graph import Generation, Graph, Node, Output, Run, TensorData
-from patchbay_server.engine import Engine
+from patchbay_server.engine import Engine, running
 from patchbay_server.engine.running import Running
 from patchbay_server.kernels import to_tensor
 from patchbay_server.models.independence import row_independence
@@ -291,12 +291,25 @@ def test_out_of_memory_is_tried_alone_and_costs_nobody_else(fits: int, monkeypat
                 _ = request.usage
 
 
-def test_a_forward_that_is_run_again_finds_what_it_needs() -> None:
-    """Constants that were used up before memory ran out are there again, and no output is sent twice."""
+@pytest.mark.parametrize("remembered", [16 * 2**20, -1])
+def test_a_forward_that_is_run_again_finds_what_it_needs(remembered: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Constants that were used up before memory ran out are there again, or the request begins anew."""
+    monkeypatch.setattr(running, "_REMEMBERED_BYTES", remembered)
     engine = Engine(engine_of("gpt2").hosted)
     plain, failures = engine.forward, [1]
-    double = Node("site.write", (0,), {"site": "blocks.0.resid_post", "mode": "mul", "index": ()}, 0)
-    graph = read("blocks.2.resid_post", IDS[0], double)
+    vector = TensorData(float32, (D_MODEL,), torch.ones(D_MODEL).numpy().tobytes())
+    graph = Graph(
+        (Run((IDS[0],)), Run((IDS[1],))),
+        (
+            Node("const", (), {"value": vector}),
+            Node("site.write", (0,), {"site": "blocks.0.resid_post", "mode": "add", "index": ()}, 0),
+            Node("site.read", (), {"site": "blocks.2.resid_post"}, 0),
+            Node("mean", (2,), {"axis": (0, 1)}),
+            Node("site.write", (3,), {"site": "blocks.0.resid_post", "mode": "add", "index": ()}, 1),
+            Node("site.read", (), {"site": "blocks.2.resid_post"}, 1),
+        ),
+        (Output("x", 5), Output("y", 2)),
+    )
     expected = alone(engine, graph)[0]
 
     def forward(calls: Sequence[Any]) -> None:
@@ -310,6 +323,8 @@ def test_a_forward_that_is_run_again_finds_what_it_needs() -> None:
     together(engine, requests)
     for request in requests:
         same(request.values, expected)
+        assert request.usage.passes == 2
+    assert sum(r.usage.saved.get("cobatch", 0) for r in requests) == (2 if remembered > 0 else 0)
 
 
 # --- which models

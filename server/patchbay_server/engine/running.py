@@ -6,7 +6,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Generator, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +19,9 @@ from patchbay_server.engine.switches import COBATCH, CONTINUOUS_BATCHING
 
 if TYPE_CHECKING:
     from patchbay_server.engine.engine import Engine
+
+#: A call's values up to so many bytes are kept for the length of a shared forward, in case it must be run again.
+_REMEMBERED_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,9 +212,9 @@ def advance(engine: Engine, group: Sequence[Running]) -> None:
     else:
         calls = [each.call for each in group if each.call is not None]
         name = CONTINUOUS_BATCHING if calls[0].decodes else COBATCH
-        _forward(engine, calls)
-        for each in group[1:]:
-            each.shared(name)
+        if _forward(engine, calls):
+            for each in group[1:]:
+                each.shared(name)
         middle = time.perf_counter()
         for each in group:
             each.run_s += middle - started
@@ -222,9 +225,13 @@ def advance(engine: Engine, group: Sequence[Running]) -> None:
     group[0].run_s += time.perf_counter() - started
 
 
-def _forward(engine: Engine, calls: Sequence[ForwardCall]) -> None:
-    """One forward for all; where it fails for want of memory, or for a reason that is nobody's, one for each."""
-    before = [dict(call.values) for call in calls] if len(calls) > 1 else []
+def _forward(engine: Engine, calls: Sequence[ForwardCall]) -> bool:
+    """One forward for all; where it fails for want of memory, or for a reason that is nobody's, one for each.
+
+    Returns:
+        whether it was one.
+    """
+    before = [_remembered(call) for call in calls] if len(calls) > 1 else []
     try:
         with torch.no_grad():  # what differentiates runs alone, in `run_to_the_end`
             engine.forward(calls)
@@ -233,14 +240,26 @@ def _forward(engine: Engine, calls: Sequence[ForwardCall]) -> None:
             raise
         if len(calls) == 1:
             calls[0].error = error.with_traceback(None)
-            return
+            return True
     else:
-        return
+        return True
     # Outside the except block, so that the traceback no longer holds the tensors that did not fit.
     engine.make_room()
     for call, values in zip(calls, before, strict=True):
+        if call.error is not None:
+            continue
+        if values is None:  # it begins anew, as after running out of memory alone
+            call.error = torch.OutOfMemoryError("a shared forward failed")
+            continue
         call.values.clear()
         call.values.update(values)
         call.reached.clear()
-        if call.error is None:
-            _forward(engine, [call])
+        call.layers_run = call.fused = 0
+        _forward(engine, [call])
+    return False
+
+
+def _remembered(call: ForwardCall) -> dict[int, Any] | None:
+    """What to put back before the call is run again; None where holding on to it would cost too much memory."""
+    held = sum(v.numel() * v.element_size() for v in call.values.values() if isinstance(v, torch.Tensor))
+    return dict(call.values) if held <= _REMEMBERED_BYTES else None
