@@ -137,3 +137,15 @@ def test_bodies_stand_indented_under_the_loop_that_runs_them() -> None:
         "  %2 = map[body 0](over %0)",
         "  %3 = scan[body None, None steps](with %0)",
     ]
+
+
+def test_bodies_nested_without_end_are_shown_so_far() -> None:
+    """A graph that no verifier would pass is still text."""
+    vector = TensorSpec((2,), float32)
+
+    def inside(k: int) -> Node:
+        return Node("map", (0,), {"body": k, "mapped": 1})
+
+    bodies = tuple(Body((vector,), (inside(max(k - 1, 0)),), (1,), (vector,)) for k in range(5_000))
+    text = render(Graph((), (Node("const", (), {"value": SMALL}), inside(4_999)), (), bodies))
+    assert "body 4999" in text and text.count("body") < 100

@@ -46,6 +46,7 @@ _WRITE = {"set": "=", "add": "+=", "mul": "*="}
 _BLOCK = re.compile(r"\Ablocks\.(\d+)")
 _MAX_VALUES = 6
 _MAX_COLUMN = 60
+_MAX_INDENT = 40
 
 
 def render(
@@ -188,7 +189,8 @@ def _bodies(
             known = number < len(locations) and k < len(locations[number])
             place = f"  # {locations[number][k]}" if known and locations[number][k] else ""
             lines.append(f"{indent}  {made[k]:<{width}}  {types[k]:<{second}}{place}".rstrip())
-            lines += _bodies(graph, body.nodes[k], told, indent + "    ", max_nodes, locations)
+            if len(indent) < _MAX_INDENT:  # no valid graph nests deeper
+                lines += _bodies(graph, body.nodes[k], told, indent + "    ", max_nodes, locations)
         gives = (numbers.get(r, f"${r}") for r in body.results)
         lines.append(f"{indent}  gives {', '.join(gives)}")
     return lines
