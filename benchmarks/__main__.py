@@ -42,6 +42,7 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--threads", type=int, help="torch threads of everything (default: what the service would choose)"
     )
+    parser.add_argument("--rounds", type=int, help="so many rounds of every figure (default: each figure's own)")
     parser.add_argument("--json", type=Path, help="where to write the JSON")
     parser.add_argument(
         "--page", action="store_true", help="only write docs/performance.md and its picture from the JSON"
@@ -65,7 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     mode = "quick" if options.quick else "gpu" if options.gpu else "tiny" if options.tiny else "full"
     environments = {"patchbay": sys.executable, **places_of(options.place)}
     threads = choose_torch_threads(options.threads)
-    bench = Bench(environments, Scale(mode, threads, switches(sys.executable)), SCRATCH / "models", to_stderr)
+    bench = Bench(
+        environments, Scale(mode, threads, switches(sys.executable)), SCRATCH / "models", to_stderr, options.rounds
+    )
     chosen = [name for name in figures.NAMES if not options.only or name in options.only]
     started, facts = dt.datetime.now(dt.timezone.utc), machine()
     measured = []

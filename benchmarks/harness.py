@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,14 @@ class Bench:
         scale: how large.
         models: folder in which models are kept between runs.
         say: told what goes on, one line at a time.
+        rounds: of every figure; None: as each figure says.
     """
 
     environments: Mapping[str, str]
     scale: Scale
     models: Path
     say: Say = field(default=lambda _: None)
+    rounds: int | None = None
 
     def environment(self, place: str) -> dict[str, str]:
         """The variables of a worker: nothing fetched, nothing reported, one number of threads everywhere."""
@@ -59,6 +61,8 @@ class Bench:
         """Measure `figure`. A contender that fails is left out, with a note; a figure that fails has an error."""
         started = time.monotonic()
         plan = figure.plan(self.scale)
+        if self.rounds is not None:
+            plan = replace(plan, rounds=self.rounds)
         with tempfile.TemporaryDirectory(prefix="pbbench-") as scratch:
             session = _Session(self, figure, plan, Path(scratch))
             error = ""
