@@ -400,8 +400,8 @@ def _row(item: object) -> Text | Tokens | None:
         return Text("", chat=chat)
     if getattr(item, "ndim", None) == 1 and hasattr(item, "tolist"):
         item = item.tolist()
-    if isinstance(item, (list, tuple, range)) and item and all(_is_id(i) for i in item):
-        return Tokens(tuple(int(i) for i in item))
+    if isinstance(item, (list, tuple, range)) and item and (set(map(type, item)) == {int} or all(map(_is_id, item))):
+        return Tokens(tuple(map(int, item)))
     return None
 
 
