@@ -101,7 +101,7 @@ class RecurringPlans:
         """Keep a plan, unless the next one will be another."""
         if RECURRING_GRAPHS in options.disabled or asked.wanted or plan.received > self._max_nodes:
             return
-        answers = tuple((run, t and weakref.ref(t), 0 if t is None else t.nbytes) for run, t in asked.trunks)
+        answers = tuple((run, None, 0) if t is None else (run, weakref.ref(t), t.nbytes) for run, t in asked.trunks)
         of = {id(trunk): place for place, (_, trunk) in enumerate(asked.trunks) if trunk is not None}
         places = {index: of[id(trunk)] for index, trunk in plan.trunks.items()}
         key = (id(graph), options, account)
