@@ -138,8 +138,8 @@ class SchedulingConfig(_Section):
         default=32,
         ge=1,
         le=4096,
-        description="Requests that the engine holds open at once; their forwards may be shared. As many again may be open"
-        " for accounts that have none.",
+        description="Requests that the engine holds open at once; their forwards may be shared. As many again may be"
+        " open for accounts that have none.",
     )
     max_forward_tokens: int | None = Field(
         default=None,

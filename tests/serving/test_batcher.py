@@ -220,14 +220,15 @@ def test_the_load_of_many_equal_requests_goes_together() -> None:
 
 
 def test_a_flood_does_not_fill_anothers_forward() -> None:
-    """The forward of an account whose turn it is carries no more of another's rows than of its own."""
-    batcher = Batcher(Budget(tokens=1024, free_tokens=0))
-    batcher.enter("flood")
-    batcher.enter("me")
-    batcher.tokens.charge("flood", 1.0)
-    calls = [call("flood", since=0.0) for _ in range(20)] + [call("me", since=1.0)]
-    chosen = [calls[i].account for i in batcher.pick(calls)]
-    assert sorted(chosen) == ["flood", "me"]
+    """The forward of an account whose turn it is carries none of a flood's rows, and few of a peer's."""
+    for waiting, free, carried in ((20, 0, 0), (20, 64, 2), (2, 0, 2)):
+        batcher = Batcher(Budget(tokens=1024, free_tokens=free))
+        batcher.enter("other")
+        batcher.enter("me")
+        batcher.tokens.charge("other", 1.0)
+        calls = [call("other", since=0.0) for _ in range(waiting)] + [call("me", since=1.0)]
+        chosen = [calls[i].account for i in batcher.pick(calls)]
+        assert sorted(chosen) == ["me", *["other"] * carried]
 
 
 @given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3)), min_size=5, max_size=40))

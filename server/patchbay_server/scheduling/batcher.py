@@ -7,10 +7,15 @@ cheaper than a forward of their own: rows that would be mostly padding, or run m
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from patchbay_server.scheduling.virtual_tokens import VirtualTokens
+
+#: An account with so many times the waiting calls of the one whose turn it is counts as a flood.
+_FLOOD = 2
+#: Positions of an account that is no flood may always join, up to so many.
+_PEER_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +56,15 @@ class Budget:
         nbytes: memory of the calls.
         filled: share of the positions that must not be padding.
         level: the least depth of a call, as a share of the deepest.
-        free_tokens: positions of another account that may join however few the one whose turn it is has.
+        free_tokens: positions that cost no time beside others (on a device that so few do not fill): so many of any
+            account may join.
     """
 
     tokens: int = 4_096
     nbytes: int = 1 << 30
     filled: float = 0.75
     level: float = 0.75
-    free_tokens: int = 32
+    free_tokens: int = 0
 
 
 class Batcher:
@@ -125,26 +131,30 @@ class Batcher:
             if had + size <= share and forward.takes(waiting[i], budget):
                 chosen.append(i)
                 had += size
-        # Nobody's account gets more of this forward than the one whose turn it is, so that its forward is not delayed
-        # by somebody else's many.
-        allowance = max(had, budget.free_tokens) if self._fair else budget.tokens
-        for i in _in_turn(partners, self.tokens, waiting, allowance):
+        # Nobody's account gets more of this forward than the one whose turn it is, and one that has many more waiting
+        # gets next to nothing, so that somebody else's flood does not make it long.
+        allowances: dict[str, int] = {}
+        for account in partners:
+            flood = len(lines[account]) > _FLOOD * len(lines[first.account])
+            most = budget.free_tokens if flood else max(had, budget.free_tokens, _PEER_TOKENS)
+            allowances[account] = most if self._fair else budget.tokens
+        for i in _in_turn(partners, self.tokens, waiting, allowances):
             if forward.takes(waiting[i], budget):
                 chosen.append(i)
         return chosen
 
 
 def _in_turn(
-    lines: dict[str, list[int]], tokens: VirtualTokens, waiting: Sequence[Waiting], allowance: int
+    lines: dict[str, list[int]], tokens: VirtualTokens, waiting: Sequence[Waiting], allowances: Mapping[str, int]
 ) -> Iterator[int]:
-    """Calls of each account up to `allowance` positions, the account that has had least first."""
+    """Calls of each account up to so many positions, the account that has had least first."""
     counters = {account: tokens.of(account) for account, line in lines.items() if line}
     had: dict[str, int] = defaultdict(int)
     while counters:
         account = min(counters, key=counters.__getitem__)
         i = lines[account].pop(0)
         size = waiting[i].rows * waiting[i].seq
-        if had[account] + size <= allowance:
+        if had[account] + size <= allowances[account]:
             yield i
             had[account] += size
             counters[account] += tokens.share(account, waiting[i].work)

@@ -74,6 +74,8 @@ EXIT_GRACE_S = 0.5
 EXIT_DEVICE_FAILED = 70
 #: Positions of one shared forward, unless configured: on a CPU, and on a GPU.
 CPU_FORWARD_TOKENS, FORWARD_TOKENS = 512, 16_384
+#: Positions that a GPU puts through in the time of one.
+FREE_TOKENS = 128
 #: Time beyond the deadline after which a request that is still inside the engine counts as stuck.
 STUCK_AFTER_S = 60.0
 
@@ -170,7 +172,7 @@ class LocalBackend:
         self._jobs: set[Job] = set()
         self._failure: BaseException | None = None
         self._closed = False
-        budget = Budget(tokens=shared.max_forward_tokens or default_forward_tokens(hosted))
+        budget = budget_of(hosted, shared)
         self._loop = WorkLoop(engine, Batcher(budget, fair=fair), self._inbox, self._ended)
         self._beside = ThreadPoolExecutor(1, thread_name_prefix=f"patchbay-prepare-{hosted.card.name}")
         self._thread = threading.Thread(target=self._work, name=f"patchbay-engine-{hosted.card.name}", daemon=True)
@@ -365,10 +367,12 @@ def exit_replica(error: BaseException) -> None:
     timer.start()
 
 
-def default_forward_tokens(hosted: Hosted) -> int:
-    """Positions of one shared forward: on a CPU larger ones are no faster per position, and keep others waiting."""
+def budget_of(hosted: Hosted, scheduling: SchedulingConfig) -> Budget:
+    """What one shared forward is held to: on a CPU larger ones are no faster per position, and keep others waiting."""
     device = getattr(hosted, "device", None)
-    return CPU_FORWARD_TOKENS if device is None or device.type == "cpu" else FORWARD_TOKENS
+    on_cpu = device is None or device.type == "cpu"
+    tokens = scheduling.max_forward_tokens or (CPU_FORWARD_TOKENS if on_cpu else FORWARD_TOKENS)
+    return Budget(tokens=tokens, free_tokens=0 if on_cpu else FREE_TOKENS)
 
 
 class LocalCatalog:
