@@ -12,7 +12,7 @@ import sys
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, TypeGuard
 
 from patchbay.errors import (
     DTypeError,
@@ -492,7 +492,7 @@ def _check_counts(graph: Graph, limits: Limits) -> None:
         _check_limit(limits, limit, requested, what)
 
 
-def _travels_inside(value: object) -> bool:
+def _travels_inside(value: object) -> TypeGuard[TensorData]:
     """Whether a constant is part of the graph's message: large ones travel beside it, as artifacts."""
     return isinstance(value, TensorData) and not isinstance(value, KeyedTensor) and value.nbytes <= UPLOAD_ABOVE_BYTES
 

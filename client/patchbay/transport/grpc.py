@@ -219,14 +219,18 @@ class GrpcTransport(Transport):
         model: str | None = None,
     ) -> ArtifactInfo:
         application = CONTROL_APPLICATION if model is None else model
-        for last_try in (False, True):
-            try:
-                return await self._upload(info, tensor, automatic, known, application)
-            except ServiceError as error:
-                if last_try or not _lost(error):  # the same bytes under the same name: safe to send again
-                    raise
-                await asyncio.sleep(RETRY_DELAY_S)
-        raise AssertionError("the second try returns or raises")
+        try:
+            return await self._upload(info, tensor, automatic, known, application)
+        except ServiceError as error:
+            if known or not _lost(error):
+                raise
+            await asyncio.sleep(RETRY_DELAY_S if isinstance(error, UnavailableError) else 0)
+        # Where a server answers while its client still writes, grpc.aio reports the write that failed, not the answer
+        # ("Internal error from Core"). The header alone gets it: a refusal, or that the tensor is there already.
+        try:
+            return await self._upload(info, tensor, automatic, True, application)
+        except ProtocolError:  # it would have been taken; the same bytes under the same name are safe to send again
+            return await self._upload(info, tensor, automatic, False, application)
 
     async def _upload(
         self, info: ArtifactInfo, tensor: TensorData, automatic: bool, known: bool, application: str
