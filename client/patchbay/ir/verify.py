@@ -43,6 +43,10 @@ NO_VALUE: tuple[TensorSpec, ...] = ()
 
 #: A site that is behind the cache of keys and values in every model.
 _CACHED = ".attn.rot_k"
+_BEHIND_THE_CACHE = (
+    "{1} cannot be {0} while tokens are generated, for later forwards take it from the cache; use the site k, which is "
+    "turned afterwards"
+)
 
 _SCALAR_DTYPES = {"bool": bool_, "int": int64, "float": float32}
 
@@ -163,11 +167,6 @@ def _infer_read(ctx: _Context, node: Node, spec: OpSpec, args: Sequence[TensorSp
 
 def _site_shape(ctx: _Context, site: SiteSpec, run: Run, step: int | None) -> tuple[int, ...]:
     _check_step(run, step)
-    if run.generation is not None and site.name.endswith(_CACHED):
-        raise GraphError(
-            f"{site.name} cannot be used while tokens are generated, for later forwards take it from the cache; use the "
-            "site k, which is turned afterwards"
-        )
     try:
         return ctx.card.site_shape(site, run, step or 0)
     except KeyError as missing:
@@ -212,6 +211,8 @@ def _infer_write(ctx: _Context, node: Node, spec: OpSpec, args: Sequence[TensorS
     site = ctx.card.site(attrs["site"])
     if not site.writable:
         raise SiteNotWritableError(f"the site {site.name!r} can be read but not written: {site.doc}")
+    if run.generation is not None and site.name.endswith(_CACHED):
+        raise GraphError(_BEHIND_THE_CACHE.format("written", site.name))
     full = _site_shape(ctx, site, run, attrs["step"])
     part = index_shape(f"write at {site.name}", full, attrs["index"], args[1:])
     value = args[0]
@@ -429,6 +430,11 @@ def _metrics_depend_on_what_they_are_differentiated_by(graph: Graph, card: Model
         if metric != of:
             behind, of = _reached(sources, metric), metric
         for position, value in enumerate(wrt, start=1):
+            read = graph.nodes[value]
+            generating = read.run is not None and graph.runs[read.run].generation is not None
+            if generating and str(read.attrs.get("site", "")).endswith(_CACHED):
+                shown = _BEHIND_THE_CACHE.format("differentiated by", read.attrs["site"])
+                raise GraphError(shown, node=i, related=[value])
             if value not in behind:
                 what = graph.nodes[value]
                 hint = (

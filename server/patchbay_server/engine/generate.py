@@ -37,19 +37,27 @@ def check_generates(hosted: HostedModel, ragged: bool) -> None:
         raise GraphError(f"{hosted.card.name!r} generates from rows of one length only: it takes no positions")
 
 
+def _behind_the_cache(value: torch.Tensor, axis: int) -> torch.Tensor:
+    """The newest position's part of what the cache holds; sites before it have that position alone. Only for reads."""
+    return value if value.shape[axis] == 1 else value.narrow(axis, value.shape[axis] - 1, 1)
+
+
 def check_sites(hosted: HostedModel, graph: Graph) -> None:
     """
     Raises:
-        GraphError: a generating run uses values that this model has only behind its cache of keys and values.
+        GraphError: a generating run changes values that this model has only behind its cache of keys and values.
     """
+    differentiated = {a for node in graph.nodes if node.op == "grad" for a in node.args[1:]}
     for i, node in enumerate(graph.nodes):
         site = str(node.attrs.get("site", ""))
         if node.run is None or not site.endswith(".attn.v") or graph.runs[node.run].generation is None:
             continue
+        if node.op != "site.write" and i not in differentiated:
+            continue
         if site in hosted.taps and not isinstance(hosted.taps[site], OutputTap):
             raise GraphError(
-                f"{site} of {hosted.card.name!r} cannot be used while tokens are generated: it has values only where "
-                "later forwards take them from the cache; use the module that makes them",
+                f"{site} of {hosted.card.name!r} cannot be changed while tokens are generated: it has values only "
+                "where later forwards take them from the cache; use the module that makes them",
                 node=i,
                 field=f"nodes[{i}]",
             )
@@ -229,6 +237,8 @@ class Decoding:
             return lambda value: self._at_latest_keys(value, dims.index("key"), handle)
         if self.step and self._ragged and "key" in dims:
             return lambda value: self._at_keys(value, dims.index("key"), handle)
+        if self.step and "seq" in dims:
+            return lambda value: handle(_behind_the_cache(value, dims.index("seq")))
         return handle
 
     def _at_newest(
