@@ -126,11 +126,16 @@ def test_a_plan_is_not_used_when_what_earlier_requests_left_has_changed() -> Non
     assert gone() is None
 
 
-def test_a_plan_that_keeps_something_for_later_is_made_anew() -> None:
-    """The request that leaves something for others is planned; so is the next, which goes on from it."""
+def test_a_plan_is_not_used_when_something_else_is_wanted_of_it() -> None:
+    """A plan that leaves nothing does not serve when later requests want something of its run, nor the reverse."""
     engine, options = Engine(host(build("llama"), name="tiny")), ExecuteOptions()
-    graph, plans = _graph(4.0), RecurringPlans()
-    asked = Questions(Means(wanted=lambda _: True))
-    assert asked.recorded().wanted(Run(((1, 2, 3),)))
-    plans.put(graph, options, "a", engine.prepare(graph, options), asked)
-    assert plans.get(graph, options, "a", Means()) is None
+    graph, plans, wants = _graph(4.0), RecurringPlans(), [False]
+    means = Means(wanted=lambda _: wants[0])
+    for wanted in (False, True):
+        wants[0] = wanted
+        asked = Questions(means)
+        assert asked.recorded().wanted(Run(((1, 2, 3),))) is wanted
+        plans.put(graph, options, "a", engine.prepare(graph, options), asked)
+        assert plans.get(graph, options, "a", means) is not None
+        wants[0] = not wanted
+        assert plans.get(graph, options, "a", means) is None

@@ -34,13 +34,13 @@ class Questions:
 
     Attributes:
         means: where the answers come from.
-        trunks: the run that each question was about, and what there was for it.
-        wanted: whether something is to be kept this time; so it will be another plan the next time.
+        trunks: runs that were asked about, and what there was to go on from.
+        wanted: runs that were asked about, and whether what they leave is wanted.
     """
 
     means: Means
     trunks: list[tuple[Run, Trunk | None]] = field(default_factory=list)
-    wanted: bool = False
+    wanted: list[tuple[Run, bool]] = field(default_factory=list)
 
     def recorded(self) -> Means:
         """The same means, whose questions are written down."""
@@ -53,7 +53,7 @@ class Questions:
 
     def _wanted(self, run: Run) -> bool:
         wanted = self.means.wanted(run)
-        self.wanted = self.wanted or wanted
+        self.wanted.append((run, wanted))
         return wanted
 
 
@@ -62,6 +62,7 @@ class _Kept:
     graph: Graph
     plan: Plan
     answers: tuple[tuple[Run, weakref.ref[Trunk] | None, int], ...]
+    wanted: tuple[tuple[Run, bool], ...]
     places: Mapping[int, int]  # of each of the plan's trunks, the answer that it was
 
 
@@ -87,19 +88,18 @@ class RecurringPlans:
         found: list[Trunk | None] = []
         for run, before, nbytes in kept.answers:
             trunk = means.trunk_of(run)
-            if before is None:
-                if trunk is not None or means.wanted(run):
-                    return None
-            elif trunk is None or before() is not trunk or trunk.nbytes != nbytes:
+            if trunk is not (None if before is None else before()) or (0 if trunk is None else trunk.nbytes) != nbytes:
                 return None
             found.append(trunk)
+        if any(means.wanted(run) is not wanted for run, wanted in kept.wanted):
+            return None
         trunks = {index: trunk for index, place in kept.places.items() if (trunk := found[place]) is not None}
         saved = {**kept.plan.saved, RECURRING_GRAPHS: kept.plan.received}
         return replace(kept.plan, trunks=MappingProxyType(trunks), saved=saved)
 
     def put(self, graph: Graph, options: ExecuteOptions, account: str | None, plan: Plan, asked: Questions) -> None:
-        """Keep a plan, unless the next one will be another."""
-        if RECURRING_GRAPHS in options.disabled or asked.wanted or plan.received > self._max_nodes:
+        """Keep a plan."""
+        if RECURRING_GRAPHS in options.disabled or plan.received > self._max_nodes:
             return
         answers = tuple((run, None, 0) if t is None else (run, weakref.ref(t), t.nbytes) for run, t in asked.trunks)
         of = {id(trunk): place for place, (_, trunk) in enumerate(asked.trunks) if trunk is not None}
@@ -108,7 +108,8 @@ class RecurringPlans:
         with self._lock:
             if (old := self._known.pop(key, None)) is not None:
                 self._nodes -= old.plan.received
-            self._known[key] = _Kept(graph, replace(plan, trunks=MappingProxyType({})), answers, places)
+            bare = replace(plan, trunks=MappingProxyType({}))
+            self._known[key] = _Kept(graph, bare, answers, tuple(asked.wanted), places)
             self._nodes += plan.received
             while self._nodes > self._max_nodes or len(self._known) > self._max_plans:
                 _, dropped = self._known.popitem(last=False)
