@@ -130,7 +130,7 @@ BROKEN: list[tuple[str, type[GraphError], str, int | None, tuple[Node, ...]]] = 
     ),
     ("missing attribute", GraphError, "needs the attribute 'site'", 0, (Node("site.read", (), {}, 0),)),
     ("too few arguments", GraphError, "takes 2", 1, (read("embed"), Node("add", (0,)))),
-    ("an empty const", GraphError, "either value or scalar", 0, (Node("const"),)),
+    ("an empty const", GraphError, "one of value, scalar and artifact", 0, (Node("const"),)),
     (
         "const of the wrong size",
         ShapeError,
