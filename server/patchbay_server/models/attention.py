@@ -16,6 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from patchbay_server.models.prefixes import attend_beside, prefix_of
+
 #: Name under which transformers knows this attention function.
 IMPLEMENTATION = "patchbay"
 
@@ -166,6 +168,14 @@ def tappable_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """transformers' attention-interface signature; returns ``[rows, query, head, d_head]``."""
+    prefix = prefix_of(key)
+    if prefix is not None:
+        odd = any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
+        tapped = bool(taps_of(module)) or _OBSERVERS in module.__dict__
+        plain = not (odd or tapped or dropout or query.requires_grad)
+        if plain and prefix.is_only_causal(attention_mask, key.shape[2]):
+            return attend_beside(prefix, query, key, value, scaling), None
+        key, value = prefix.before(key, value)
     output = _attend(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     for observer in module.__dict__.get(_OBSERVERS, ()):
         extras = frozenset(n for n, v in kwargs.items() if isinstance(v, torch.Tensor))
@@ -242,27 +252,6 @@ def open_fused(
 
     scoring = Scoring(given.get("attn_mask"), bool(given.get("is_causal", False)), given.get("scale"))
     return _opened(taps_of(module), q, k, v, scoring, plain).transpose(1, 2)
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """Keys and values before the positions that a forward computes, the same for all of its rows.
-
-    Attributes:
-        keys, values: ``[1, kv_head, positions, d_head]``.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-
-
-def with_prefix(prefix: Prefix, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows' own keys and values behind the prefix, ``[rows, kv_head, prefix + own, d_head]``."""
-    rows = key.shape[0]
-    return (
-        torch.cat([prefix.keys.expand(rows, -1, -1, -1), key], dim=2),
-        torch.cat([prefix.values.expand(rows, -1, -1, -1), value], dim=2),
-    )
 
 
 def register() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from patchbay_server.models.attention import Prefix, with_prefix
+from patchbay_server.models.prefixes import Prefix
 from patchbay_server.models.taps import Handle, first_tensor, replace_first_tensor
 
 #: Instead of the number of a layer: before the model's first operation.
@@ -52,14 +52,14 @@ class Continuation:
         outputs: for every layer, how many values it returns; 0 where it returns a bare tensor.
         reaches: where every site lies that is right in such forwards.
         growing: whether rows may join between layers; else all start after the same layer.
-        width: extent of the residual stream.
+        beside: whether rows that go on from one row attend to its keys and values without copies of their own.
     """
 
     layers: tuple[str, ...]
     outputs: tuple[int, ...]
     reaches: Mapping[str, Reach]
     growing: bool
-    width: int
+    beside: bool
 
 
 @dataclass(eq=False)
@@ -136,9 +136,12 @@ class _Earlier(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, trunk: Trunk, layer: int, first: int, rows: torch.Tensor, one_row: int | None) -> None:
+    def __init__(
+        self, trunk: Trunk, layer: int, first: int, rows: torch.Tensor, one_row: int | None, beside: bool
+    ) -> None:
         super().__init__()
-        self._trunk, self._layer, self._first, self._rows, self._one_row = trunk, layer, first, rows, one_row
+        self._trunk, self._layer, self._first, self._rows = trunk, layer, first, rows
+        self._one_row, self._beside = one_row, beside
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.is_initialized = True
@@ -152,7 +155,9 @@ class _Earlier(CacheLayerMixin):
         if self._one_row is not None:
             part = slice(self._one_row, self._one_row + 1)
             prefix = Prefix(keys[part, :, : self._first], values[part, :, : self._first])
-            return with_prefix(prefix, key_states, value_states)
+            if self._beside and key_states.device.type == "cpu":
+                return prefix.mark(key_states), value_states
+            return prefix.before(key_states, value_states)
         rows = self._rows[: key_states.shape[0]]
         return (
             torch.cat([keys[rows, :, : self._first], key_states], dim=2),
@@ -243,7 +248,9 @@ def continuing(
     lead = picked if begins == EMBEDDING or not how.growing else picked[:1]
     one_row = rows[0] if len(set(rows)) == 1 else None
     numbers = max(trunk.keys, default=-1) + 1
-    cache = Cache(layers=[_Earlier(trunk, n, first, picked, one_row) for n in range(max(numbers, len(how.layers)))])
+    cache = Cache(
+        layers=[_Earlier(trunk, n, first, picked, one_row, how.beside) for n in range(max(numbers, len(how.layers)))]
+    )
     arguments = inspect.signature(model.forward).parameters
     inputs: dict[str, Any] = {"input_ids": tokens[lead, first:], "past_key_values": cache, "use_cache": True}
     at = torch.arange(first, tokens.shape[1], device=device)

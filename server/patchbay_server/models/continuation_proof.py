@@ -10,7 +10,7 @@ import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -96,7 +96,6 @@ class _Trial:
     ) -> None:
         self.model, self.layers, self.taps, self.card, self.tokens = model, layers, taps, card, tokens
         self.returned = [0] * len(layers)
-        self.width = 0
 
     def judge(self, growing: bool) -> ContinuationProof:
         """
@@ -113,7 +112,7 @@ class _Trial:
             if plain.values[name].shape[0] == self.tokens.shape[0]:
                 reaches[name] = Reach(complete, inside, axes)
         entries: list[tuple[int, ...]] = [(-1, middle, last)] if growing else [(-1,) * 3, (middle,) * 3, (last,) * 3]
-        how = Continuation(self.layers, tuple(self.returned), reaches, growing, self.width)
+        how = Continuation(self.layers, tuple(self.returned), reaches, growing, beside=False)
         for after in [(EMBEDDING,) * 3, *entries]:
             for first in (seq // 2, seq - 1):
                 whole = plain if after[0] == EMBEDDING else self._whole(after, first)
@@ -121,11 +120,32 @@ class _Trial:
                 self._compare(reaches, whole, found, after, first, settle=first == seq // 2)
         if "logits" not in reaches:
             raise _NotTheSameError("the logits do not come out as in a whole forward")
+        how = replace(how, beside=self._attends_beside(how, trunk))
         odd = len(plain.values) - len(reaches)
         sentence = "a forward that starts at a later layer and position, against kept keys and values, equals the whole"
         sentence += "" if growing else "; all its rows start at one layer"
         sentence += f"; {odd} sites do not and are read in whole forwards" if odd else ""
         return ContinuationProof(how, sentence)
+
+    def _attends_beside(self, how: Continuation, trunk: Trunk) -> bool:
+        """Whether rows that go on from one row come out the same when its keys and values are not copied for each."""
+        seq, after, rows = self.tokens.shape[1], (-1,) * 3, (1,) * 3
+        for first in (seq // 2, seq - 1):
+            outputs = []
+            for beside in (False, True):
+                tried = replace(how, beside=beside)
+                try:
+                    with (
+                        continuing(self.model, tried, trunk, self.tokens, first, rows, after) as inputs,
+                        self._disturbed((-1, EMBEDDING, EMBEDDING), first, first),
+                    ):
+                        outputs.append(first_tensor(self.model(**inputs)))
+                except (RuntimeError, ValueError, IndexError, TypeError) as error:
+                    log.info("keys and values are copied for every row: %s", error)
+                    return False
+            if not close(outputs[1], outputs[0]):
+                return False
+        return True
 
     def _compare(
         self,
@@ -162,7 +182,6 @@ class _Trial:
         with keeping(self.model, self.layers, trunk) as more, self._watched() as (values, reached):
             output = first_tensor(self.model(input_ids=self.tokens, **more))
         assert output is not None
-        self.width = trunk.streams[-1].shape[-1]
         return trunk, _Seen(values, reached, output)
 
     def _whole(self, after: tuple[int, ...], first: int) -> _Seen:

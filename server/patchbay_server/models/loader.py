@@ -21,7 +21,7 @@ from patchbay_server.models.continuation_proof import prove_continuation
 from patchbay_server.models.hosted import HostedModel
 from patchbay_server.models.independence import row_independence, shared_decoding
 from patchbay_server.models.inputs import DECODER_TOKENS, MASK, TOKENS, ModelInputs, forward
-from patchbay_server.models.narrowing import find_unembedding
+from patchbay_server.models.narrowing import find_unembedding, output_embeddings
 from patchbay_server.models.parameters import find_parameters
 from patchbay_server.models.proofs import Proof, prove, read_all
 from patchbay_server.models.recording import Recording, record
@@ -164,7 +164,7 @@ def host(
         row_independent=sharing.holds,
         decodes_together=decoding.holds,
         continuation=going_on.how,
-        unembedding=find_unembedding(model, binding.unembed, offered, card, probes[0]),
+        unembedding=find_unembedding(model, binding.unembed or output_embeddings(model), offered, card, probes[0]),
     )
 
 

@@ -75,6 +75,13 @@ def narrowed(
             del module.__dict__["forward"]
 
 
+def output_embeddings(model: torch.nn.Module) -> str | None:
+    """The name of the module that the model itself calls its output embeddings, whose result it may still scale."""
+    get = getattr(model, "get_output_embeddings", None)
+    module = None if get is None else get()
+    return next((name for name, each in model.named_modules() if each is module and name), None)
+
+
 def find_unembedding(
     model: torch.nn.Module,
     path: str | None,
