@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+from patchbay.ir.artifacts import KeyedTensor
 from patchbay.ir.events import ExecuteOptions
 from patchbay.ir.graph import Graph, Run
 from patchbay_server.engine.plan import Means, Plan
@@ -99,7 +100,7 @@ class RecurringPlans:
 
     def put(self, graph: Graph, options: ExecuteOptions, account: str | None, plan: Plan, asked: Questions) -> None:
         """Keep a plan."""
-        if RECURRING_GRAPHS in options.disabled or plan.received > self._max_nodes:
+        if RECURRING_GRAPHS in options.disabled or plan.received > self._max_nodes or _maps_files(graph):
             return
         answers = tuple((run, None, 0) if t is None else (run, weakref.ref(t), t.nbytes) for run, t in asked.trunks)
         of = {id(trunk): place for place, (_, trunk) in enumerate(asked.trunks) if trunk is not None}
@@ -114,3 +115,8 @@ class RecurringPlans:
             while self._nodes > self._max_nodes or len(self._known) > self._max_plans:
                 _, dropped = self._known.popitem(last=False)
                 self._nodes -= dropped.plan.received
+
+
+def _maps_files(graph: Graph) -> bool:
+    """Whether constants are artifacts' files: the graph was made for one request, and the files stay with it."""
+    return any(node.op == "const" and isinstance(node.attrs.get("value"), KeyedTensor) for node in graph.nodes)
