@@ -71,6 +71,7 @@ PAGES = [
     Page("generation.md", demo, blocks=7),
     Page("gradients.md", blocks=7),
     Page("modules.md", blocks=3),
+    Page("sharing.md", blocks=2),
     Page("weights.md", blocks=2),
     Page("language.md", blocks=4),
     Page("tracing.md", worded, blocks=10),
