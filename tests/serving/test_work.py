@@ -125,7 +125,7 @@ def test_what_queued_while_a_forward_ran_goes_together() -> None:
 
 
 def test_a_flood_delays_another_account_by_one_forward() -> None:
-    """However many requests one account has open, another's first forward is the next, with none of the flood's rows."""
+    """However many requests one account has open, another's first forward is the next, without the flood's rows."""
     desk = Desk()
 
     def during(forward: int) -> None:
