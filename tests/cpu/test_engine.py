@@ -20,6 +20,7 @@ from patchbay.ir.dtypes import float32, int64
 from patchbay.ir.events import Event, ExecuteOptions, Progress, TensorValue, Usage
 from patchbay.ir.graph import Graph, Node, Output, Run, TensorData
 from patchbay_server.engine import Engine, forwards
+from patchbay_server.engine.decoding import DecodeBatches
 from patchbay_server.engine.executor import Execution
 from patchbay_server.engine.forwards import ForwardCall
 from patchbay_server.kernels import to_data, to_tensor
@@ -141,7 +142,11 @@ def test_runs_that_exchange_values_forwards_in_depth_share_one_forward(engine: E
     assert (usage.passes, usage.tokens) == (1, 10)
     _, usage, _ = run(engine, graph(*back, runs=runs))
     assert (usage.passes, usage.tokens) == (2, 10)
-    assert usage.layers_run == 2 + N_LAYERS  # the source stops after the layer that is read
+    # The source stops after the layer that is read; the layer whose whole output is replaced need not run.
+    assert usage.layers_run == 2 + N_LAYERS - 1
+    assert usage.saved["skip_layers"] == 1
+    _, usage, _ = run(engine, graph(*back, runs=runs), disabled=("skip_layers",))
+    assert usage.layers_run == 2 + N_LAYERS
 
 
 def test_values_cross_between_two_runs_in_both_directions(engine: Engine) -> None:
@@ -523,7 +528,7 @@ def test_calls_that_share_a_forward_see_and_change_their_own_rows_alone() -> Non
     started = [engine.start(plan, seen.append).forwards() for plan, seen in zip(plans, events, strict=True)]
     with torch.no_grad():
         calls = [next(each) for each in started]
-        forwards.run_forward(engine.hosted, calls)
+        forwards.run_forward(engine.hosted, calls, DecodeBatches(engine.hosted))
         for each in started[:2]:
             with pytest.raises(StopIteration):
                 next(each)
