@@ -30,7 +30,7 @@ WORTHWHILE = 0.8
 #: What it may cost to leave something for later requests over a prompt that has come before.
 AFFORDABLE = 1.25
 #: A pass reads keys and values of so many times the positions that it computes, at most, for every row of its own.
-_REACH_BACK = 8
+_REACH_BACK = 4
 #: First positions that one pass covers at most, so that planning stays quick.
 _WIDEST = 64
 #: Numbers in a constant index that are looked through for the first written position.
