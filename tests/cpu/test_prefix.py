@@ -471,3 +471,33 @@ def test_a_model_whose_positions_meet_elsewhere_is_found_out() -> None:
     model.model.layers[1].register_forward_hook(mix)
     hosted = host(model)
     assert hosted.card.causal and not hosted.continues
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_requests_that_share_a_forward_get_their_own_logits(whole: bool) -> None:
+    """Some positions and tokens of one, others of another, written ones of a third, all of a fourth."""
+    engine = engine_of("llama")
+    some = (("slice", None, None, None), ("int", -1), ("array", 0))
+    named = (read("logits"), constant(torch.tensor([7, 2])), Node("getitem", (0, 1), {"index": some}))
+    written = (scalar(2.0), write(0, "logits", 0, at(1, 2), "mul"), read("logits"), get(2, 1, 2))
+    asked = [(IDS, named, 2), (OTHER[:5], (read("logits"), get(0, 1, -2)), 1), (OTHER, written, 3)]
+    asked += [(IDS[:3], (read("logits"),), 0)] if whole else [(IDS[:3], (read("blocks.0.mlp_out"),), 0)]
+    made = [Graph((Run((ids,)),), nodes, (Output("out", out),)) for ids, nodes, out in asked]
+    found: list[dict[str, torch.Tensor]] = [{} for _ in made]
+
+    def taking(into: dict[str, torch.Tensor]) -> Any:
+        def take(event: object) -> None:
+            if isinstance(event, TensorValue):
+                into[event.name] = to_tensor(event.value)
+
+        return take
+
+    started = [engine.start(engine.prepare(g), taking(f)).forwards() for g, f in zip(made, found, strict=True)]
+    with torch.no_grad():
+        calls = [next(each) for each in started]
+        engine.forward(calls)
+        for each in started:
+            assert next(each, None) is None
+    assert [call.narrowed for call in calls] == [not whole] * 4
+    for graph, got in zip(made, found, strict=True):
+        same(got, run(engine, graph, deterministic=True)[0])
