@@ -130,7 +130,9 @@ def count_nonzero(x: _Tensor, axis: int | Sequence[int] | None = None, keepdims:
 def cross(x1: _Tensor, x2: _Tensor, axis: int = -1) -> Proxy:
     """Cross product along an axis of extent 3."""
 
-def cross_entropy(input: _Tensor, target: _Tensor, reduction: str = 'mean', axis: int | None = None, ignore_index: int = -100) -> Proxy:
+def cross_entropy(
+    input: _Tensor, target: _Tensor, reduction: str = "mean", axis: int | None = None, ignore_index: int = -100
+) -> Proxy:
     """Negative log softmax of the target class (torch.nn.functional.cross_entropy)."""
 
 def cumulative_prod(x: _Tensor, axis: int | None = None, dtype: _DTypeLike | None = None) -> Proxy:
@@ -197,7 +199,7 @@ def floor_divide(x1: _Tensor, x2: _Tensor) -> Proxy:
 def full(shape: int | Sequence[int], fill_value: float, dtype: _DTypeLike | None = None) -> Created:
     """One number everywhere."""
 
-def gelu(x: _Tensor, approximate: str = 'none') -> Proxy:
+def gelu(x: _Tensor, approximate: str = "none") -> Proxy:
     """x times the normal distribution function of x (torch.nn.functional.gelu)."""
 
 def greater(x1: _Tensor, x2: _Tensor) -> Proxy:
@@ -224,10 +226,16 @@ def isinf(x: _Tensor) -> Proxy:
 def isnan(x: _Tensor) -> Proxy:
     """True where x is NaN."""
 
-def kl_div(input: _Tensor, target: _Tensor, reduction: str = 'mean', log_target: _bool = False) -> Proxy:
+def kl_div(input: _Tensor, target: _Tensor, reduction: str = "mean", log_target: _bool = False) -> Proxy:
     """Kullback-Leibler divergence of the target from input, which holds log-probabilities (torch.nn.functional.kl_div)."""
 
-def layer_norm(x: _Tensor, weight: _Tensor = None, bias: _Tensor = None, normalized_shape: int | Sequence[int] | None = None, eps: float = 1e-05) -> Proxy:
+def layer_norm(
+    x: _Tensor,
+    weight: _Tensor = None,
+    bias: _Tensor = None,
+    normalized_shape: int | Sequence[int] | None = None,
+    eps: float = 1e-05,
+) -> Proxy:
     """Mean taken off, divided by the standard deviation, then scaled and shifted (torch.nn.functional.layer_norm)."""
 
 def leaky_relu(x: _Tensor, negative_slope: float = 0.01) -> Proxy:
@@ -287,7 +295,7 @@ def masked_fill(x: _Tensor, mask: _Tensor, value: _Tensor) -> Proxy:
 def matmul(x1: _Tensor, x2: _Tensor) -> Proxy:
     """Matrix product x1 @ x2; leading axes broadcast."""
 
-def matrix_norm(x: _Tensor, ord: str = 'fro', keepdims: _bool = False) -> Proxy:
+def matrix_norm(x: _Tensor, ord: str = "fro", keepdims: _bool = False) -> Proxy:
     """Norm of the matrices in the last two axes."""
 
 def matrix_transpose(x: _Tensor) -> Proxy:
@@ -311,7 +319,7 @@ def minimum(x1: _Tensor, x2: _Tensor) -> Proxy:
 def moveaxis(x: _Tensor, source: int | Sequence[int], destination: int | Sequence[int]) -> Proxy:
     """Some axes moved, the others in their order."""
 
-def mse_loss(input: _Tensor, target: _Tensor, reduction: str = 'mean') -> Proxy:
+def mse_loss(input: _Tensor, target: _Tensor, reduction: str = "mean") -> Proxy:
     """Squared differences (torch.nn.functional.mse_loss)."""
 
 def multiply(x1: _Tensor, x2: _Tensor) -> Proxy:
@@ -323,7 +331,9 @@ def nan_to_num(x: _Tensor, nan: float = 0.0, posinf: float | None = None, neginf
 def negative(x: _Tensor) -> Proxy:
     """-x."""
 
-def nll_loss(input: _Tensor, target: _Tensor, reduction: str = 'mean', axis: int | None = None, ignore_index: int = -100) -> Proxy:
+def nll_loss(
+    input: _Tensor, target: _Tensor, reduction: str = "mean", axis: int | None = None, ignore_index: int = -100
+) -> Proxy:
     """Negative of the target class's log-probability (torch.nn.functional.nll_loss)."""
 
 def normalize(x: _Tensor, p: float = 2.0, axis: int = 1, eps: float = 1e-12) -> Proxy:
@@ -356,14 +366,16 @@ def positive(x: _Tensor) -> Proxy:
 def pow(x1: _Tensor, x2: _Tensor) -> Proxy:
     """x1 to the power x2; an integer to a negative power is truncated towards 0."""
 
-def prod(x: _Tensor, axis: int | Sequence[int] | None = None, keepdims: _bool = False, dtype: _DTypeLike | None = None) -> Proxy:
+def prod(
+    x: _Tensor, axis: int | Sequence[int] | None = None, keepdims: _bool = False, dtype: _DTypeLike | None = None
+) -> Proxy:
     """Product; int64 for integers and bool."""
 
 class _qr(NamedTuple):
     q: Proxy
     r: Proxy
 
-def qr(x: _Tensor, mode: str = 'reduced') -> _qr:
+def qr(x: _Tensor, mode: str = "reduced") -> _qr:
     """Orthonormal q and upper triangular r with q @ r = x."""
 
 def quick_gelu(x: _Tensor) -> Proxy:
@@ -384,7 +396,9 @@ def repeat(x: _Tensor, repeats: int, axis: int | None = None) -> Proxy:
 def reshape(x: _Tensor, shape: int | Sequence[int]) -> Proxy:
     """The same elements in row-major order in another shape."""
 
-def rms_norm(x: _Tensor, weight: _Tensor = None, normalized_shape: int | Sequence[int] | None = None, eps: float | None = None) -> Proxy:
+def rms_norm(
+    x: _Tensor, weight: _Tensor = None, normalized_shape: int | Sequence[int] | None = None, eps: float | None = None
+) -> Proxy:
     """Divided by the root of the mean square, then scaled (torch.nn.functional.rms_norm)."""
 
 def roll(x: _Tensor, shift: int | Sequence[int], axis: int | Sequence[int] | None = None) -> Proxy:
@@ -396,16 +410,24 @@ def round(x: _Tensor) -> Proxy:
 def rsqrt(x: _Tensor) -> Proxy:
     """1 / sqrt(x) (torch.rsqrt)."""
 
-def scaled_dot_product_attention(query: _Tensor, key: _Tensor, value: _Tensor, attn_mask: _Tensor = None, is_causal: _bool = False, scale: float | None = None, enable_gqa: _bool = False) -> Proxy:
+def scaled_dot_product_attention(
+    query: _Tensor,
+    key: _Tensor,
+    value: _Tensor,
+    attn_mask: _Tensor = None,
+    is_causal: _bool = False,
+    scale: float | None = None,
+    enable_gqa: _bool = False,
+) -> Proxy:
     """softmax(query @ key.T * scale + mask) @ value (torch.nn.functional.scaled_dot_product_attention)."""
 
 def scatter_add(x: _Tensor, indices: _Tensor, source: _Tensor, axis: int = -1) -> Proxy:
     """x with source added at positions along an axis; repeated ones add up (torch.scatter_add)."""
 
-def searchsorted(x1: _Tensor, x2: _Tensor, side: str = 'left') -> Proxy:
+def searchsorted(x1: _Tensor, x2: _Tensor, side: str = "left") -> Proxy:
     """Where elements of x2 would go in the sorted x1; int64."""
 
-def set_index(x: Proxy, index: Any, value: _Tensor, mode: str = 'set') -> Proxy:
+def set_index(x: Proxy, index: Any, value: _Tensor, mode: str = "set") -> Proxy:
     """A copy of x in which x[index] is replaced by value (mode "set"), or has it added ("add") or multiplied ("mul")."""
 
 def sigmoid(x: _Tensor) -> Proxy:
@@ -463,7 +485,9 @@ def stop_gradient(x: _Tensor) -> Proxy:
 def subtract(x1: _Tensor, x2: _Tensor) -> Proxy:
     """Difference x1 - x2."""
 
-def sum(x: _Tensor, axis: int | Sequence[int] | None = None, keepdims: _bool = False, dtype: _DTypeLike | None = None) -> Proxy:
+def sum(
+    x: _Tensor, axis: int | Sequence[int] | None = None, keepdims: _bool = False, dtype: _DTypeLike | None = None
+) -> Proxy:
     """Sum; int64 for integers and bool."""
 
 class _svd(NamedTuple):
@@ -526,7 +550,9 @@ def var(x: _Tensor, axis: int | Sequence[int] | None = None, keepdims: _bool = F
 def vecdot(x1: _Tensor, x2: _Tensor, axis: int = -1) -> Proxy:
     """Sum of products along an axis."""
 
-def vector_norm(x: _Tensor, axis: int | Sequence[int] | None = None, keepdims: _bool = False, ord: float = 2.0) -> Proxy:
+def vector_norm(
+    x: _Tensor, axis: int | Sequence[int] | None = None, keepdims: _bool = False, ord: float = 2.0
+) -> Proxy:
     """The ord-norm of the elements (array API linalg.vector_norm)."""
 
 def where(condition: _Tensor, x1: _Tensor, x2: _Tensor) -> Proxy:

@@ -60,8 +60,8 @@ class ModelConfig(_Section):
     )
     compile: bool = Field(
         default=False,
-        description="Compile the decoder layers with torch.compile when the model is loaded (seconds to minutes; needs a "
-        "C++ compiler on a CPU). They are used in forwards that look at nothing inside a layer.",
+        description="Compile the decoder layers with torch.compile when the model is loaded (seconds to minutes; needs "
+        "a C++ compiler on a CPU). They are used in forwards that look at nothing inside a layer.",
     )
     replicas: int = Field(default=1, ge=1, le=1024, description="Copies of the model, each in a process of its own.")
     num_cpus: float = Field(default=1.0, ge=0, description="Logical CPUs that Ray reserves for each replica.")

@@ -1,7 +1,7 @@
 """What a server says while it executes a graph, in the order in which it may say it.
 
-Queued (any number) -> Started -> Progress, TensorValue and Kept (any number, mixed) -> Done. A failure ends the stream with
-an exception instead of Done.
+Queued (any number) -> Started -> Progress, TensorValue and Kept (any number, mixed) -> Done. A failure ends the stream
+with an exception instead of Done.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import TypeAlias
 
 from patchbay.ir.artifacts import ArtifactInfo
 from patchbay.ir.graph import TensorData
-
 
 #: The optimisation that the wire makes, by its off switch in `ExecuteOptions.disabled`; it saves bytes.
 COMPRESSION = "compression"

@@ -248,9 +248,7 @@ class Servicer:
             return account, parse(request_type, request), size
         return account, await asyncio.to_thread(parse, request_type, request), size
 
-    def _compressed(
-        self, message: service_pb2.ExecuteRequest, options: ExecuteOptions
-    ) -> CompressedStream | None:
+    def _compressed(self, message: service_pb2.ExecuteRequest, options: ExecuteOptions) -> CompressedStream | None:
         """What compresses large results, where both sides can and nobody switched it off."""
         accepted = tensor_pb2.COMPRESSION_SHUFFLE_ZSTD in message.options.accepted_compressions
         return CompressedStream() if accepted and is_available() and COMPRESSION not in options.disabled else None
