@@ -355,7 +355,7 @@ def one_patch(layer: int = 1, position: int = -1) -> Graph:
 
 def test_a_prompt_seen_before_is_not_computed_again() -> None:
     """The second request over a prompt leaves its base run, the third computes one position; so do plain reads."""
-    engine = Engine(engine_of("llama").hosted, trunks=TrunkCache(2**24))
+    engine = Engine(engine_of("llama").hosted, layer_cost=2, trunks=TrunkCache(2**24))
     counts = []
     for _ in range(4):
         found, usage = run(engine, one_patch(), "ada")
@@ -372,7 +372,7 @@ def test_a_prompt_seen_before_is_not_computed_again() -> None:
 
 def test_nothing_of_one_account_is_seen_by_another() -> None:
     """Another account's request, or nobody's, runs as if it were the first; so does one that runs alone."""
-    engine = Engine(engine_of("llama").hosted, trunks=TrunkCache(2**24))
+    engine = Engine(engine_of("llama").hosted, layer_cost=2, trunks=TrunkCache(2**24))
     for _ in range(3):
         run(engine, one_patch(), "ada")
     for account in ("bob", None):
@@ -385,7 +385,7 @@ def test_an_account_makes_room_among_its_own_only() -> None:
     """The least recently used entry of the account goes; a full cache takes nothing new; what is idle expires."""
     engine, now = engine_of("llama"), [0.0]
     trunks = TrunkCache(2**24, idle_s=10.0, clock=lambda: now[0])
-    shared = Engine(engine.hosted, trunks=trunks)
+    shared = Engine(engine.hosted, layer_cost=2, trunks=trunks)
     for _ in range(2):
         run(shared, one_patch(), "ada")
     trunk = trunks.get("ada", (IDS,))
@@ -404,7 +404,7 @@ def test_an_account_makes_room_among_its_own_only() -> None:
 
 def test_what_is_too_large_is_neither_made_nor_kept() -> None:
     """A prompt whose base would not fit is run as if there were no cache, however often it comes."""
-    engine = Engine(engine_of("llama").hosted, trunks=TrunkCache(1_000))
+    engine = Engine(engine_of("llama").hosted, layer_cost=2, trunks=TrunkCache(1_000))
     assert [run(engine, one_patch(), "ada")[1].tokens for _ in range(3)] == [SEQ] * 3
 
 

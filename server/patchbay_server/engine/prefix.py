@@ -27,6 +27,8 @@ from patchbay_server.models.continuation import EMBEDDING, Continuation, Trunk
 LAYER_COST_CPU, LAYER_COST_GPU = 16, 512
 #: Sharing must come to less than this part of what the whole forwards cost, to be worth its own overheads.
 WORTHWHILE = 0.8
+#: Prompts of fewer positions than a layer costs at all are as quick to run again; of this many, none is.
+LONG = 64
 #: What it may cost to leave something for later requests over a prompt that has come before.
 AFFORDABLE = 1.25
 #: A pass reads keys and values of so many times the positions that it computes, at most, for every row of its own.
@@ -161,7 +163,8 @@ class Planner:
             some = self.graph.runs[members[0]]
             plain = [r for r in members if not self._is_written(r)]
             trunk = self.trunk_of(some)
-            wanted = trunk is None and self.wanted(some)
+            long = some.rows * some.seq >= min(self.layer_cost, LONG)
+            wanted = trunk is None and long and self.wanted(some)
             if len(members) < 2 and trunk is None and not wanted:
                 continue
             going = members if trunk is not None else [r for r in members if r not in plain[:1]]
