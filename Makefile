@@ -187,6 +187,6 @@ bench: $(STAMP) $(TL_STAMP) $(NN_STAMP) $(THIN_STAMP) ## measure every figure of
 
 .PHONY: clean
 clean: ## remove everything that make made here
-	rm -rf $(VENV) $(PROTO_VENV) $(LOCK_VENV) $(TL_VENV) $(NN_VENV) $(THIN_VENV) .tools build dist demo-report.html \
+	rm -rf $(VENV) $(PROTO_VENV) $(LOCK_VENV) $(TL_VENV) $(NN_VENV) $(THIN_VENV) .bench .tools build dist demo-report.html \
 	  .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -22,7 +22,7 @@ from benchmarks.processes import ROOT
 from benchmarks.samples import Measured, Report, from_json
 
 RESULTS = ROOT / "benchmarks" / "results"
-SCRATCH = ROOT / "build" / "benchmarks"
+SCRATCH = ROOT / ".bench"
 PAGE, PICTURE = ROOT / "docs" / "performance.md", ROOT / "docs" / "performance.svg"
 
 
@@ -52,7 +52,7 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run; returns 1 when a figure could not be measured or values differ, never because a target was missed."""
+    """Run; returns 1 when a figure or contender failed or values differ, never because a target was missed."""
     options = options_of(arguments)
     if options.list:
         for name in figures.NAMES:
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         picture.draw(report.measured, path.with_suffix(".svg"))
         to_stderr(f"wrote {path.with_suffix('.svg')}")
-    return int(any(m.error or not table.trusted(m) for m in measured))
+    return int(any(m.error or m.failed or not table.trusted(m) for m in measured))
 
 
 def places_of(given: Sequence[str]) -> dict[str, str]:

@@ -81,6 +81,7 @@ class Bench:
             findings=[] if error else figure.findings(trials, self.scale),
             checks=session.checks,
             notes=[*plan.notes, *session.notes],
+            failed=session.failed,
             error=error,
             elapsed_s=time.monotonic() - started,
         )
@@ -98,6 +99,7 @@ class _Session:
         self.samples: list[Sample] = []
         self.checks: list[Check] = []
         self.notes: list[str] = []
+        self.failed: list[str] = []
 
     def measure(self) -> None:
         with self._stack:
@@ -181,6 +183,7 @@ class _Session:
         try:
             what(*args)
         except WorkerError as error:
+            self.failed.append(contender.name)
             self._leave_out(contender, str(error))
 
     def _leave_out(self, contender: Contender, why: str) -> None:

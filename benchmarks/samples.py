@@ -107,6 +107,7 @@ class Measured:
         findings: rows of the table.
         checks: that the contenders computed the same values.
         notes: what a reader must know: fractions that were scaled, contenders that were left out.
+        failed: contenders that were left out though their environment is there.
         error: why the figure could not be measured; "" when it was.
         elapsed_s: seconds that measuring it took, preparations included.
     """
@@ -119,6 +120,7 @@ class Measured:
     findings: Sequence[Finding] = ()
     checks: Sequence[Check] = ()
     notes: Sequence[str] = ()
+    failed: Sequence[str] = ()
     error: str = ""
     elapsed_s: float = 0.0
 

@@ -87,5 +87,8 @@ def text(measured: Sequence[Measured]) -> str:
     ]
     drawn.insert(1, "-" * max(map(len, drawn)))
     with_target = [f for m in measured for f in m.findings if f.target is not None]
+    drawn += [
+        f"{m.title}: {', '.join(m.failed)} failed and left rows out (see the notes)" for m in measured if m.failed
+    ]
     met = sum(1 for m in measured if trusted(m) for f in m.findings if f.met)
     return "\n".join([*drawn, "", f"{met} of {len(with_target)} targets met."])

@@ -102,6 +102,7 @@ def test_values_are_compared(measured: Measured) -> None:
 def test_failures_leave_out_their_contender_alone(measured: Measured) -> None:
     """A contender that fails, or has no environment, is left out with a note that says why."""
     assert not Trials(measured.samples).has("fails")
+    assert measured.failed == ["fails"]
     assert any("it was asked to fail" in note for note in measured.notes)
     assert any("'elsewhere'" in note for note in measured.notes)
 

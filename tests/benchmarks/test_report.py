@@ -84,8 +84,9 @@ def test_equal_work() -> None:
 
 def test_the_table() -> None:
     """One row a finding with its quartiles, and how many targets were met; an error is a row too."""
-    failed = Measured("fairness", "Fairness", error="the service did not start\nits log")
+    failed = Measured("fairness", "Fairness", failed=["flooded"], error="the service did not start\nits log")
     text = table.text([measured(finding(3.0, 2.5), finding(4.0, None)), failed])
+    assert "Fairness: flooded failed" in text
     assert "a thing against 2.5   3.00x (2.70 to 3.30)  at least 2.5x  met" in text
     assert "Fairness              not measured                         the service did not start" in text
     assert text.endswith("1 of 1 targets met.")
