@@ -19,6 +19,7 @@ from patchbay.ir.verify import verify
 from patchbay_server.engine.building import Builder
 from patchbay_server.engine.columns import find_columns, renumbered
 from patchbay_server.engine.differentiation import Gradient, plan_gradients
+from patchbay_server.engine.folding import FOLD_CONSTANTS, fold_constants
 from patchbay_server.engine.optimize import MERGE_RUNS, optimize
 from patchbay_server.engine.prefix import LAYER_COST_CPU, WORTHWHILE, Group, Planner, Sharing, bucketed
 from patchbay_server.engine.steps import (
@@ -134,8 +135,9 @@ def make_plan(
     verified = verify(graph, card, limits)
     off = set(options.disabled)
     if options.deterministic:  # every forward is then the very one that somebody would make by hand
-        off |= {MERGE_RUNS, WINDOWS, NARROW_LOGITS, SHARED_PREFIX}
-    rewritten = optimize(verified.flat, card, tuple(off))
+        off |= {FOLD_CONSTANTS, MERGE_RUNS, WINDOWS, NARROW_LOGITS, SHARED_PREFIX}
+    flat, folded = (verified.flat, 0) if FOLD_CONSTANTS in off else fold_constants(verified.flat, verified.flat_specs)
+    rewritten = optimize(flat, card, tuple(off))
     source, origin = rewritten.graph, rewritten.origin
     specs = tuple(verified.flat_specs[o] for o in origin)
     differentiated = frozenset(a for n in source.nodes if n.op == "grad" for a in n.args[1:])
@@ -188,7 +190,7 @@ def make_plan(
     )
     tokens, forwards = sum(p.positions for p in passes), sum(p.forwards for p in passes)
     cost = with_forwards(replace(price(small, specs, facts), tokens=tokens, passes=forwards), card)
-    saved = {**rewritten.saved, WINDOWS: len(windows.reads)}
+    saved = {FOLD_CONSTANTS: folded, **rewritten.saved, WINDOWS: len(windows.reads)}
     if unembedding is not None:
         saved[NARROW_LOGITS] = sum(
             p.rows * p.seq - sum(n for _, _, n in p.logits) for p in passes if p.logits is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from patchbay.ir.events import COMPRESSION
 from patchbay_server.engine.bodies import LOOP_INVARIANTS, SIDE_BY_SIDE
 from patchbay_server.engine.constants import ARTIFACT_CACHE
+from patchbay_server.engine.folding import FOLD_CONSTANTS
 from patchbay_server.engine.optimize import PASSES
 
 #: Optimisations of the planner and the executor, by the name that switches them off.
@@ -23,6 +24,7 @@ SHARED_PREFIX = "shared_prefix"
 PREFIX_CACHE = "prefix_cache"
 RECURRING_GRAPHS = "recurring_graphs"
 OPTIMISATIONS = (
+    FOLD_CONSTANTS,
     *PASSES,
     LOOP_INVARIANTS,
     SIDE_BY_SIDE,
