@@ -42,6 +42,8 @@ class Peak(Work):
 
     def prepare(self) -> None:
         self._model = load(self._name, self._device)
+        for parameter in self._model.parameters():  # weights are mapped from their file when they are first touched
+            parameter.detach().sum()
         if self._layer is not None:
             import patchbay as pb
 
@@ -71,7 +73,7 @@ class Peak(Work):
             return value.value
         with torch.no_grad():
             model = self._model if self._logits else self._model.base_model
-            model(torch.tensor([ids], device=self._device))
+            model(torch.tensor([ids], device=self._device), use_cache=False)
         return None
 
 
