@@ -108,7 +108,7 @@ def findings(trials: Trials, scale: Scale) -> list[Finding]:
         ),
         *trials.share(("last", peak), ("bare", peak), f"{what}: last layer / the bare forward", 1.05, at_least=False),
         *trials.share(
-            ("last", peak), ("trunk", peak), "the same: last layer / a forward without logits", None, at_least=False
+            ("last", peak), ("trunk", peak), "the same: last layer / a forward without logits", 1.05, at_least=False
         ),
     ]
 
