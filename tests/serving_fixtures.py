@@ -123,7 +123,7 @@ def tiny_config(**overrides: Any) -> Config:
     base = {
         "models": [{"name": TINY, "source": str(tiny_folder())}],
         "port": free_port(),
-        "artifacts": {"path": str(tiny_folder().parent / "artifacts")},
+        "artifacts": {"path": tempfile.mkdtemp(prefix="artifacts-", dir=tiny_folder().parent)},
     }
     return Config.load(env={}, overrides={**base, **overrides})
 

@@ -48,6 +48,7 @@ def test_base_dependencies_are_the_agreed_few(base_requirements: list[Requiremen
         "msgpack",
         "numpy",
         "protobuf",
+        "zlib-ng",
     }
     for requirement in base_requirements:
         assert {s.operator for s in requirement.specifier} == {">=", "<"}
