@@ -200,7 +200,7 @@ def test_states_that_the_server_has_lost_are_named(tmp_path: Path) -> None:
 def test_nothing_is_left_on_the_server(tmp_path: Path) -> None:
     """Without a state file a map deletes what it kept, also when it fails; with one it keeps one state a lane.
 
-    What a request keeps that was under way when the map broke off is nobody's any more, and expires: one a lane at most.
+    What a request keeps that was under way when the map broke off is nobody's any more, and expires: one a lane.
     """
     model = local_model()
     before = {a.digest for a in model.artifacts.list()}
