@@ -116,10 +116,10 @@ def load(name: str, device: str = "cpu") -> Any:
 
 
 def local_model(name: str, device: str) -> Any:
-    """The model as Patchbay hosts it in this process."""
+    """The model as Patchbay hosts it in this process, with a service's memory of recent prompts."""
     import patchbay as pb
 
-    return pb.local(load(name, device))
+    return pb.local(load(name, device), prefix_cache_bytes=512 * 2**20)
 
 
 @functools.cache

@@ -236,7 +236,9 @@ def _grpc(
     return address, make
 
 
-def local(hf_model: Any, tokenizer: Any = None, *, example: Mapping[str, Any] | None = None) -> Model:
+def local(
+    hf_model: Any, tokenizer: Any = None, *, example: Mapping[str, Any] | None = None, prefix_cache_bytes: int = 0
+) -> Model:
     """A Hugging Face model of this process as a `Model`: the same traces, no network.
 
     Args:
@@ -244,6 +246,8 @@ def local(hf_model: Any, tokenizer: Any = None, *, example: Mapping[str, Any] | 
         tokenizer: its tokenizer; without one, runs are made from token ids.
         example: one input by argument name, tensors with rows first, for modules that do not say what they take. Their
             runs are made from a dict of arrays by the same names.
+        prefix_cache_bytes: how much to keep of what recent prompts computed, for later traces to go on from. None by
+            default: the model is yours, and what was kept is out of date once you change its weights or hook it.
 
     Raises:
         MissingExtraError: the ``server`` extra is not installed.
@@ -255,7 +259,9 @@ def local(hf_model: Any, tokenizer: Any = None, *, example: Mapping[str, Any] | 
             f"running a model in this process needs the server's packages ({error}): pip install 'patchbay[server]'"
         ) from error
     name = "local"
-    servicer = serving.local_servicer(hf_model, tokenizer, name=name, example=example)
+    servicer = serving.local_servicer(
+        hf_model, tokenizer, name=name, example=example, prefix_cache_bytes=prefix_cache_bytes
+    )
 
     def make() -> Transport:
         from patchbay.transport.local import LocalTransport

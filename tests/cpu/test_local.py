@@ -5,6 +5,10 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from typing import Any
+
+import numpy as np
+import torch
 
 import patchbay as pb
 from tests.tiny import build
@@ -31,3 +35,37 @@ def test_a_local_model_is_let_go() -> None:
     assert not mine.is_alive()
     gc.collect()
     assert freed() is None
+
+
+def test_weights_that_change_between_traces_are_seen() -> None:
+    """Nothing computed with a model of the caller's outlives the trace: after a change of weights all is new."""
+    hf = build("llama")
+    model = pb.local(hf)
+    ids = [[1, 5, 9, 3, 7, 2, 8, 4] * 2]
+
+    def patched() -> np.ndarray:
+        with model.trace(ids) as run:
+            run.blocks[2].resid_post[:, -1] *= 0.5
+            logits = run.logits[:, -1].save()
+        return logits.value
+
+    first = [patched() for _ in range(3)]
+    np.testing.assert_allclose(first[0], first[2], rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        hf.model.layers[0].mlp.down_proj.weight.data.mul_(3.0)
+    changed = patched()
+    assert np.abs(changed - first[0]).max() > 1e-2
+    np.testing.assert_allclose(changed, _by_hand(hf, ids), rtol=1e-5, atol=1e-5)
+
+
+def _by_hand(hf: Any, ids: list[list[int]]) -> np.ndarray:
+    def halve(module: Any, args: Any, output: Any) -> Any:
+        value = (output[0] if isinstance(output, tuple) else output).clone()
+        value[:, -1] *= 0.5
+        return (value, *output[1:]) if isinstance(output, tuple) else value
+
+    handle = hf.model.layers[2].register_forward_hook(halve)
+    with torch.no_grad():
+        logits = hf(input_ids=torch.tensor(ids), use_cache=False).logits[:, -1]
+    handle.remove()
+    return logits.numpy()

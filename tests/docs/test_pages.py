@@ -28,6 +28,11 @@ def llama() -> dict[str, Any]:
     return {"pb": pb, "model": pb.local(build("llama"))}
 
 
+def remembering() -> dict[str, Any]:
+    """The tiny Llama with a service's memory of recent prompts."""
+    return {"pb": pb, "model": pb.local(build("llama"), prefix_cache_bytes=2**20)}
+
+
 def demo() -> dict[str, Any]:
     """The embedded model, which speaks."""
     hosted = load("demo")
@@ -71,7 +76,7 @@ PAGES = [
     Page("generation.md", demo, blocks=7),
     Page("gradients.md", blocks=7),
     Page("modules.md", blocks=3),
-    Page("sharing.md", blocks=2),
+    Page("sharing.md", remembering, blocks=2),
     Page("weights.md", blocks=2),
     Page("language.md", blocks=4),
     Page("tracing.md", worded, blocks=10),

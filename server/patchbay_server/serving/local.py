@@ -398,12 +398,18 @@ class LocalCatalog:
 
 
 def local_servicer(
-    hf_model: Any, tokenizer: Any = None, name: str = "local", *, example: Mapping[str, Any] | None = None
+    hf_model: Any,
+    tokenizer: Any = None,
+    name: str = "local",
+    *,
+    example: Mapping[str, Any] | None = None,
+    prefix_cache_bytes: int = 0,
 ) -> Servicer:
     """A servicer for a transformers model that the caller already holds; `patchbay.local` calls it in-process.
 
     Its engine thread, and with it the model, stays until the servicer is closed. The process's torch settings are left
-    alone, and no key is asked for; the weights are the caller's to read.
+    alone, and no key is asked for; the weights are the caller's to read, and to change: so nothing that was computed
+    with them is kept for later requests unless `prefix_cache_bytes` says so.
     """
     from patchbay.ir.params import DOWNLOADABLE
     from patchbay_server.models.loader import host
@@ -412,7 +418,8 @@ def local_servicer(
 
     hosted = host(hf_model, tokenizer, name=name, example=example).with_weights(DOWNLOADABLE)
     limits, store = LimitsConfig(), TemporaryArtifacts()
-    backend = LocalBackend(hosted, limits, artifacts=store)
+    scheduling = SchedulingConfig(prefix_cache_bytes=prefix_cache_bytes)
+    backend = LocalBackend(hosted, limits, scheduling=scheduling, artifacts=store)
 
     def close() -> None:
         backend.close()
