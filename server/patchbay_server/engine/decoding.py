@@ -43,7 +43,7 @@ class DecodeBatches:
             calls: of one forward.
             starts: first row of each in it.
         """
-        takers = []
+        takers, leaving = [], []
         for call, start in zip(calls, starts, strict=True):
             if call.decoding is not None:
                 call.decoding.leave()  # a prompt that is put through once more
@@ -51,7 +51,10 @@ class DecodeBatches:
                 seat = cache.admit(call.decoding.lengths)
                 call.decoding.seat = (cache, seat)
                 takers.append((start, cache, seat))
-        return PromptCache(takers)
+                if call.decoding.leaving is not None:
+                    leaving.append((start, call.decoding.lengths[0], call.decoding.leaving))
+        first = calls[0].decoding
+        return PromptCache(takers, None if first is None else first.known, leaving)
 
     def _cache_for(self, decoding: Decoding) -> RowCache:
         extent = max(_SHORT, decoding.extent)
@@ -134,7 +137,7 @@ def prompt_logits(hosted: HostedModel, calls: Sequence[ForwardCall]) -> torch.Te
     for call in calls:
         if call.decoding is None or (set(call.sites) - {LOGITS}) & wide:
             return None
-        positions.update(length - 1 for length in call.decoding.lengths)
+        positions.update(length - 1 - call.decoding.first for length in call.decoding.lengths)
     kept = tuple(sorted(positions))
     for call in calls:
         assert call.decoding is not None

@@ -19,6 +19,7 @@ from patchbay_server.engine.generate import check_generates, check_sites
 from patchbay_server.engine.memory import held_to
 from patchbay_server.engine.plan import OPTIMISATIONS, PREFIX_CACHE, Means, Plan, make_plan
 from patchbay_server.engine.prefix import LAYER_COST_CPU, LAYER_COST_GPU, WORTHWHILE
+from patchbay_server.engine.prompts import Prompts, within
 from patchbay_server.engine.recurring import Questions, RecurringPlans
 from patchbay_server.engine.running import (
     Depths,
@@ -113,6 +114,8 @@ class Engine:
             means=asked.recorded(),
         )
         plan = held_to(replace(plan, account=account), self.limits)
+        if self._trunks is not None and account is not None:
+            plan = within(plan, self.hosted.card, self.limits)
         self._plans.put(graph, options, account, plan, asked)
         return plan
 
@@ -137,7 +140,8 @@ class Engine:
         def left(run: int, trunk: Trunk) -> None:
             trunks.put(account, plan.graph.runs[run].tokens, trunk)
 
-        return Execution(self.hosted, plan, emit, cancelled, left, self._constants)
+        prompts = Prompts(trunks, account, self.hosted.card, max(1, self._means.layer_cost))
+        return Execution(self.hosted, plan, emit, cancelled, left, self._constants, prompts)
 
     def run(self, plan: Plan, emit: Callable[[Event], None], cancelled: Callable[[], bool] = lambda: False) -> Usage:
         """Run `plan` to its end, handing Progress and TensorValue events to `emit` as they happen. Blocks.
@@ -201,6 +205,9 @@ class Engine:
         together: Hashable | None = None
         if call.decodes and call.decoding is not None and call.decoding.seat is not None:
             together = ("step", id(call.decoding.seat[0]))
+        elif call.decoding is not None and call.decoding.known is not None:
+            known = call.decoding.known
+            together = ("prompts", id(known.trunk), known.row, known.length) if self.hosted.row_independent else None
         elif not call.alone and not call.inputs and self.hosted.row_independent:
             together = "tokens"
         return Wanted(

@@ -24,6 +24,7 @@ from patchbay_server.engine.fusing import ConstantWrite
 from patchbay_server.engine.generate import Decoding
 from patchbay_server.engine.loops import Loops
 from patchbay_server.engine.plan import Plan
+from patchbay_server.engine.prompts import KNOWN_PROMPTS, Prompts
 from patchbay_server.engine.rows import left_padded, own_rows, seen_rows, write_back
 from patchbay_server.engine.steps import (
     Actions,
@@ -59,6 +60,7 @@ class Execution:
         cancelled: Callable[[], bool],
         left: Callable[[int, Trunk], None] = lambda run, trunk: None,
         constants: ConstantCache | None = None,
+        prompts: Prompts | None = None,
     ) -> None:
         self._hosted, self._plan, self._emit, self._cancelled = hosted, plan, emit, cancelled
         self._copies = HostCopies(emit)
@@ -67,6 +69,7 @@ class Execution:
         self._trunks: dict[int, Trunk] = dict(plan.trunks)
         self._left = left
         self._constants, self._not_copied = constants, 0
+        self._prompts, self._known = prompts, 0
         self._layers_run = self._layers_compiled = self._layers_shared = self._layers_bypassed = self._fused = 0
         #: Memory of the model's own tensors while one of its sites is visited; nothing that outlives the visit may
         #: share it.
@@ -121,6 +124,8 @@ class Execution:
             saved[SKIP_LAYERS] = self._layers_bypassed
         if self._fused:
             saved[FUSE_WRITES] = self._fused
+        if self._known:
+            saved[KNOWN_PROMPTS] = self._known
         if self._not_copied:
             saved[ARTIFACT_CACHE] = self._not_copied
         return Usage(
@@ -256,6 +261,8 @@ class Execution:
         off = self._plan.options.disabled
         shared = self._hosted.decodes_together and not self._alone and not {COBATCH, CONTINUOUS_BATCHING} & set(off)
         self._decoding = decoding = Decoding(self._hosted, each, shared=shared)
+        if shared and self._prompts is not None:
+            self._prompts.begin(decoding, each)
         try:
             for step in each.steps:
                 self._happen(step.before)
@@ -264,13 +271,15 @@ class Execution:
                     self._absent(step)
                     continue
                 self._check_cancelled()
-                seq = each.seq if decoding.step == 0 else 1
+                first = decoding.first
+                seq = each.seq - first if decoding.step == 0 else 1
                 self._positions += each.rows * seq
+                self._known += each.rows * first
                 self._gone = decoding.gone
                 call = ForwardCall(
                     rows=each.rows,
                     seq=seq,
-                    tokens=each.tokens,
+                    tokens=tuple(row[first:] for row in each.tokens) if first else each.tokens,
                     inputs={},
                     sites={site: self._step_call(decoding, site, moment) for site, moment in step.sites.items()},
                     stop_at=None,
@@ -281,6 +290,8 @@ class Execution:
                     twice=self._twice,
                 )
                 yield from self._asked_for(call, each, step.sites)
+                if self._prompts is not None:
+                    self._prompts.end(decoding, each)
         finally:
             decoding.leave()
             self._decoding = self._gone = None

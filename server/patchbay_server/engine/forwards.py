@@ -7,7 +7,7 @@ wrong in one call's handlers ends that call and no other.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -21,7 +21,7 @@ from patchbay_server.engine.bypass import bypassing
 from patchbay_server.engine.decoding import DecodeBatches, choose, prompt_logits
 from patchbay_server.engine.fusing import ConstantWrite, write_all
 from patchbay_server.kernels import to_tensor
-from patchbay_server.models.continuation import Trunk, continuing, keeping
+from patchbay_server.models.continuation import Trunk, continuing, keeping, places, watched_streams
 from patchbay_server.models.hosted import HostedModel
 from patchbay_server.models.inputs import forward
 from patchbay_server.models.narrowing import narrowed, positions
@@ -83,7 +83,8 @@ class ForwardCall:
 
     Attributes:
         rows, seq: extents of its batch; shorter rows are padded on the right.
-        tokens: one tuple of ids per row, unpadded; none where the model takes no tokens.
+        tokens: one tuple of ids per row, unpadded, without what `decoding` knows already; none where the model takes no
+            tokens.
         inputs: further inputs by name, one value per slot.
         sites: what happens at each site, in forward order.
         stop_at: the last site that anything needs; None runs the model to its end.
@@ -153,7 +154,7 @@ def run_forward(hosted: HostedModel, calls: Sequence[ForwardCall], batches: Deco
     Args:
         hosted: the model.
         calls: one, or several that may share: tokens alone, none of them `alone`, rows that do not change one another;
-            or the steps of runs that generate in one batch.
+            prompts of which the same beginning is known; or the steps of runs that generate in one batch.
         batches: where rows that generate together are kept.
 
     Raises:
@@ -264,7 +265,11 @@ def _prompts(hosted: HostedModel, calls: Sequence[ForwardCall], batches: DecodeB
     if kept is not None:
         inputs["logits_to_keep"] = kept
     cache = batches.prompts(calls, starts)
-    with _attached(hosted, calls, starts), _compiled_layers(hosted, calls):
+    ids: torch.Tensor = inputs["input_ids"]
+    if calls[0].decoding is not None and calls[0].decoding.known is not None:
+        before = calls[0].decoding.known.length
+        inputs |= places(hosted.model, ids.shape[0], before, before + ids.shape[1], ids.device)
+    with _attached(hosted, calls, starts), _leaving_streams(hosted, calls, starts), _compiled_layers(hosted, calls):
         output = hosted.model(**inputs, past_key_values=cache, use_cache=True)
     logits = first_tensor(output)
     assert logits is not None
@@ -272,6 +277,28 @@ def _prompts(hosted: HostedModel, calls: Sequence[ForwardCall], batches: DecodeB
     newest = [run.decoding.newest(logits[start : start + run.rows])[:, 0] for run, start in runs if run.decoding]
     firsts = [sum(call.rows for call, _ in runs[:i]) for i in range(len(runs))]
     choose([call for call, _ in runs], firsts, torch.cat(newest))
+
+
+def _leaving_streams(
+    hosted: HostedModel, calls: Sequence[ForwardCall], starts: Sequence[int]
+) -> AbstractContextManager[None]:
+    """The residual streams of prompts that later ones may go on from are kept."""
+    runs = [(call.decoding, start) for call, start in zip(calls, starts, strict=True) if call.decoding is not None]
+    leaving = [(run, start) for run, start in runs if run.leaving is not None]
+    if not leaving:
+        return nullcontext()
+
+    def take(layer: int, stream: torch.Tensor) -> None:
+        for run, row in leaving:
+            assert run.leaving is not None
+            own, known = stream[row : row + 1, : run.lengths[0] - run.first], run.known
+            if known is None:
+                run.leaving.streams[layer] = own.clone()
+            elif layer in known.trunk.streams:
+                earlier = known.trunk.streams[layer][known.row : known.row + 1, : known.length]
+                run.leaving.streams[layer] = torch.cat([earlier, own], dim=1)
+
+    return watched_streams(hosted.model, hosted.layers, take)
 
 
 def _starts(calls: Sequence[ForwardCall]) -> list[int]:

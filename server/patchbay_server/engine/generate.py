@@ -16,8 +16,9 @@ from patchbay.errors import GraphError
 from patchbay.ir.card import LOGITS
 from patchbay.ir.graph import Generation, Graph
 from patchbay_server.engine.steps import Pass
+from patchbay_server.models.continuation import Trunk
 from patchbay_server.models.hosted import HostedModel
-from patchbay_server.models.row_cache import RowCache, Seat
+from patchbay_server.models.row_cache import Known, RowCache, Seat
 from patchbay_server.models.taps import OutputTap, first_tensor
 
 #: Stands in for tokens that were never generated.
@@ -81,7 +82,10 @@ class Decoding:
         so_far: int64 [rows, max_new_tokens], NO_TOKEN where there is no token (yet).
         stopped: bool [rows]: what rows ended before this step.
         seat: where the keys and values of a run that shares are.
-        kept: positions of the prompt whose logits the model gave, where it did not give all.
+        kept: positions of the prompt whose logits the model gave, where it did not give all; counted from the first
+            that is computed.
+        known: how every prompt begins, where an earlier request's keys and values stand for that.
+        leaving: where the first prompt leaves what later ones may go on from; None where it leaves nothing.
     """
 
     def __init__(self, hosted: HostedModel, each: Pass, *, shared: bool = False) -> None:
@@ -89,6 +93,8 @@ class Decoding:
         self._hosted, self._pass, self._how, self._shared = hosted, each, each.generation, shared
         self.seat: tuple[RowCache, Seat] | None = None
         self.kept: tuple[int, ...] | None = None
+        self.known: Known | None = None
+        self.leaving: Trunk | None = None
         self._lengths = torch.tensor([len(row) for row in each.tokens])
         self._ragged = bool((self._lengths != each.seq).any())
         check_generates(hosted, self._ragged)
@@ -126,6 +132,11 @@ class Decoding:
     def lengths(self) -> list[int]:
         """Length of every prompt."""
         return [len(row) for row in self._pass.tokens]
+
+    @property
+    def first(self) -> int:
+        """The first position of the prompts that is computed."""
+        return 0 if self.known is None else self.known.length
 
     @property
     def extent(self) -> int:
@@ -222,7 +233,7 @@ class Decoding:
 
     def _newest_at(self, value: torch.Tensor) -> torch.Tensor:
         """For every row, where its newest position is among those that `value` holds."""
-        last = self._lengths - 1
+        last = self._lengths - 1 - self.first
         if self.kept is not None and value.shape[1] == len(self.kept):
             last = torch.searchsorted(torch.tensor(self.kept), last)
         return last.to(value.device)
@@ -233,6 +244,8 @@ class Decoding:
         """`handle`, given what users see of `site` in this forward: the newest logits, keys without the padding."""
         if site == LOGITS and self.step == 0:
             return lambda value: self._at_newest(value, handle)
+        if self.step == 0 and self.known is not None:
+            return lambda value: self._behind_known(site, value, handle)
         if self.step and self._shared and "key" in dims:
             return lambda value: self._at_latest_keys(value, dims.index("key"), handle)
         if self.step and self._ragged and "key" in dims:
@@ -253,6 +266,24 @@ class Decoding:
         rows = torch.arange(value.shape[0], device=value.device)
         result[rows, self._newest_at(value)] = new[:, 0]
         return result
+
+    def _behind_known(
+        self, site: str, value: torch.Tensor, handle: Callable[[torch.Tensor], torch.Tensor | None]
+    ) -> torch.Tensor | None:
+        """What is not computed reads as zero: nothing that anybody asked for depends on it."""
+        assert self._hosted.continuation is not None
+        axes = self._hosted.continuation.reaches[site].short
+        shape = [extent + self.first * (axis in axes) for axis, extent in enumerate(value.shape)]
+
+        def computed(whole: torch.Tensor) -> torch.Tensor:
+            for axis in axes:
+                whole = whole.narrow(axis, self.first, value.shape[axis])
+            return whole
+
+        shown = value.new_zeros(shape)
+        computed(shown).copy_(value)
+        new = handle(shown)
+        return None if new is None else computed(new)
 
     def _at_latest_keys(
         self, value: torch.Tensor, axis: int, handle: Callable[[torch.Tensor], torch.Tensor | None]

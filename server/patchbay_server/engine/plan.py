@@ -22,6 +22,7 @@ from patchbay_server.engine.differentiation import Gradient, plan_gradients
 from patchbay_server.engine.folding import FOLD_CONSTANTS, fold_constants
 from patchbay_server.engine.optimize import MERGE_RUNS, optimize
 from patchbay_server.engine.prefix import LAYER_COST_CPU, WORTHWHILE, Group, Planner, Sharing, bucketed
+from patchbay_server.engine.prompts import with_beginnings
 from patchbay_server.engine.steps import (
     Actions,
     Pass,
@@ -183,6 +184,8 @@ def make_plan(
     groups = _group_runs(small, card, timeline, max_pass_tokens if together else 0, sharing, means)
     builder = Builder(small, card, timeline, groups, options, means.continuation, unembedding, windows, columns)
     passes, after = builder.build()
+    if means.continuation is not None and not {SHARED_PREFIX, PREFIX_CACHE} & off:
+        passes = with_beginnings(passes, small, card, specs, means.continuation)
     facts = tuple(verified.facts[o] for o in origin)
     facts = tuple(
         known if known.spec is spec or known.spec == spec else replace(known, spec=spec, nbytes=value_bytes(spec))

@@ -211,26 +211,10 @@ class Planner:
             for i in self.accesses[run]
             if self.graph.nodes[i].op == "site.read"
         ]
-        first = 0 if r.ragged else min(self._first(i, r) for i in self.accesses[run])
+        first = 0 if r.ragged else min(first_written(self.graph, self.card, i, r) for i in self.accesses[run])
         if not self._is_written(run) and not r.ragged:
             first = min(self._read_window(i, r)[0] for i in self.accesses[run])
         return GoesOn(base, min(x.after for x in reaches), min(first, r.seq - 1), max(x.through for x in reads))
-
-    def _first(self, i: int, run: Run) -> int:
-        """The first position that a node changes."""
-        node = self.graph.nodes[i]
-        if node.op != "site.write":
-            return run.seq
-        site = str(node.attrs["site"])
-        axis, ndim = position_axis(self.card, site), len(self.card.site(site).dims)
-        index: Any = node.attrs.get("index", ())
-        if axis is None:
-            return 0
-        place = item_at(index, ndim, axis)
-        if place is not None and index[place][0] == "array":
-            return _least(self.graph.nodes[node.args[1 + index[place][1]]], run.seq)
-        window = window_of(index, ndim, axis, run.seq)
-        return 0 if window is None else window[0]
 
     def _read_window(self, i: int, run: Run) -> Window:
         return self.windows.reads.get(i, (0, run.seq))
@@ -328,6 +312,26 @@ def _suffices(trunk: Trunk, starts: Iterable[GoesOn], through: int) -> bool:
     """Whether everything that is gone on from was kept."""
     needed = {s.after for s in starts if s.after != EMBEDDING}
     return needed <= set(trunk.streams) and set(range(through + 1)) <= set(trunk.keys)
+
+
+def first_written(graph: Graph, card: ModelCard, i: int, run: Run) -> int:
+    """The first position of `run`, as its user sees them, that node `i` changes; behind the last where it changes none.
+
+    0 where that is not known.
+    """
+    node = graph.nodes[i]
+    if node.op != "site.write":
+        return run.seq
+    site = str(node.attrs["site"])
+    axis, ndim = position_axis(card, site), len(card.site(site).dims)
+    index: Any = node.attrs.get("index", ())
+    if axis is None:
+        return 0
+    place = item_at(index, ndim, axis)
+    if place is not None and index[place][0] == "array":
+        return _least(graph.nodes[node.args[1 + index[place][1]]], run.seq)
+    window = window_of(index, ndim, axis, run.seq)
+    return 0 if window is None else window[0]
 
 
 def _least(node: Node, seq: int) -> int:

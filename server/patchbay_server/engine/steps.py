@@ -228,6 +228,9 @@ class Pass:
         drops: runs that nothing goes on from any more when it has ended.
         logits: the only positions at which logits are computed: row, first position and number of positions.
         columns: the only tokens whose logits are computed; None for all.
+        untouched: of a generating run's prompts: the positions at the beginning of every row that nothing looks at or
+            changes, so that an earlier request's may stand for them.
+        leaves: whether a later prompt may go on from what this one leaves: nothing changes it.
     """
 
     slots: tuple[Slot, ...]
@@ -246,6 +249,8 @@ class Pass:
     drops: tuple[int, ...] = ()
     logits: tuple[tuple[int, int, int], ...] | None = None
     columns: tuple[int, ...] | None = None
+    untouched: int = 0
+    leaves: bool = False
 
     @property
     def forwards(self) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -19,6 +19,7 @@ import torch
 from patchbay.ir.card import ModelCard
 from patchbay.ir.graph import Run
 from patchbay_server.models.continuation import Trunk
+from patchbay_server.models.row_cache import Known
 
 Tokens: TypeAlias = "tuple[tuple[int, ...], ...]"
 
@@ -76,6 +77,39 @@ class TrunkCache:
             mine.entries.move_to_end(tokens)
             return trunk
 
+    def longest(
+        self, account: str, tokens: Sequence[int], least: int, usable: Callable[[Trunk], bool] = lambda _: True
+    ) -> Known | None:
+        """What a request of `account` left that begins with most of `tokens`; None for fewer than `least` of them.
+
+        Args:
+            account: who asks.
+            tokens: how a prompt begins.
+            least: the fewest positions that are of use, 1 at least.
+            usable: whether a trunk holds what is needed.
+        """
+        wanted, best, found = tuple(tokens), least - 1, None
+        with self._lock:
+            mine = self._accounts.get(account)
+            if mine is None or len(wanted) < least:
+                return None
+            for rows, (trunk, _, _) in mine.entries.items():
+                for number, row in enumerate(rows):
+                    longer = best < min(len(row), len(wanted)) and row[: best + 1] == wanted[: best + 1]
+                    if longer and usable(trunk):
+                        best = _common(row, wanted)
+                        found = rows, Known(trunk, number, best)
+            if found is None:
+                return None
+            rows, known = found
+            mine.entries[rows] = (known.trunk, mine.entries[rows][1], self._clock())
+            mine.entries.move_to_end(rows)
+            return known
+
+    def fits(self, nbytes: int) -> bool:
+        """Whether something of that size may be kept at all."""
+        return nbytes <= min(self._max_bytes, self._account_bytes)
+
     def wants(self, account: str, tokens: Tokens, nbytes: int) -> bool:
         """Whether `account` has asked for `tokens` before, so that what a run over them leaves is worth making.
 
@@ -84,7 +118,7 @@ class TrunkCache:
             tokens: of the run.
             nbytes: what would be kept, about.
         """
-        if nbytes > min(self._max_bytes, self._account_bytes):
+        if not self.fits(nbytes):
             return False
         with self._lock:
             mine = self._accounts.setdefault(account, _Account())
@@ -99,7 +133,7 @@ class TrunkCache:
     def put(self, account: str, tokens: Tokens, trunk: Trunk) -> None:
         """Keep `trunk` if there is room for it; the account's own least recently used entries make way."""
         nbytes = trunk.nbytes
-        if nbytes > min(self._max_bytes, self._account_bytes):
+        if not self.fits(nbytes):
             return
         with self._lock:
             self._expire()
@@ -140,6 +174,11 @@ def trunk_bytes(card: ModelCard, run: Run) -> int:
     wide = card.dtype.itemsize
     position = (card.n_layers + 1) * card.d_model + 2 * card.n_layers * card.n_kv_heads * card.d_head
     return run.rows * run.seq * position * wide
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many first items are equal."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _compact(trunk: Trunk) -> Trunk:

@@ -111,7 +111,7 @@ def find_windows(
         logits: whether the model computes logits at some positions alone.
         uses: positions that the planner itself uses of a read.
     """
-    used = _used(graph, card, specs, uses)
+    used = used_positions(graph, card, specs, uses)
     reads: dict[int, Window] = {}
     of_logits: dict[int, Window | None] = {}
     for i, node in enumerate(graph.nodes):
@@ -149,8 +149,8 @@ def _written(node: Node, ndim: int, axis: int, run: Run) -> Window | None:
     return window_of(index, ndim, axis, run.seq)
 
 
-def _used(
-    graph: Graph, card: ModelCard, specs: Sequence[ValueSpec], uses: Mapping[int, Window]
+def used_positions(
+    graph: Graph, card: ModelCard, specs: Sequence[ValueSpec], uses: Mapping[int, Window] = _NONE
 ) -> dict[int, Window | None]:
     """For every read, the positions that its uses take together; None when not known to be fewer than all."""
     found: dict[int, Window | None] = {}

@@ -187,26 +187,38 @@ def keeping(
         finished: called with a layer's number once what it leaves has been taken.
     """
     cache = Cache(layer_class_to_replicate=_Kept)
-    handles: list[Handle] = []
 
-    def take_keys(layer: int) -> None:
+    def take(layer: int, stream: torch.Tensor) -> None:
+        trunk.streams[layer] = stream
+        if layer < 0:
+            return
         for number, kept in enumerate(cache.layers):
             if isinstance(kept, _Kept) and kept.keys is not None and kept.values is not None:
                 trunk.keys[number], trunk.values[number] = kept.keys, kept.values
         if finished is not None:
             finished(layer)
 
+    with watched_streams(model, layers, take):
+        yield {"past_key_values": cache, "use_cache": True}
+
+
+@contextmanager
+def watched_streams(
+    model: torch.nn.Module, layers: Sequence[str], take: Callable[[int, torch.Tensor], None]
+) -> Iterator[None]:
+    """While the body runs, `take` is given the residual stream before the first layer (as -1) and after each."""
+    handles: list[Handle] = []
+
     def before(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         del module
-        trunk.streams[-1] = next(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor))
+        take(-1, next(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)))
 
     def after(number: int) -> Callable[[torch.nn.Module, Any, Any], None]:
         def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
             del module, args
             stream = first_tensor(output)
             assert stream is not None
-            trunk.streams[number] = stream
-            take_keys(number)
+            take(number, stream)
 
         return hook
 
@@ -214,10 +226,29 @@ def keeping(
         handles.append(model.get_submodule(layers[0]).register_forward_pre_hook(before, with_kwargs=True))
         for number, path in enumerate(layers):
             handles.append(model.get_submodule(path).register_forward_hook(after(number)))
-        yield {"past_key_values": cache, "use_cache": True}
+        yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def places(model: torch.nn.Module, rows: int, first: int, stop: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """What a forward that computes some positions must be told of them, as far as the model takes it.
+
+    Args:
+        model: the model.
+        rows: how many rows there are.
+        first, stop: the first position, and the one after the last.
+        device: where to put it.
+    """
+    arguments = inspect.signature(model.forward).parameters
+    at = torch.arange(first, stop, device=device)
+    told = {}
+    if "position_ids" in arguments:
+        told["position_ids"] = at.unsqueeze(0).expand(rows, -1)
+    if "cache_position" in arguments:
+        told["cache_position"] = at
+    return told
 
 
 @contextmanager
@@ -251,13 +282,8 @@ def continuing(
     cache = Cache(
         layers=[_Earlier(trunk, n, first, picked, one_row, how.beside) for n in range(max(numbers, len(how.layers)))]
     )
-    arguments = inspect.signature(model.forward).parameters
     inputs: dict[str, Any] = {"input_ids": tokens[lead, first:], "past_key_values": cache, "use_cache": True}
-    at = torch.arange(first, tokens.shape[1], device=device)
-    if "position_ids" in arguments:
-        inputs["position_ids"] = at.unsqueeze(0).expand(lead.shape[0], -1)
-    if "cache_position" in arguments:
-        inputs["cache_position"] = at
+    inputs |= places(model, lead.shape[0], first, tokens.shape[1], device)
     joining: dict[int, torch.Tensor] = {}
     for layer in sorted(set(after)):
         joining[layer] = picked[[i for i, a in enumerate(after) if a == layer]]

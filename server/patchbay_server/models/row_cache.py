@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
+from patchbay_server.models.continuation import Trunk
+
 #: Columns that are made at least when the buffers grow.
 _COLUMNS = 64
 #: Rows that nobody owns are tolerated up to this share before the others are moved together.
@@ -45,33 +47,70 @@ class Seat:
         return self.start + len(self.lengths)
 
 
+@dataclass(frozen=True, eq=False)
+class Known:
+    """How every row of a forward begins, as an earlier one computed it.
+
+    Attributes:
+        trunk: what that forward left.
+        row: its row.
+        length: positions that are the same.
+    """
+
+    trunk: Trunk
+    row: int
+    length: int
+
+    def before(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of all positions, from those of the later ones, ``[rows, kv_head, later, d_head]``."""
+
+        def whole(earlier: torch.Tensor, later: torch.Tensor) -> torch.Tensor:
+            part = earlier[self.row : self.row + 1, :, : self.length]
+            return torch.cat([part.expand(later.shape[0], -1, -1, -1), later], dim=2)
+
+        return whole(self.trunk.keys[layer], keys), whole(self.trunk.values[layer], values)
+
+
 class PromptCache(Cache):  # type: ignore[misc]
     """Given to a forward over prompts, it leaves keys and values of some of its rows in their seats.
 
     Args:
         takers: pairs of the first row in the forward, the cache, and the seat there that the rows go to.
+        known: how all rows begin, where the forward computes only what comes after that.
+        leaving: rows of which keys and values are kept for later prompts: the row, its length, and where to.
     """
 
-    def __init__(self, takers: Sequence[tuple[int, RowCache, Seat]]) -> None:
+    def __init__(
+        self,
+        takers: Sequence[tuple[int, RowCache, Seat]],
+        known: Known | None = None,
+        leaving: Sequence[tuple[int, int, Trunk]] = (),
+    ) -> None:
         super().__init__(layers=[])
-        self._takers = takers
+        self._takers, self._known, self._leaving = takers, known, leaving
+        self._length = 0 if known is None else known.length
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keep the rows' parts; the forward goes on with what it has."""
+        """Keep the rows' parts; the forward goes on with all that there is."""
         del args, kwargs
+        if self._known is not None:
+            key_states, value_states = self._known.before(layer_idx, key_states, value_states)
+        for row, length, trunk in self._leaving:
+            trunk.keys[layer_idx] = key_states[row : row + 1, :, :length].clone()
+            trunk.values[layer_idx] = value_states[row : row + 1, :, :length].clone()
         for first, cache, seat in self._takers:
             cache.keep(layer_idx, seat, key_states[first : first + seat.rows], value_states[first : first + seat.rows])
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Nothing came before."""
-        return 0
+        """Positions that are not computed."""
+        return self._length
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """As many keys as queries."""
-        return query_length, 0
+        """All keys, the first of them at 0."""
+        return self._length + query_length, 0
 
 
 class RowCache(Cache):  # type: ignore[misc]
