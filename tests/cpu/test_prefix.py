@@ -340,6 +340,15 @@ def test_the_unembedding_by_its_own_name_computes_everything() -> None:
     same(found, run(engine_of("llama"), graph, deterministic=True)[0])
 
 
+def test_a_run_that_nothing_reads_is_not_run() -> None:
+    """Without the removal of dead code, a run of writes alone goes on from nothing and leaves the others be."""
+    nodes = (read("embed"), scalar(-2.0), write(1, "embed", 1), read("blocks.1.mlp_out", 2))
+    graph = Graph((Run((IDS,)),) * 3, nodes, (Output("first", 0), Output("third", 3)))
+    found, usage = run(engine_of("gpt2"), graph, disabled=("dead_code", "merge_runs"))
+    same(found, run(engine_of("gpt2"), graph, deterministic=True)[0])
+    assert usage.tokens <= 2 * SEQ
+
+
 # --- kept for later requests --------------------------------------------------------------------------------------
 
 

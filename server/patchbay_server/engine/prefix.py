@@ -197,7 +197,10 @@ class Planner:
         r = self.graph.runs[run]
         if r.generation is not None or r.inputs or not r.seq or not all(r.lengths):
             return False
-        sites = (self.graph.nodes[i].attrs.get("site") for i in self.accesses[run])
+        nodes = [self.graph.nodes[i] for i in self.accesses[run]]
+        if not any(node.op == "site.read" for node in nodes):
+            return False  # nothing asks for its forward
+        sites = (node.attrs.get("site") for node in nodes)
         return all(site in self.how.reaches for site in sites)
 
     def _is_written(self, run: int) -> bool:
