@@ -47,7 +47,9 @@ def test_values_reach_the_file_unchanged(tmp_path: Path) -> None:
     }
     loaded = config_of(charts.render(values={"config": block}, tmp=tmp_path), tmp_path).dump()
     keys = {"file": "/etc/patchbay/keys/keys.json", "write_local": False}
-    assert loaded == Config.parse({**block, "port": 9000, "keys": keys}).dump()
+    artifacts = {"path": "/var/lib/patchbay/artifacts", "total_bytes": loaded["artifacts"]["total_bytes"]}
+    assert loaded == Config.parse({**block, "port": 9000, "keys": keys, "artifacts": artifacts}).dump()
+    assert 0 < artifacts["total_bytes"] < 2**50
     assert loaded["limits"]["max_flops"] == 10**18
 
 
@@ -57,8 +59,10 @@ def test_single_machine_file_is_a_config_block(tmp_path: Path) -> None:
     block = yaml.safe_load(path.read_text(encoding="utf-8"))
     release = charts.render(values={"config": block}, tmp=tmp_path)
     alone, mounted = Config.load(path, env={}).dump(), config_of(release, tmp_path).dump()
-    # Where keys lie is all that differs.
+    # Where keys and artifacts lie, and how much room there is for those, is all that differs.
     assert alone.pop("keys") != mounted.pop("keys")
+    for name in ("path", "total_bytes"):
+        assert alone["artifacts"].pop(name) != mounted["artifacts"].pop(name)
     assert alone == mounted
 
 
