@@ -37,6 +37,7 @@ from patchbay.ir.events import (
     ExecuteOptions,
     ModelSummary,
     Queued,
+    Started,
     TensorValue,
     TokenizedRow,
     Usage,
@@ -68,6 +69,8 @@ log = logging.getLogger("patchbay.serving")
 INLINE_NODES = 1_000
 #: Texts of at most so many characters are tokenized on the event loop itself.
 INLINE_CHARACTERS = 4_096
+#: How long a request's first small events wait for others, and how large a value may be that waits.
+GATHER_S, GATHER_BYTES = 0.03, 65_536
 #: How long after a device failure the process still answers, so that clients learn why.
 EXIT_GRACE_S = 0.5
 #: Exit status of a replica whose device failed (EX_SOFTWARE): the supervisor starts another.
@@ -81,10 +84,16 @@ STUCK_AFTER_S = 60.0
 
 
 class _Channel:
-    """Events from the engine thread to one coroutine; unbounded, since `max_result_bytes` bounds what it emits."""
+    """Events from the engine thread to one coroutine; unbounded, since `max_result_bytes` bounds what it emits.
+
+    A request that is over in a moment crosses back once: what is small waits for its end, but never for longer than
+    `GATHER_S` after the request came. Waking the loop for each event costs a quick request more than its events do.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
+        self._gathering = True
+        self._nudge = loop.call_later(GATHER_S, self._gathered)
         self._items: deque[Event | BaseException] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._wake_pending = False
@@ -92,7 +101,8 @@ class _Channel:
     def put(self, item: Event | BaseException) -> None:
         """Hand over an event, or the exception that ends the request; from any thread."""
         self._items.append(item)
-        if not self._wake_pending:
+        small = isinstance(item, Started) or (isinstance(item, TensorValue) and item.value.nbytes <= GATHER_BYTES)
+        if not (self._wake_pending or (small and self._gathering)):
             self._wake_pending = True
             # A closed loop means that the client is gone with it.
             with contextlib.suppress(RuntimeError):
@@ -102,6 +112,14 @@ class _Channel:
         self._wake_pending = False
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+    def _gathered(self) -> None:
+        self._gathering = False
+        self._wake()
+
+    def close(self) -> None:
+        """Nobody will ask for events any more."""
+        self._nudge.cancel()
 
     async def get(self) -> Event:
         """The next event; raises the exception that was put."""
@@ -236,9 +254,9 @@ class LocalBackend:
         """Run a graph; closing the iterator cancels. See `patchbay_server.serving.backend.Backend.execute`."""
         self.check()
         loop = asyncio.get_running_loop()
-        channel = _Channel(loop)
         ticket = Ticket(account)
         self._scheduler.enter(ticket)
+        channel = _Channel(loop)
         job: Job | None = None
         deadline: asyncio.TimerHandle | None = None
         try:
@@ -270,6 +288,7 @@ class LocalBackend:
                 if isinstance(event, Done):
                     return
         finally:
+            channel.close()
             if deadline is not None:
                 deadline.cancel()
             if job is not None:
