@@ -18,14 +18,12 @@ from patchbay_server.engine.loops import ONE_BY_ONE
 from tests.cpu.test_kernels import _TOLERANCE, assert_close, to_torch, to_wide
 from tests.op_examples import op_examples
 
-WITH_TENSORS = [spec for spec in PURE if spec.params]
+SIDE_BY_SIDE = [spec for spec in PURE if spec.params and spec.name not in ONE_BY_ONE]
 
 
-@pytest.mark.parametrize("spec", WITH_TENSORS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", SIDE_BY_SIDE, ids=lambda spec: spec.name)
 def test_an_operation_side_by_side(spec: OpSpec) -> None:
     """Where torch runs an operation over slices at once, every slice is what the operation gives by itself."""
-    if spec.name in ONE_BY_ONE:
-        pytest.skip("never run side by side")
 
     @given(op_examples(spec), st.integers(0, 7))
     @settings(max_examples=10, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
