@@ -38,12 +38,14 @@ def draw(measured: Sequence[Measured], path: Path) -> None:
             ax.plot([reach], [y], marker="o", color=colour, markersize=6)
             said = f"{with_unit(finding.reached.median, finding.unit)}, {target(finding)}"
             ax.annotate(
-                said, (reach, y), xytext=(7, 0), textcoords="offset points", va="center", fontsize=8, color=_INK
+                said, (max(reach, 1), y), xytext=(7, 0), textcoords="offset points", va="center", fontsize=8, color=_INK
             )
         ax.axvline(1, color=_INK, linewidth=1)
         ax.set_xscale("log")
-        ax.set_xlim(1 / _EDGE, _EDGE * 12)
-        ticks = [1 / 30, 1 / 10, 1 / 3, 1, 3, 10, 30]
+        worst = min((score(finding) for _, finding in targeted), default=1.0)
+        ax.set_xlim(max(min(worst / 1.5, 0.5), 1 / _EDGE), _EDGE * 12)
+        left = ax.get_xlim()[0]
+        ticks = [t for t in (1 / 30, 1 / 10, 1 / 3, 1, 3, 10, 30) if t >= left]
         ax.set_xticks(ticks, labels=[number(t) if t >= 1 else f"1/{round(1 / t)}" for t in ticks])
         ax.set_xticks([], minor=True)
         ax.set_yticks(range(len(targeted)), labels=[f.what for _, f in targeted], fontsize=8)
