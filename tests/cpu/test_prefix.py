@@ -379,6 +379,16 @@ def test_a_prompt_seen_before_is_not_computed_again() -> None:
     assert run(engine, one_patch(), "ada", disabled=("prefix_cache",))[1].tokens == SEQ
 
 
+def test_a_shallow_read_leaves_no_base_for_others() -> None:
+    """Reading the first layer again and again runs that layer; a base of the whole depth would cost three times it."""
+    engine = Engine(engine_of("llama").hosted, layer_cost=2, trunks=TrunkCache(2**24))
+    shallow = Graph((Run((IDS,)),), (read("blocks.0.resid_post"), get(0, 1, -1)), (Output("out", 1),))
+    for _ in range(4):
+        found, usage = run(engine, shallow, "ada")
+        assert (usage.layers_run, usage.tokens) == (1, SEQ)
+        same(found, run(engine, shallow, deterministic=True)[0])
+
+
 def test_nothing_of_one_account_is_seen_by_another() -> None:
     """Another account's request, or nobody's, runs as if it were the first; so does one that runs alone."""
     engine = Engine(engine_of("llama").hosted, layer_cost=2, trunks=TrunkCache(2**24))

@@ -174,7 +174,12 @@ class Planner:
             if trunk is not None and not _suffices(trunk, starts.values(), through):
                 trunk, going = None, [r for r in members if r not in plain[:1]]
                 starts = {r: s for r, s in starts.items() if r in going}
-            won = self._won(members, starts, trunk is not None, AFFORDABLE if wanted else self.worthwhile)
+            won = self._won(members, starts, False, AFFORDABLE, len(self.how.layers)) if wanted else None
+            if won is None:
+                wanted = False
+                if len(members) < 2 and trunk is None:
+                    continue
+                won = self._won(members, starts, trunk is not None, self.worthwhile)
             nbytes = 0 if trunk is not None else trunk_bytes(self.card, some)
             if won is None or nbytes > room:
                 continue
@@ -224,16 +229,27 @@ class Planner:
 
     # --- whether it pays
 
-    def _won(self, members: Sequence[int], starts: Mapping[int, GoesOn], kept: bool, limit: float) -> int | None:
-        """Token positions times layers that sharing saves; None where it costs more than `limit` of whole forwards."""
+    def _won(
+        self, members: Sequence[int], starts: Mapping[int, GoesOn], kept: bool, limit: float, leaves: int = 0
+    ) -> int | None:
+        """Token positions times layers that sharing saves; None where it costs more than `limit` of separate forwards.
+
+        Args:
+            members: runs over the same tokens.
+            starts: where those of them that go on from the base do.
+            kept: whether the base is there already.
+            limit: in units of what the runs cost apart, each as deep as it is read.
+            leaves: layers of the base that are to be kept for later requests, however early its own reads end.
+        """
         runs = self.graph.runs
         some = runs[members[0]]
         deepest = 1 + max((self._through(r) for r in members), default=-1)
         rows = sum(runs[r].rows for r in members)
         passes = -(-rows * some.seq // max(self.budget, 1))
         whole = rows * some.seq * deepest
-        shared = 0 if kept else some.rows * some.seq * deepest
-        overhead = 0 if kept else deepest * self.layer_cost
+        base = 0 if kept else max(deepest, leaves)
+        shared = some.rows * some.seq * base
+        overhead = base * self.layer_cost
         for bucket in bucketed(
             [(r, starts[r], runs[r]) for r in starts], self.layer_cost, self.how.growing, self.budget
         ):
