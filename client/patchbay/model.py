@@ -32,20 +32,12 @@ if TYPE_CHECKING:
     from patchbay.datasets.template import BatchRun
     from patchbay.ir.graph import Graph
     from patchbay.portal import Portal
+    from patchbay.tracing.async_trace import AsyncGenerateTrace, AsyncRunTrace, AsyncTrace
     from patchbay.tracing.params import ModelParams
     from patchbay.tracing.proxy import Proxy
     from patchbay.tracing.runs import Run
-    from patchbay.tracing.trace import (
-        AsyncGenerateTrace,
-        AsyncRunTrace,
-        AsyncTrace,
-        GenerateTrace,
-        Input,
-        ProgressCallback,
-        RunTrace,
-        StreamCallback,
-        Trace,
-    )
+    from patchbay.tracing.sync_trace import GenerateTrace, RunTrace, Trace
+    from patchbay.tracing.trace import Input, ProgressCallback, StreamCallback
 
 T = TypeVar("T")
 #: A function of a `Run`, applied to every run of an edited model.
@@ -299,7 +291,7 @@ class Model(BaseModel):
             timeout_s: seconds the execution may take; the client's own by default.
             progress: called with every event of the execution, in this thread.
         """
-        from patchbay.tracing import trace as tracing
+        from patchbay.tracing import sync_trace as tracing
 
         options = ExecuteOptions(deterministic=deterministic, disabled=tuple(disabled))
         if inputs is not None and prepend_bos is not None:
@@ -344,7 +336,7 @@ class Model(BaseModel):
             A context manager that gives a `patchbay.tracing.generation.GeneratingRun`; ``run.text`` and ``run.output``
             hold what was generated, below the block.
         """
-        from patchbay.tracing import trace as tracing
+        from patchbay.tracing import sync_trace as tracing
 
         how = {
             "max_new_tokens": max_new_tokens,
@@ -473,7 +465,7 @@ class AsyncModel(BaseModel):
         progress: ProgressCallback | None = None,
     ) -> AsyncTrace | AsyncRunTrace:
         """A trace for ``async with``; see `Model.trace`. `progress` is called in the event loop."""
-        from patchbay.tracing import trace as tracing
+        from patchbay.tracing import async_trace as tracing
 
         options = ExecuteOptions(deterministic=deterministic, disabled=tuple(disabled))
         if inputs is not None and prepend_bos is not None:
@@ -500,7 +492,7 @@ class AsyncModel(BaseModel):
         progress: ProgressCallback | None = None,
     ) -> AsyncGenerateTrace:
         """Generates tokens; see `Model.generate`."""
-        from patchbay.tracing import trace as tracing
+        from patchbay.tracing import async_trace as tracing
 
         how = {
             "max_new_tokens": max_new_tokens,

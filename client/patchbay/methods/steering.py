@@ -14,7 +14,7 @@ from patchbay.tracing import Run
 
 if TYPE_CHECKING:
     from patchbay.model import Model
-    from patchbay.tracing.trace import Trace
+    from patchbay.tracing.sync_trace import Trace
 
 
 def difference_in_means(positive: Any, negative: Any) -> Any:

@@ -21,12 +21,13 @@ from __future__ import annotations
 
 from patchbay.tracing import functions  # gives proxies their methods
 from patchbay.tracing.artifacts import Artifact
+from patchbay.tracing.async_trace import AsyncTrace
 from patchbay.tracing.control import cond, scan, vmap, where
 from patchbay.tracing.fragments import Function, function
 from patchbay.tracing.gradients import grad
 from patchbay.tracing.proxy import Proxy
 from patchbay.tracing.runs import Run
-from patchbay.tracing.trace import AsyncTrace, Trace
+from patchbay.tracing.sync_trace import Trace
 
 __all__ = [
     "Artifact",

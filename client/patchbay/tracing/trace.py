@@ -1,17 +1,16 @@
 """The `with` block: collects what the user's program does, then verifies it, sends it and hands the results out.
 
-`BaseTrace` holds all of it that needs no waiting; the synchronous and asynchronous traces add the two places that do:
-tokenizing an input and executing the graph.
+`BaseTrace` holds all of it that needs no waiting; `sync_trace` and `async_trace` add the two places that do: tokenizing
+an input and executing the graph.
 """
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from patchbay.errors import GraphError, ProtocolError, TraceError, ValueNotReadyError
-from patchbay.inputs import Text, WithBos
 from patchbay.ir.events import Event, ExecuteOptions, Usage
 from patchbay.ir.graph import Output
 from patchbay.ir.graph import Run as GraphRun
@@ -25,12 +24,6 @@ from patchbay.tracing.artifacts import Artifact
 from patchbay.tracing.builder import GraphBuilder, TracedGraph
 from patchbay.tracing.generation import (
     GeneratingRun,
-    How,
-    generated_ids,
-    generation_of,
-    streaming,
-    take_generated,
-    texts_of,
 )
 from patchbay.tracing.namespaces import Callable as ModelCallable
 from patchbay.tracing.params import TraceParams
@@ -39,12 +32,11 @@ from patchbay.tracing.runs import Run
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from typing_extensions import Unpack
 
     from patchbay.artifacts import StoredArtifacts
     from patchbay.core import ModelCore, Outcome, RunInputs
     from patchbay.ir.graph import Generation
-    from patchbay.model import AsyncModel, Edit, Model
+    from patchbay.model import Edit
     from patchbay.tracing.namespaces import SiteTree
 
 
@@ -415,238 +407,3 @@ class BaseTrace(abc.ABC):
         saved = ", ".join(self._trees) or "nothing"
         size = f"{len(self.runs)} runs, {len(self.builder.nodes)} nodes"
         return f"<trace of {self.builder.card.name!r}, {shown}: {size}; saves {saved}>"
-
-
-class SyncTrace(BaseTrace):
-    """A trace whose waiting blocks."""
-
-    def __init__(self, model: Model, **kwargs: Any) -> None:
-        super().__init__(model.core, **kwargs)
-        self._edits = model.edits
-        self._model = model
-
-    def run(self, inputs: Input, *, label: str | None = None, prepend_bos: bool | None = None) -> Run:
-        """Adds a forward over `inputs`.
-
-        Args:
-            inputs: a text, a list of texts (rows), a conversation (a list of dicts with ``role`` and ``content``, made
-                into a text by the model's chat template) or a list of them, token ids, a list of lists of ids, an
-                integer array, or `Tokens`; or, for models with other inputs (`model.card.inputs`), a dict of arrays by
-                name, token ids or text under ``"text"``: ``{"pixel_values": image}``.
-            label: what to call it in errors and printed graphs; the text by default.
-            prepend_bos: whether texts begin with the beginning-of-sequence token; None leaves it to the tokenizer.
-
-        Raises:
-            TraceError: not an input; ids outside the vocabulary; too long.
-            InvalidRequestError: the model has no chat template, or no such token.
-        """
-        self._check_open()
-        inputs = inputs if prepend_bos is None else WithBos(inputs, prepend_bos)
-        given = self._core.known_inputs_of(inputs) or self._model.wait(self._core.inputs_of(inputs))
-        return self._add_run(given, label)
-
-    def generate(
-        self, inputs: Input, *, max_new_tokens: int, label: str | None = None, **how: Unpack[How]
-    ) -> GeneratingRun:
-        """Adds a run that generates tokens after `inputs`; the arguments are those of `Model.generate`."""
-        self._check_open()
-        given = self._core.known_inputs_of(inputs) or self._model.wait(self._core.inputs_of(inputs))
-        generation = self._model.wait(generation_of(self._core, max_new_tokens, how))
-        run = self._add_run(given, label, generation)
-        assert isinstance(run, GeneratingRun)
-        return run
-
-    def tokens_of(self, text: str) -> Tokens:
-        wanted = Text(text, special=False)
-        known = self._core.known_tokens(wanted)
-        return self._model.wait(self._core.tokenize([wanted]))[0] if known is None else known
-
-    def execute(self) -> None:
-        """Verifies and runs the graph; leaving the ``with`` block does this.
-
-        Raises:
-            GraphError: the graph breaks a rule: raised before anything is sent, or by the server.
-            ServiceError: the server, or the way to it, failed.
-        """
-        graph = self._prepare()
-        if graph is None:
-            return
-        try:
-            outcome = self._model.wait_with_events(
-                lambda emit: self._core.execute(graph, self._options, self._timeout_s, emit), self._progress
-            )
-            self._finish(graph, outcome)
-            if ids := generated_ids(self):
-                take_generated(self, self._model.wait(texts_of(self._core, ids)))
-        except GraphError as error:
-            self._fail(error)
-            raise self._located(error, graph) from None
-        except BaseException as error:
-            self._fail(error)
-            raise
-
-    def estimate(self, *, remote: bool = False) -> Price:
-        """The graph's price without running it.
-
-        Args:
-            remote: ask the server, which knows what its optimisations save, instead of working it out here.
-
-        Raises:
-            GraphError: the graph is not valid.
-        """
-        if not remote:
-            return self._local_estimate()
-        graph = self.graph
-        self._verified(graph)
-        return self._model.wait(self._core.price(graph, self._timeout_s))
-
-    def _leave(self, failed: bool) -> None:
-        if failed:
-            self._abandon()
-        elif self._state == "open":
-            self.execute()
-
-
-class Trace(SyncTrace):
-    """Many runs: ``with model.trace() as t: a = t.run(...)``."""
-
-    def __enter__(self) -> Trace:
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self._leave(failed=kind is not None)
-
-
-class RunTrace(SyncTrace):
-    """One run: ``with model.trace(text) as run``."""
-
-    def __enter__(self) -> Run:
-        return self.runs[0] if self.runs else self.run(self._first)
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self._leave(failed=kind is not None)
-
-
-class GenerateTrace(SyncTrace):
-    """One generating run: ``with model.generate(text, max_new_tokens=20) as run``.
-
-    Args:
-        how: arguments of `SyncTrace.generate` beside the input.
-        stream: called with each step and its tokens as they appear.
-    """
-
-    def __init__(self, model: Model, *, how: Mapping[str, Any], stream: StreamCallback | None, **kwargs: Any) -> None:
-        super().__init__(model, **kwargs)
-        self._how, self._stream = how, stream
-
-    def __enter__(self) -> GeneratingRun:
-        run = self.generate(self._first, **self._how)
-        if self._stream is not None:
-            self._progress = streaming(run, self._stream, self._progress)
-        return run
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self._leave(failed=kind is not None)
-
-
-class AsyncBase(BaseTrace):
-    """A trace whose waiting is awaited."""
-
-    def __init__(self, model: AsyncModel, **kwargs: Any) -> None:
-        super().__init__(model.core, **kwargs)
-        self._edits = model.edits
-
-    async def run(self, inputs: Input, *, label: str | None = None, prepend_bos: bool | None = None) -> Run:
-        """Adds a forward over `inputs`; see `SyncTrace.run`."""
-        self._check_open()
-        inputs = inputs if prepend_bos is None else WithBos(inputs, prepend_bos)
-        return self._add_run(await self._core.inputs_of(inputs), label)
-
-    async def generate(
-        self, inputs: Input, *, max_new_tokens: int, label: str | None = None, **how: Unpack[How]
-    ) -> GeneratingRun:
-        """Adds a run that generates tokens after `inputs`; the arguments are those of `Model.generate`."""
-        self._check_open()
-        given = await self._core.inputs_of(inputs)
-        run = self._add_run(given, label, await generation_of(self._core, max_new_tokens, how))
-        assert isinstance(run, GeneratingRun)
-        return run
-
-    def tokens_of(self, text: str) -> Tokens:
-        known = self._core.known_tokens(Text(text, special=False))
-        if known is None:
-            raise TraceError(
-                f"the tokens of {text!r} are not known yet: await model.tokenize({text!r}, add_special_tokens=False) "
-                "before, or give token ids"
-            )
-        return known
-
-    async def execute(self) -> None:
-        """Verifies and runs the graph; see `SyncTrace.execute`."""
-        graph = self._prepare()
-        if graph is None:
-            return
-        try:
-            outcome = await self._core.execute(graph, self._options, self._timeout_s, self._progress)
-            self._finish(graph, outcome)
-            if ids := generated_ids(self):
-                take_generated(self, await texts_of(self._core, ids))
-        except GraphError as error:
-            self._fail(error)
-            raise self._located(error, graph) from None
-        except BaseException as error:
-            self._fail(error)
-            raise
-
-    async def estimate(self, *, remote: bool = False) -> Price:
-        """The graph's price without running it; see `SyncTrace.estimate`."""
-        if not remote:
-            return self._local_estimate()
-        graph = self.graph
-        self._verified(graph)
-        return await self._core.price(graph, self._timeout_s)
-
-    async def _leave(self, failed: bool) -> None:
-        if failed:
-            self._abandon()
-        elif self._state == "open":
-            await self.execute()
-
-
-class AsyncTrace(AsyncBase):
-    """Many runs: ``async with model.trace() as t: a = await t.run(...)``."""
-
-    async def __aenter__(self) -> AsyncTrace:
-        return self
-
-    async def __aexit__(self, kind: object, error: object, trace: object) -> None:
-        await self._leave(failed=kind is not None)
-
-
-class AsyncRunTrace(AsyncBase):
-    """One run: ``async with model.trace(text) as run``."""
-
-    async def __aenter__(self) -> Run:
-        return self.runs[0] if self.runs else await self.run(self._first)
-
-    async def __aexit__(self, kind: object, error: object, trace: object) -> None:
-        await self._leave(failed=kind is not None)
-
-
-class AsyncGenerateTrace(AsyncBase):
-    """One generating run: ``async with model.generate(text, max_new_tokens=20) as run``; see `GenerateTrace`."""
-
-    def __init__(
-        self, model: AsyncModel, *, how: Mapping[str, Any], stream: StreamCallback | None, **kwargs: Any
-    ) -> None:
-        super().__init__(model, **kwargs)
-        self._how, self._stream = how, stream
-
-    async def __aenter__(self) -> GeneratingRun:
-        run = await self.generate(self._first, **self._how)
-        if self._stream is not None:
-            self._progress = streaming(run, self._stream, self._progress)
-        return run
-
-    async def __aexit__(self, kind: object, error: object, trace: object) -> None:
-        await self._leave(failed=kind is not None)

@@ -1,0 +1,130 @@
+"""Traces whose waiting is awaited: the `async with` blocks of `AsyncModel`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from patchbay.errors import GraphError, TraceError
+from patchbay.inputs import Text, WithBos
+from patchbay.results import Price
+from patchbay.tokens import Tokens
+from patchbay.tracing.generation import (
+    GeneratingRun,
+    How,
+    generated_ids,
+    generation_of,
+    streaming,
+    take_generated,
+    texts_of,
+)
+from patchbay.tracing.runs import Run
+from patchbay.tracing.trace import BaseTrace, Input, StreamCallback
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from patchbay.model import AsyncModel
+
+
+class AsyncBase(BaseTrace):
+    """A trace whose waiting is awaited."""
+
+    def __init__(self, model: AsyncModel, **kwargs: Any) -> None:
+        super().__init__(model.core, **kwargs)
+        self._edits = model.edits
+
+    async def run(self, inputs: Input, *, label: str | None = None, prepend_bos: bool | None = None) -> Run:
+        """Adds a forward over `inputs`; see `SyncTrace.run`."""
+        self._check_open()
+        inputs = inputs if prepend_bos is None else WithBos(inputs, prepend_bos)
+        return self._add_run(await self._core.inputs_of(inputs), label)
+
+    async def generate(
+        self, inputs: Input, *, max_new_tokens: int, label: str | None = None, **how: Unpack[How]
+    ) -> GeneratingRun:
+        """Adds a run that generates tokens after `inputs`; the arguments are those of `Model.generate`."""
+        self._check_open()
+        given = await self._core.inputs_of(inputs)
+        run = self._add_run(given, label, await generation_of(self._core, max_new_tokens, how))
+        assert isinstance(run, GeneratingRun)
+        return run
+
+    def tokens_of(self, text: str) -> Tokens:
+        known = self._core.known_tokens(Text(text, special=False))
+        if known is None:
+            raise TraceError(
+                f"the tokens of {text!r} are not known yet: await model.tokenize({text!r}, add_special_tokens=False) "
+                "before, or give token ids"
+            )
+        return known
+
+    async def execute(self) -> None:
+        """Verifies and runs the graph; see `SyncTrace.execute`."""
+        graph = self._prepare()
+        if graph is None:
+            return
+        try:
+            outcome = await self._core.execute(graph, self._options, self._timeout_s, self._progress)
+            self._finish(graph, outcome)
+            if ids := generated_ids(self):
+                take_generated(self, await texts_of(self._core, ids))
+        except GraphError as error:
+            self._fail(error)
+            raise self._located(error, graph) from None
+        except BaseException as error:
+            self._fail(error)
+            raise
+
+    async def estimate(self, *, remote: bool = False) -> Price:
+        """The graph's price without running it; see `SyncTrace.estimate`."""
+        if not remote:
+            return self._local_estimate()
+        graph = self.graph
+        self._verified(graph)
+        return await self._core.price(graph, self._timeout_s)
+
+    async def _leave(self, failed: bool) -> None:
+        if failed:
+            self._abandon()
+        elif self._state == "open":
+            await self.execute()
+
+
+class AsyncTrace(AsyncBase):
+    """Many runs: ``async with model.trace() as t: a = await t.run(...)``."""
+
+    async def __aenter__(self) -> AsyncTrace:
+        return self
+
+    async def __aexit__(self, kind: object, error: object, trace: object) -> None:
+        await self._leave(failed=kind is not None)
+
+
+class AsyncRunTrace(AsyncBase):
+    """One run: ``async with model.trace(text) as run``."""
+
+    async def __aenter__(self) -> Run:
+        return self.runs[0] if self.runs else await self.run(self._first)
+
+    async def __aexit__(self, kind: object, error: object, trace: object) -> None:
+        await self._leave(failed=kind is not None)
+
+
+class AsyncGenerateTrace(AsyncBase):
+    """One generating run: ``async with model.generate(text, max_new_tokens=20) as run``; see `GenerateTrace`."""
+
+    def __init__(
+        self, model: AsyncModel, *, how: Mapping[str, Any], stream: StreamCallback | None, **kwargs: Any
+    ) -> None:
+        super().__init__(model, **kwargs)
+        self._how, self._stream = how, stream
+
+    async def __aenter__(self) -> GeneratingRun:
+        run = await self.generate(self._first, **self._how)
+        if self._stream is not None:
+            self._progress = streaming(run, self._stream, self._progress)
+        return run
+
+    async def __aexit__(self, kind: object, error: object, trace: object) -> None:
+        await self._leave(failed=kind is not None)
