@@ -1,0 +1,181 @@
+"""Runs that generate side by side against each alone: tokens, failures, where keys and values lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from patchbay.errors import GraphError, RequestCancelledError
+from patchbay.ir.graph import Graph, Node
+from patchbay_server.engine import Engine
+from patchbay_server.models.row_cache import PromptCache, RowCache
+from tests.cpu.side_by_side import (
+    FAMILIES,
+    IDS,
+    Request,
+    alone,
+    engine_of,
+    read,
+    same,
+    steered,
+    together,
+)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "mistral", "mixtral"])
+def test_runs_that_generate_side_by_side_give_what_each_gives_alone(family: str) -> None:
+    """Prompts of all lengths that join late and leave early: tokens equal, values to rounding, windows included."""
+    engine = engine_of(family)
+    assert engine.hosted.decodes_together
+    many = [steered(ids, i, steps=4 + i) for i, ids in enumerate(IDS)]
+    if family == "mistral":  # beyond its window a pattern has fewer keys than positions when it runs alone
+        many = [Graph(g.runs, g.nodes, tuple(o for o in g.outputs if o.name != "pattern")) for g in many]
+    requests = [Request(engine, graph) for graph in many]
+    forwards = together(engine, requests, late=2)
+    usages = [r.usage for r in requests]
+    assert forwards < sum(usage.passes for usage in usages) - 10
+    assert sum(u.saved.get("continuous_batching", 0) + u.saved.get("cobatch", 0) for u in usages) == (
+        sum(u.passes for u in usages) - forwards
+    )
+    for graph, request in zip(many, requests, strict=True):
+        off, usage = alone(engine, graph, disabled=("continuous_batching",))
+        assert "continuous_batching" not in usage.saved
+        assert request.values["tokens"].tolist() == off["tokens"].tolist()
+        same(request.values, off)
+    assert not any(cache.seats for cache in engine._batches.caches)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sampled_tokens_depend_on_the_seed_and_not_on_the_company(family: str) -> None:
+    """Drawn by each row's own generator, tokens are those of the same seed alone."""
+    engine = engine_of(family)
+    many = [steered(ids, i, temperature=1.0, seed=40 + i, top_k=9, top_p=0.9) for i, ids in enumerate(IDS)]
+    requests = [Request(engine, graph) for graph in many]
+    together(engine, requests, late=3)
+    for graph, request in zip(many, requests, strict=True):
+        assert request.usage.passes == 6
+        expected = alone(engine, graph, disabled=("continuous_batching",))[0]
+        assert request.values["tokens"].tolist() == expected["tokens"].tolist()
+
+
+def test_prompts_share_forwards_with_reads() -> None:
+    """A run that generates puts its prompt through beside other requests' rows, and the reads are right."""
+    engine = engine_of("llama")
+    requests = [Request(engine, steered(IDS[1], 1)), Request(engine, read(ids=IDS[0])), Request(engine, read("logits"))]
+    together(engine, requests)
+    assert [r.usage.saved.get("cobatch", 0) for r in requests] == [0, 1, 1]
+    same(requests[0].values, alone(engine, steered(IDS[1], 1), disabled=("continuous_batching",))[0])
+    same(requests[1].values, alone(engine, read(ids=IDS[0]))[0])
+    same(requests[2].values, alone(engine, read("logits"))[0])
+
+
+def test_a_failure_while_generating_is_ones_own() -> None:
+    """A row whose logits become NaN, and a client that goes away, end their own runs at that step."""
+    engine = engine_of("gpt2")
+    broken = steered(IDS[0], 1, temperature=1.0)
+    nodes = (
+        *broken.nodes,
+        Node("const", (), {"scalar": float("nan")}),
+        Node("site.write", (6,), {"site": "logits", "mode": "set", "index": (), "step": 2}, 0),
+    )
+    broken = Graph(broken.runs, nodes, broken.outputs)
+    requests = [Request(engine, g) for g in (steered(IDS[1], 1), broken, steered(IDS[2], 2), steered(IDS[3], 3))]
+    for each in requests:
+        each.running.begin()
+    for forwards in range(20):
+        waiting = [r.running for r in requests if not r.running.ended]
+        if not waiting:
+            break
+        requests[3].stopped = forwards >= 3
+        engine.advance(waiting)
+    with pytest.raises(GraphError, match="no token can be drawn"):
+        _ = requests[1].usage
+    with pytest.raises(RequestCancelledError):
+        _ = requests[3].usage
+    for number, i in ((1, 0), (2, 2)):
+        same(requests[i].values, alone(engine, steered(IDS[number], number), disabled=("continuous_batching",))[0])
+    assert not any(cache.seats for cache in engine._batches.caches)
+
+
+def test_a_batch_that_does_not_fit_steps_one_by_one() -> None:
+    """When memory runs out in a step of many, each takes it alone, and they go on together."""
+    engine = Engine(engine_of("llama").hosted)
+    plain, failures = engine.forward, [1]
+
+    def forward(calls: Sequence[Any]) -> None:
+        if len(calls) > 1 and calls[0].decodes and calls[0].decoding.step == 2 and failures:
+            failures.pop()
+            raise torch.OutOfMemoryError("no room")
+        plain(calls)
+
+    engine.forward = forward  # type: ignore[method-assign]
+    many = [steered(ids, i) for i, ids in enumerate(IDS)]
+    requests = [Request(engine, graph) for graph in many]
+    together(engine, requests)
+    assert not failures
+    for graph, request in zip(many, requests, strict=True):
+        same(request.values, alone(engine_of("llama"), graph, disabled=("continuous_batching",))[0])
+
+
+# --- where keys and values lie
+
+
+def test_steps_do_not_copy_what_is_there() -> None:
+    """A hundred steps of four rows move less than twice what lies there at the end."""
+    cache = RowCache()
+    seats = [cache.admit([5]) for _ in range(4)]
+    prompt = PromptCache([(i, cache, seat) for i, seat in enumerate(seats)])
+    prompt.update(torch.ones(4, 2, 5, 3), torch.ones(4, 2, 5, 3), 0)
+    for step in range(100):
+        cache.begin(seats)
+        keys, _ = cache.update(torch.full((4, 2, 1, 3), float(step)), torch.zeros(4, 2, 1, 3), 0)
+        assert keys.shape == (4, 2, 6 + step, 3)
+        assert keys[:, 0, -1, 0].tolist() == [float(step)] * 4
+        cache.end(seats)
+    assert cache.copied < 2 * 2 * 4 * 2 * 105 * 3
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 3), st.integers(1, 9)), min_size=1, max_size=25))
+@settings(max_examples=100)
+def test_rows_keep_their_own_through_all_coming_and_going(events: list[tuple[bool, int, int]]) -> None:
+    """Whoever joins and leaves, every row sees its own keys, in order, and nothing else unmasked."""
+    cache = RowCache()
+    owned: dict[int, tuple[Any, list[list[float]]]] = {}
+    clock = 0.0
+    for joins, rows, length in events:
+        if joins or not owned:
+            seat = cache.admit([max(1, length - r) for r in range(rows)])
+            held = [[clock + 100 * r + i for i in range(n)] for r, n in enumerate(seat.lengths)]
+            padded = torch.full((rows, 1, length, 1), float("nan"))
+            for r, row in enumerate(held):
+                padded[r, 0, : len(row), 0] = torch.tensor(row)
+            PromptCache([(0, cache, seat)]).update(padded, padded, 0)
+            owned[id(seat)] = (seat, held)
+        else:
+            seat, _ = owned.pop(sorted(owned)[length % len(owned)])
+            cache.leave(seat)
+        clock += 1_000.0
+        if not owned:
+            continue
+        there = [seat for seat, _ in owned.values()]
+        starts, positions, seen = cache.begin(there)
+        new = torch.full((positions.shape[0], 1, 1, 1), -1.0)
+        for start, (seat, held) in zip(starts, owned.values(), strict=True):
+            for r in range(seat.rows):
+                held[r].append(clock + r)
+                new[start + r] = clock + r
+        keys, values = cache.update(new, new, 0)
+        for start, (seat, held) in zip(starts, owned.values(), strict=True):
+            for r in range(seat.rows):
+                visible = keys[start + r, 0, :, 0]
+                mine = visible if seen is None else visible[seen[start + r]]
+                assert mine.tolist() == held[r]
+                assert bool(torch.isfinite(values[start + r]).all())
+                assert int(positions[start + r]) == len(held[r]) - 1
+        cache.end(there)
+        assert cache.used <= 4 * sum(seat.rows for seat in there)
