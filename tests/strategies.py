@@ -11,8 +11,8 @@ from patchbay.ir.bodies import Body
 from patchbay.ir.card import ModelCard
 from patchbay.ir.dtypes import float32, float64
 from patchbay.ir.graph import Attr, Graph, Node, Output, Run, TensorData
+from patchbay.ir.infer import infer_node
 from patchbay.ir.ops.spec import TensorSpec, ValueSpec
-from patchbay.ir.verify import infer_node
 
 _UNARY = ("tanh", "relu", "negative", "abs", "square", "sigmoid", "gelu", "floor")
 _BINARY = ("add", "subtract", "multiply", "maximum", "minimum")

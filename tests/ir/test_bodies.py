@@ -13,10 +13,11 @@ from patchbay.errors import DTypeError, GraphError, LimitExceededError, ShapeErr
 from patchbay.ir.bodies import MAX_DEPTH, Body, canonical, check_bodies
 from patchbay.ir.dtypes import bool_, float32, int64
 from patchbay.ir.graph import Graph, Node, Output, TensorData
+from patchbay.ir.infer import infer_node
 from patchbay.ir.limits import Limits
 from patchbay.ir.ops.spec import TensorSpec
 from patchbay.ir.price import price
-from patchbay.ir.verify import infer_node, verify
+from patchbay.ir.verify import verify
 from tests.ir.cards import small_card
 
 CARD = small_card()

@@ -10,8 +10,9 @@ import patchbay as pb
 from patchbay.errors import GraphError
 from patchbay.ir.facts import AttrTable, Inference, facts_of
 from patchbay.ir.graph import Graph, Node
+from patchbay.ir.infer import infer_node
 from patchbay.ir.price import price
-from patchbay.ir.verify import infer_node, verify
+from patchbay.ir.verify import verify
 from patchbay.testing import fake_client
 
 

@@ -23,9 +23,10 @@ from patchbay.errors import (
 from patchbay.ir.card import InputSpec, SiteSpec
 from patchbay.ir.dtypes import DType, bool_, float32, int64
 from patchbay.ir.graph import Graph, Node, Output, Run, TensorData
+from patchbay.ir.infer import NO_VALUE
 from patchbay.ir.limits import Limits
 from patchbay.ir.ops.spec import TensorSpec
-from patchbay.ir.verify import NO_VALUE, verify
+from patchbay.ir.verify import verify
 from tests.ir.cards import small_card
 
 CARD = small_card()

@@ -89,7 +89,7 @@ class LoopCost:
     recorded: int
 
 
-#: Infers one node's value: `patchbay.ir.verify.infer_node`.
+#: Infers one node's value: `patchbay.ir.infer.infer_node`.
 Infer: TypeAlias = "Callable[[Graph, ModelCard, Node, Sequence[ValueSpec]], ValueSpec]"
 
 

@@ -80,7 +80,7 @@ def _module_cost(module: CallableSpec, value: TensorSpec) -> tuple[int, int]:
     return 2 * max(module.params, module.d_in) * positions, inner * positions * value.dtype.itemsize
 
 
-#: Finds the value of a node: `patchbay.ir.verify.infer_node`.
+#: Finds the value of a node: `patchbay.ir.infer.infer_node`.
 Infer: TypeAlias = "Callable[[Graph, ModelCard, Node, Sequence[ValueSpec]], ValueSpec]"
 
 

@@ -22,10 +22,10 @@ from patchbay.ir.card import ModelCard
 from patchbay.ir.facts import NO_ATTRS, AttrTable, Facts, Inference
 from patchbay.ir.fragments import Fragment
 from patchbay.ir.graph import Attr, Graph, Node, Output, Run, TensorData
+from patchbay.ir.infer import infer_node
 from patchbay.ir.ops.control import BODY_ATTRS
 from patchbay.ir.ops.spec import TensorSpec, ValueSpec
 from patchbay.ir.render import expression, render, show_index, show_spec, site_path
-from patchbay.ir.verify import infer_node
 from patchbay.tracing.scopes import PARAM, Scope, Scopes, identity
 
 if TYPE_CHECKING:

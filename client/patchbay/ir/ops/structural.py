@@ -1,4 +1,4 @@
-"""Operations that involve a run or the model. Their shapes need the card, so `patchbay.ir.verify` infers them."""
+"""Operations that involve a run or the model. Their shapes need the card, so `patchbay.ir.infer` infers them."""
 
 from __future__ import annotations
 
