@@ -7,7 +7,7 @@ position, so a graph holds no cycle and no nesting. Nothing here computes, check
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeAlias
@@ -43,7 +43,7 @@ Attr: TypeAlias = "None | bool | int | float | str | TensorData | tuple[Attr, ..
 _NO_ATTRS: Mapping[str, Attr] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class Node:
     """One operation.
 
@@ -59,10 +59,22 @@ class Node:
     attrs: Mapping[str, Attr] = field(default_factory=lambda: _NO_ATTRS)
     run: int | None = None
 
+    def __init__(
+        self, op: str, args: tuple[int, ...] = (), attrs: Mapping[str, Attr] = _NO_ATTRS, run: int | None = None
+    ) -> None:
+        # As a frozen dataclass does it, but with the setters looked up once: graphs hold thousands of nodes.
+        _SET_OP(self, op)
+        _SET_ARGS(self, args)
+        _SET_ATTRS(self, attrs)
+        _SET_RUN(self, run)
+
     @property
     def key(self) -> tuple[object, ...]:
         """Equal for two nodes that compute the same value; hashable."""
         return (self.op, self.args, tuple(sorted(self.attrs.items())), self.run)
+
+
+_SET_OP, _SET_ARGS, _SET_ATTRS, _SET_RUN = (getattr(Node, f.name).__set__ for f in fields(Node))
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,3 +177,13 @@ class Graph:
     outputs: tuple[Output, ...] = field(default=())
     bodies: tuple[Body, ...] = ()
     body_facts: tuple[BodyFacts, ...] = field(default=(), compare=False, repr=False)
+
+    @cached_property
+    def ops(self) -> frozenset[str]:
+        """Names of the operations among the nodes: what a graph has nothing of need not be looked for."""
+        return frozenset([node.op for node in self.nodes])
+
+    @cached_property
+    def in_runs(self) -> tuple[int, ...]:
+        """Positions of the nodes that belong to a run: a few, where most of a graph is arithmetic."""
+        return tuple([i for i, node in enumerate(self.nodes) if node.run is not None])
