@@ -11,6 +11,8 @@
     │   ├── CausalityError                   a write that needs a later site of the same run
     │   └── LimitExceededError               a limit of the server's configuration, named
     ├── TraceError (RuntimeError)            the tracing API used out of order
+    │   ├── ArgumentError (TypeError)        an argument that a function of the client does not take
+    │   ├── MissingAttributeError (AttributeError)   a name that a trace, a value or a group of sites does not have
     │   ├── ValueNotReadyError               a value asked for before its trace has run
     │   ├── WrongTraceError                  a proxy of another trace
     │   └── ProxyBoolError (TypeError)       a proxy used where Python needs to know the value
@@ -138,7 +140,27 @@ class LimitExceededError(GraphError):
 
 
 class TraceError(PatchbayError, RuntimeError):
-    """The tracing API was used out of order."""
+    """The tracing API was used out of order.
+
+    Attributes:
+        location: ``file:line`` of the user's code, where it is not plain from the traceback; else None.
+    """
+
+    def __init__(self, message: str, *, location: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.location = location
+
+    def __str__(self) -> str:
+        return self.message if self.location is None else f"{self.message}\n  at {self.location}"
+
+
+class ArgumentError(TraceError, TypeError):
+    """An argument that a function of the client does not take."""
+
+
+class MissingAttributeError(TraceError, AttributeError):
+    """A name that a trace, a value of it or a group of sites does not have; `hasattr` answers False."""
 
 
 class ValueNotReadyError(TraceError):

@@ -23,7 +23,7 @@ from patchbay.ir.graph import Generation, Graph, Node, Run, TensorData
 from patchbay.ir.ops.control import BODY_ATTRS
 from patchbay.ir.sites import is_module_site
 
-_INFIX: Mapping[str, str] = {
+INFIX: Mapping[str, str] = {
     "add": "+",
     "subtract": "-",
     "multiply": "*",
@@ -130,8 +130,8 @@ def expression(node: Node, args: Sequence[str]) -> str:
         return f"{args[0]}[{attrs.get('index')}]" if args else "item(?)"
     if node.op in BODY_ATTRS:
         return _loop(node, args)
-    if node.op in _INFIX and len(args) == 2:
-        return f"{args[0]} {_INFIX[node.op]} {args[1]}"
+    if node.op in INFIX and len(args) == 2:
+        return f"{args[0]} {INFIX[node.op]} {args[1]}"
     if isinstance(attrs.get("index"), tuple) and args and node.op != "set_index":
         return f"{args[0]}{show_index(attrs['index'], args[1:])}"
     name = str(attrs.get("target", "call")) if node.op == "call" else node.op

@@ -6,14 +6,13 @@ what the verifier or the server says later.
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from functools import cached_property
+from typing import TypeVar
 
 from patchbay.errors import CausalityError, DTypeError, GraphError, TraceError
 from patchbay.ir.artifacts import ArtifactInfo
@@ -25,19 +24,16 @@ from patchbay.ir.graph import Attr, Graph, Node, Output, Run, TensorData
 from patchbay.ir.infer import infer_node
 from patchbay.ir.ops.control import BODY_ATTRS
 from patchbay.ir.ops.spec import TensorSpec, ValueSpec
-from patchbay.ir.render import expression, render, show_index, show_spec, site_path
+from patchbay.ir.render import INFIX, expression, render, show_index, show_spec, site_path
+from patchbay.places import PACKAGE, Place, here, show_place, users_place
 from patchbay.tracing.scopes import PARAM, Scope, Scopes, identity
 
-if TYPE_CHECKING:
-    from types import CodeType, FrameType
-
-_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _MAX_DEPTH = 3
+#: Arguments of one operation that are shown in words, at most.
+_MAX_SHOWN = 4
 _BODY_NODE = re.compile(r"bodies\[(\d{1,9})\]\.nodes\[(\d{1,9})\]")
 
 _Error = TypeVar("_Error", bound=GraphError)
-#: Where a node was made: code object and line, made into text only when somebody asks.
-Place: TypeAlias = "tuple[CodeType, int] | None"
 
 
 class TracedGraph(Graph):
@@ -156,7 +152,7 @@ class GraphBuilder:
                 self._scopes.check(op, args)
             facts = self._inference.facts(self._draft, node, self.specs)
         except GraphError as error:
-            error.location = show_place(_users_place())
+            error.location = here()
             raise self._explain(error, args) from None
         nodes = self.nodes
         position = len(nodes)
@@ -165,7 +161,7 @@ class GraphBuilder:
         self._facts.append(facts)
         # Inlined: this runs once a node, and a call would be a frame more to walk out of.
         frame = sys._getframe(1)
-        while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        while frame is not None and frame.f_code.co_filename.startswith(PACKAGE):
             frame = frame.f_back  # type: ignore[assignment]
         self._places.append(None if frame is None else (frame.f_code, frame.f_lineno))
         self._fragments.append(self._fragment)
@@ -219,7 +215,7 @@ class GraphBuilder:
         self._check_open()
         if self._scopes is None:
             self._scopes = Scopes(self.nodes, self.specs)
-        return self._scopes.inside(Scope(op, show_place(_users_place())))
+        return self._scopes.inside(Scope(op, here()))
 
     def add_param(self, scope: Scope, spec: TensorSpec, name: str) -> int:
         """The node that stands for what a function takes."""
@@ -227,7 +223,7 @@ class GraphBuilder:
         self.nodes.append(Node(PARAM, (), {"name": name}))
         self.specs.append(spec)
         self._facts.append(Facts(spec, 0, 0, spec.nbytes))
-        self._places.append(_users_place())
+        self._places.append(users_place())
         self._fragments.append(None)
         self._scopes.own(len(self.nodes) - 1, PARAM)
         scope.params.append(len(self.nodes) - 1)
@@ -357,9 +353,14 @@ class GraphBuilder:
             return str(made.attrs["name"])
         if depth == 0:
             return "..."
-        args = [self._formula(a, depth - 1) for a in made.args]
-        if any(c in a for a in args[:1] for c in " ") and made.attrs.get("index"):
-            args[0] = f"({args[0]})"
+        # A stack of hundreds of values of stacks is shown by its first few.
+        args = [self._formula(a, depth - 1) if i < _MAX_SHOWN else "..." for i, a in enumerate(made.args)]
+        binds = made.op in INFIX or bool(made.attrs.get("index"))
+        for i, a in enumerate(made.args[:2] if binds else ()):
+            if self.nodes[a].op in INFIX and args[i] != "...":
+                args[i] = f"({args[i]})"
+        if len(args) > _MAX_SHOWN and not binds and made.op not in BODY_ATTRS:
+            args[_MAX_SHOWN:] = [f"and {len(args) - _MAX_SHOWN} more"]
         return expression(made, args)
 
     def _run_of(self, node: int) -> int | None:
@@ -377,9 +378,10 @@ class GraphBuilder:
     def _explain(self, error: _Error, args: tuple[int, ...]) -> _Error:
         """`error` with a line for each operand: what it is, its spec, where it was made."""
         lines = []
-        for a in args:
-            if not 0 <= a < len(self.nodes):
-                continue
+        known = [a for a in dict.fromkeys(args) if 0 <= a < len(self.nodes)]
+        if len(known) > _MAX_SHOWN:  # of many alike, one: the others are not what is wrong
+            known = list({self.specs[a]: a for a in reversed(known)}.values())[::-1][:_MAX_SHOWN]
+        for a in known:
             spec = self.specs[a]
             if isinstance(spec, TensorSpec) and spec.scalar is not None:
                 if isinstance(error, DTypeError):
@@ -422,29 +424,3 @@ def _what(graph: Graph, i: int) -> str:
     if node.op == "site.read":
         return f"read: run{node.run}.{site_path(str(node.attrs['site']))}"
     return node.op
-
-
-def _users_place() -> Place:
-    """Where the user's code is that called into the package."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
-        frame = frame.f_back
-    return None if frame is None else (frame.f_code, frame.f_lineno)
-
-
-def show_place(place: Place) -> str | None:
-    """A place as ``file:line``."""
-    if place is None:
-        return None
-    name = place[0].co_filename
-    return f"{name if name.startswith('<') else _relative(name)}:{place[1]}"
-
-
-@lru_cache(maxsize=1024)
-def _relative(path: str) -> str:
-    """`path` from the working directory where that is shorter: what an editor's terminal makes clickable."""
-    try:
-        shorter = os.path.relpath(path)
-    except (OSError, ValueError):
-        return path
-    return shorter if len(shorter) < len(path) else path

@@ -1,0 +1,47 @@
+"""Where in the user's program something happened: the nearest line that is not the client's own."""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import lru_cache
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from types import CodeType, FrameType
+
+#: Where the client's own code lies.
+PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+#: Code object and line, made into text only when somebody asks.
+Place: TypeAlias = "tuple[CodeType, int] | None"
+
+
+def users_place() -> Place:
+    """Where the user's code is that called into the package."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(PACKAGE):
+        frame = frame.f_back
+    return None if frame is None else (frame.f_code, frame.f_lineno)
+
+
+def here() -> str | None:
+    """``file:line`` of the user's code that called into the package."""
+    return show_place(users_place())
+
+
+def show_place(place: Place) -> str | None:
+    """A place as ``file:line``."""
+    if place is None:
+        return None
+    name = place[0].co_filename
+    return f"{name if name.startswith('<') else _relative(name)}:{place[1]}"
+
+
+@lru_cache(maxsize=1024)
+def _relative(path: str) -> str:
+    """`path` from the working directory where that is shorter: what an editor's terminal makes clickable."""
+    try:
+        shorter = os.path.relpath(path)
+    except (OSError, ValueError):
+        return path
+    return shorter if len(shorter) < len(path) else path
