@@ -10,7 +10,7 @@ import asyncio
 import operator
 import secrets
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -49,6 +49,26 @@ async def generation_of(core: ModelCore, max_new_tokens: int, how: How) -> Gener
     Raises:
         TraceError: a stop that is neither text nor token ids.
     """
+    texts = stop_texts(how)
+    tokens = await core.tokenize([Text(text, special=False) for text in texts])
+    return settled(max_new_tokens, how, {text: found.ids for text, found in zip(texts, tokens, strict=True)})
+
+
+def stop_texts(how: How) -> list[str]:
+    """The stops that are texts, which are to be tokenized by themselves."""
+    return [each for each in _stops(how) if isinstance(each, str)]
+
+
+def settled(max_new_tokens: int, how: How, tokens: Mapping[str, tuple[int, ...]]) -> Generation:
+    """
+    Args:
+        max_new_tokens: tokens that each row gets at most.
+        how: the rest.
+        tokens: of each stop that is a text.
+
+    Raises:
+        TraceError: a stop that is neither text nor token ids.
+    """
     temperature = float(how.get("temperature") or 0.0)
     seed = how.get("seed")
     if seed is None:
@@ -60,18 +80,22 @@ async def generation_of(core: ModelCore, max_new_tokens: int, how: How) -> Gener
         top_k=operator.index(how.get("top_k") or 0),
         top_p=1.0 if top_p is None else float(top_p),
         seed=operator.index(seed),
-        stop=await _stops(core, how.get("stop", ())),
+        stop=_stop_ids(how, tokens),
         eos=how.get("eos", True),
     )
 
 
-async def _stops(core: ModelCore, stop: Stop) -> tuple[tuple[int, ...], ...]:
-    found: list[tuple[int, ...]] = []
+def _stops(how: How) -> Sequence[Any]:
+    stop = how.get("stop", ())
     single = isinstance(stop, (str, int)) or hasattr(stop, "__index__")
-    for each in [stop] if single else (stop or ()):
+    return [stop] if single else list(stop or ())
+
+
+def _stop_ids(how: How, tokens: Mapping[str, tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+    found: list[tuple[int, ...]] = []
+    for each in _stops(how):
         if isinstance(each, str):
-            (tokens,) = await core.tokenize([Text(each, special=False)])
-            found.append(tokens.ids)
+            found.append(tokens[each])
         elif hasattr(each, "__index__"):
             found.append((operator.index(each),))
         elif isinstance(each, Sequence) and each and all(hasattr(i, "__index__") for i in each):
