@@ -84,7 +84,7 @@ def test_an_sae_with_its_error_term(family: str) -> None:
 
 
 def test_a_function_is_one_line_of_the_printed_graph() -> None:
-    """Its name and version, what it takes and gives; expanded, every node; the graph itself holds plain nodes."""
+    """Its name and version, what it takes and gives (not its constants, whoever shares them); expanded, every node."""
     with model_of("llama").trace(IDS) as run:
         x = run.blocks[0].resid_post
         run.save(f=encode(x), back=decode(encode(run.blocks[1].resid_post)))
@@ -93,6 +93,8 @@ def test_a_function_is_one_line_of_the_printed_graph() -> None:
     assert "3 named parts" in text
     assert text.count("= encode@1(%") == 2 and text.count("= decode(%") == 1
     assert "relu" not in text and "float32[1, 5, 40]" in text
+    results = [line.partition(" = ")[0].strip() for line in text.splitlines() if " = encode@1(" in line]
+    assert results == [f"%{i}" for i, node in enumerate(graph.nodes) if node.op == "relu"]
     full = graph.text(expand=True)
     assert full.count("relu(") == 2 and "encode" not in full
     assert {n.op for n in graph.nodes} == {"site.read", "const", "matmul", "add", "relu"}

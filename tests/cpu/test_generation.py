@@ -20,6 +20,7 @@ from patchbay.errors import (
     IndexOutOfRangeError,
     LimitExceededError,
     RequestCancelledError,
+    ShapeError,
     TraceError,
 )
 from patchbay.ir.generation import unroll
@@ -397,8 +398,10 @@ def test_steps_that_cannot_be() -> None:
         _ = run.steps[4]
     with pytest.raises(CausalityError, match="of step 1"), model.generate(IDS, max_new_tokens=4) as run:
         run.steps[1].blocks[0].resid_post = run.steps[2].blocks[0].resid_post
-    with pytest.raises(GraphError, match="at most 32"), model.generate(IDS, max_new_tokens=29):
+    with pytest.raises(GraphError, match="at most 32.*from 1 to 28"), model.generate(IDS, max_new_tokens=29):
         pass
+    with pytest.raises(ShapeError, match=r"newest position, \[:, -1\]"), model.generate(IDS, max_new_tokens=4) as run:
+        run.stacked(run.blocks[0].resid_post).save("h")
     with pytest.raises(TraceError, match="run itself"), model.generate(IDS, max_new_tokens=4) as run:
         run.all_steps.blocks[0].resid_post = 0.0
     llama = model_of("llama")

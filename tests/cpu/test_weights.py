@@ -12,7 +12,7 @@ import torch
 
 import patchbay as pb
 from patchbay.core import ModelCore
-from patchbay.errors import GraphError, UnknownSiteError
+from patchbay.errors import GraphError, TraceError, UnknownSiteError
 from patchbay.ir.events import ExecuteOptions
 from patchbay.ir.params import POLICIES
 from patchbay.ir.verify import verify
@@ -149,6 +149,12 @@ def test_weights_have_shapes_before_anything_runs() -> None:
             t.params["blocks.0.attn.W_0"]
         with pytest.raises(UnknownSiteError, match="no parameter"):
             model.params["blocks.0.attn.b_Q"]
+        with pytest.raises(UnknownSiteError, match="did you mean 'embed.W_E'"):
+            t.params["W_E"]
+        with pytest.raises(TraceError, match=r"begin with t\.params\['unembed\.W_U'\]"):
+            model.params["unembed.W_U"][:, 3]
+        path = "model.layers.0.mlp.down_proj.weight"
+        assert t.params[path].shape == t.params[f"param:{path}"].shape == model.params[path].shape
     assert t.results["same"] < 1e-5
 
 
@@ -178,6 +184,12 @@ def test_gradients_pass_through_weights() -> None:
         run.save(changed=changed, w=run.params["unembed.W_U"])
     assert run.results["changed"][0, 0] == 5.0
     assert run.results["w"].tobytes() == np.ascontiguousarray(u).tobytes()
+
+
+def test_gradients_with_respect_to_weights_are_refused_with_a_way() -> None:
+    """The model never reads a weight that a graph read; the error says what to differentiate by instead."""
+    with pytest.raises(GraphError, match="its own weights"), model_of("llama").trace(IDS) as run:
+        pb.grad(run.logits[0, -1, 7], wrt=run.params["unembed.W_U"]).save()
 
 
 def restricted(policy: str) -> Any:

@@ -118,6 +118,29 @@ def test_creation_joins_the_trace_that_it_meets(model: Model) -> None:
     assert r["kept"].tolist() == [1.0, 1.0]
 
 
+def test_nothing_is_computed_from_what_is_in_no_trace(model: Model) -> None:
+    """Indexing, operators, methods and functions of such a value say how to begin instead; beside a proxy it works."""
+    zeros = pb.ops.zeros(3)
+    for attempt in (
+        lambda: zeros[0],
+        lambda: -zeros,
+        lambda: 2 * zeros,
+        lambda: zeros - np.ones(3, "float32"),
+        lambda: np.ones(3, "float32") - zeros,
+        lambda: zeros < 1,
+        lambda: pb.ops.mean(zeros),
+        lambda: np.asarray(zeros),
+        lambda: list(zeros),
+    ):
+        with pytest.raises(TraceError, match=r"belongs to no trace by itself.*t\.constant"):
+            attempt()
+    with pytest.raises(AttributeError, match="belongs to no trace by itself"):
+        zeros.mean()
+    with model.trace(FRANCE) as run:
+        joined = zeros - run.trace.constant([1.0, 2.0, 3.0])
+        assert joined.shape == (zeros < joined).shape == (3,)
+
+
 def test_dtypes_in_every_spelling(run: Run) -> None:
     """Names, `pb.ops` dtypes, numpy dtypes and Python types."""
     e = run.embed

@@ -38,7 +38,7 @@ class Folded:
         fragment: the fragment.
         nodes: its nodes.
         takes: nodes outside that it uses, constants left out.
-        gives: its nodes that are used outside, or are outputs.
+        gives: its nodes that are used outside, or are outputs; constants that only other fragments share left out.
         writes: its writes at sites.
     """
 
@@ -71,7 +71,14 @@ def fold(graph: Graph, fragments: Sequence[Fragment | None]) -> dict[int, Folded
     for fragment, nodes in members.items():
         inside = set(nodes)
         takes = dict.fromkeys(a for i in nodes for a in graph.nodes[i].args if a not in inside)
-        gives = [i for i in nodes if i in outputs or any(u not in inside for u in used_by.get(i, ()))]
+        gives = [
+            i
+            for i in nodes
+            if i in outputs
+            or any(
+                u not in inside and (graph.nodes[i].op != "const" or fragments[u] is None) for u in used_by.get(i, ())
+            )
+        ]
         folded[nodes[-1]] = Folded(
             fragment,
             tuple(nodes),

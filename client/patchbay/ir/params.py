@@ -1,7 +1,7 @@
 """A model's weights as a graph may use them: their names, and the policy on reading them out.
 
 The policy keeps the convenient ways closed, not every way: a graph that may multiply by a matrix can multiply an
-identity by it. What it does and does not protect is said in docs/language.md.
+identity by it. What it does and does not protect is said in docs/weights.md.
 """
 
 from __future__ import annotations
@@ -57,9 +57,11 @@ def find_param(card: ModelCard, known: Mapping[str, ParamSpec], name: str) -> Pa
     """
     if card.weights == NONE:
         raise GraphError(f"the weights of {card.name!r} may not be used in graphs (its server's policy: weights: none)")
-    spec = known.get(name)
+    spec = known.get(name) or known.get(f"{RAW}{name}")
     if spec is None:
-        near = tuple(difflib.get_close_matches(name, known, n=3, cutoff=0.6))
+        # TransformerLens says model.W_E, and W_Q for all layers at once.
+        ends = tuple(n for n in known if n.endswith(f".{name}"))[:3]
+        near = ends or tuple(difflib.get_close_matches(name, known, n=3, cutoff=0.6))
         hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise UnknownSiteError(f"{card.name!r} has no parameter {name!r}{hint}", suggestions=near)
     return spec

@@ -24,7 +24,7 @@ from patchbay.ir.artifacts import UPLOAD_ABOVE_BYTES, KeyedTensor
 from patchbay.ir.bodies import check_bodies, check_loop_steps, loop_steps
 from patchbay.ir.card import LOGITS, InputSpec, ModelCard
 from patchbay.ir.facts import Facts, Inference
-from patchbay.ir.generation import unroll
+from patchbay.ir.generation import STACK, unroll
 from patchbay.ir.graph import Graph, Run, TensorData
 from patchbay.ir.infer import BEHIND_THE_CACHE, CACHED, NO_VALUE, infer_node
 from patchbay.ir.limits import Limits
@@ -104,8 +104,10 @@ def _check_generation(index: int, run: Run, card: ModelCard) -> None:
         )
     # The last token that is generated is never put through the model.
     if how.max_new_tokens < 1 or run.seq + how.max_new_tokens - 1 > card.n_ctx:
+        room = card.n_ctx + 1 - run.seq
         raise GraphError(
-            f"run {index}: {how.max_new_tokens} tokens after {run.seq}; {card.name!r} takes at most {card.n_ctx}",
+            f"run {index}: {how.max_new_tokens} tokens after {run.seq}; {card.name!r} takes at most {card.n_ctx}, so "
+            f"max_new_tokens is from 1 to {room} here",
             field=f"{field}.max_new_tokens",
         )
     problems = {
@@ -179,6 +181,14 @@ def _arguments_refer_backwards(graph: Graph, card: ModelCard) -> None:
                 )
 
 
+#: What to do instead of differentiating by a value that the metric does not depend on, by what made the value.
+_NO_GRADIENT = {
+    "getitem": "; take the gradient with respect to the site's whole value, then index the gradient",
+    "param.read": "; the model goes on with its own weights: differentiate by a value that you put in their place, "
+    "such as t.constant(zeros) added to the output that they make",
+}
+
+
 def _metrics_depend_on_what_they_are_differentiated_by(graph: Graph, card: ModelCard) -> None:
     grads = [i for i, node in enumerate(graph.nodes) if node.op == "grad" and len(node.args) > 1]
     if not grads:
@@ -200,11 +210,7 @@ def _metrics_depend_on_what_they_are_differentiated_by(graph: Graph, card: Model
                 raise GraphError(shown, node=i, related=[value])
             if value not in behind:
                 what = graph.nodes[value]
-                hint = (
-                    "; take the gradient with respect to the site's whole value, then index the gradient"
-                    if what.op == "getitem"
-                    else ""
-                )
+                hint = _NO_GRADIENT.get(what.op, "")
                 name = what.attrs.get("site", what.op)
                 raise GraphError(
                     f"grad: the metric does not depend on argument {position} ({name}){hint}",
@@ -312,6 +318,8 @@ def verify(
             step = unrolled.graph.nodes[error.node].attrs.get("step")
             error.message += "" if step is None else f" (step {step})"
             error.node = unrolled.origin[error.node]
+            if graph.nodes[error.node].op == STACK:
+                error.message += "; only equal shapes can be stacked over the steps: index the newest position, [:, -1]"
             error.related = tuple(unrolled.origin[n] for n in error.related)
             error.field = f"nodes[{error.node}]"
         raise

@@ -97,6 +97,10 @@ class Artifact(Created):
         """The node of this value in `trace`."""
         return trace.builder.artifact(self.info)
 
+    @property
+    def _joined(self) -> str:
+        return "t.constant(handle), its value in the trace t; handle.get() fetches the numbers"
+
     def __array__(self, dtype: object = None, copy: bool | None = None) -> NDArray[Any]:
         raise TypeError("an artifact's numbers are on the server; .get() fetches them")
 

@@ -274,6 +274,9 @@ def _trace_of(spec: OpSpec, tensors: Sequence[object]) -> BaseTrace:
     for t in tensors:
         if isinstance(t, Proxy):
             return t._trace
+    for t in tensors:
+        if isinstance(t, Created):
+            raise t._alone()
     raise TraceError(f"pb.ops.{spec.name} works on values of a trace; none of its arguments is one (arrays: numpy)")
 
 

@@ -27,6 +27,10 @@ class Parameter(Created):
         self._attrs = {"name": spec.name}
         self._spec = TensorSpec(spec.shape, spec.dtype)
 
+    @property
+    def _joined(self) -> str:
+        return f"t.params[{self._attrs['name']!r}] in the trace t"
+
     def __repr__(self) -> str:
         return f"<{self._attrs['name']}: {self._spec}, not in a trace yet>"
 
@@ -72,7 +76,7 @@ class ModelParams(_Names):
     """The weights of a model, for use in any of its traces."""
 
     def __getitem__(self, name: str) -> Parameter:
-        """The parameter called `name`, to stand beside a value of a trace.
+        """The parameter called `name`, to stand beside a value of a trace; to index it, take it from ``t.params``.
 
         Raises:
             GraphError: the model's policy forbids it.
@@ -114,7 +118,8 @@ class TraceParams(_Names):
             GraphError: the model's policy forbids it.
             UnknownSiteError: there is none; the message names the nearest.
         """
-        return Proxy(self._trace, self._trace.builder.add("param.read", (), {"name": name}))
+        spec = self._trace.builder.card.param(name)
+        return Proxy(self._trace, self._trace.builder.add("param.read", (), {"name": spec.name}))
 
     def folded(self, name: str) -> Proxy:
         """A weight that reads the stream, with the gain and bias of the norm before it folded in.

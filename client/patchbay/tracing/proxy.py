@@ -6,7 +6,7 @@ value that was there, whoever reads it afterwards sees the new one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from patchbay.errors import (
@@ -416,8 +416,46 @@ class Created:
         """The node of this value in `trace`."""
         return trace.builder.add(self._op.name, (), self._attrs)
 
+    def _alone(self) -> TraceError:
+        """What to say where this would have to be computed with outside any trace."""
+        return TraceError(
+            f"{self!r} belongs to no trace by itself, so nothing is computed from it alone: begin with {self._joined}"
+        )
+
+    @property
+    def _joined(self) -> str:
+        """How to write it as a value of a trace."""
+        return "t.constant(...) of it, a value of the trace t"
+
+    def __getitem__(self, index: object) -> Any:
+        raise self._alone()
+
+    def __array__(self, dtype: object = None, copy: bool | None = None) -> NDArray[Any]:
+        raise self._alone()
+
+    def __getattr__(self, name: str) -> Any:
+        shown = "" if name.startswith("_") else f" {self._alone()}"
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.{shown}")
+
     def __repr__(self) -> str:
         return f"<{self._spec} {self._op.name}, not in a trace yet>"
+
+
+def _not_alone(name: str) -> Callable[..., Any]:
+    def operator_of_created(self: Created, *others: object) -> Any:
+        if any(isinstance(other, Proxy) for other in others):
+            return NotImplemented  # the proxy knows the trace
+        raise self._alone()
+
+    operator_of_created.__name__ = name
+    return operator_of_created
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"):
+    for _full in (f"__{_name}__", f"__r{_name}__"):
+        setattr(Created, _full, _not_alone(_full))
+for _full in ("__lt__", "__le__", "__gt__", "__ge__", "__neg__", "__abs__"):
+    setattr(Created, _full, _not_alone(_full))
 
 
 def lift(trace: BaseTrace, value: object) -> int:
