@@ -27,28 +27,38 @@ def price(graph: Graph, specs: Sequence[ValueSpec], facts: Sequence[Facts] | Non
     """
     if facts is None:
         facts = [facts_of(graph, node, specs, specs[i]) for i, node in enumerate(graph.nodes)]
-    last_use = list(range(len(graph.nodes)))
-    for i, node in enumerate(graph.nodes):
+    return replace(totals(graph, facts), peak_bytes=_peak_bytes(graph, facts) + recorded_bytes(graph, specs))
+
+
+def totals(graph: Graph, facts: Sequence[Facts]) -> Cost:
+    """What `price` says, but for the peak, which depends on the order in which the nodes run."""
+    results = sum(facts[output.node].nbytes for output in graph.outputs if not output.keep)
+    stays = sum(facts[output.node].nbytes for output in graph.outputs if output.keep)
+    tokens = sum(run.rows * run.positions for run in graph.runs)
+    flops = sum([known.flops for known in facts])
+    return Cost(flops=flops, result_bytes=results, tokens=tokens, kept_bytes=stays)
+
+
+def _peak_bytes(graph: Graph, facts: Sequence[Facts]) -> int:
+    """The most that values and temporaries take while the nodes run in the order of the program."""
+    nodes = graph.nodes
+    last_use = list(range(len(nodes)))
+    for i, node in enumerate(nodes):
         for a in node.args:
             last_use[a] = i
-    kept = {output.node for output in graph.outputs}
-    dying = [0] * len(graph.nodes)  # bytes that are let go after each node
-    for i, last in enumerate(last_use):
-        if i not in kept:
-            dying[last] += facts[i].nbytes
-    flops = live = peak = 0
-    for i, known in enumerate(facts):
-        flops += known.flops
+    for output in graph.outputs:
+        last_use[output.node] = len(nodes)
+    dying = [0] * (len(nodes) + 1)  # bytes that are let go after each node
+    for last, known in zip(last_use, facts, strict=True):
+        dying[last] += known.nbytes
+    live = peak = 0
+    for known, freed in zip(facts, dying, strict=False):
         live += known.nbytes
         # What an operation needs while it runs may outgrow what it takes and gives.
         if live + known.workspace > peak:
             peak = live + known.workspace
-        live -= dying[i]
-    peak += recorded_bytes(graph, specs)
-    results = sum(facts[output.node].nbytes for output in graph.outputs if not output.keep)
-    stays = sum(facts[output.node].nbytes for output in graph.outputs if output.keep)
-    tokens = sum(run.rows * run.positions for run in graph.runs)
-    return Cost(flops=flops, peak_bytes=peak, result_bytes=results, tokens=tokens, kept_bytes=stays)
+        live -= freed
+    return peak
 
 
 def with_forwards(cost: Cost, card: ModelCard) -> Cost:
@@ -59,4 +69,4 @@ def with_forwards(cost: Cost, card: ModelCard) -> Cost:
     return replace(cost, flops=cost.flops + 2 * card.n_params * cost.tokens)
 
 
-__all__ = ["price", "value_bytes", "with_forwards"]
+__all__ = ["price", "totals", "value_bytes", "with_forwards"]

@@ -46,7 +46,7 @@ class Schedule:
         levels: number of rounds.
     """
 
-    order: tuple[int, ...]
+    order: Sequence[int]
     moments: tuple[Moment, ...]
     levels: int
 
@@ -73,7 +73,8 @@ def positions(graph: Graph, card: ModelCard) -> tuple[int, ...]:
     """
     found = [BEFORE] * len(graph.nodes)
     width: int | None = None
-    for i, node in enumerate(graph.nodes):
+    for i in graph.in_runs:
+        node = graph.nodes[i]
         if node.op not in ACCESSES:
             continue
         assert node.run is not None
@@ -94,7 +95,8 @@ def site_chains(graph: Graph, card: ModelCard) -> tuple[int | None, ...]:
     """
     at = positions(graph, card)
     accesses: dict[int, list[tuple[int, int]]] = {}
-    for i, node in enumerate(graph.nodes):
+    for i in graph.in_runs:
+        node = graph.nodes[i]
         if node.op in ACCESSES:
             assert node.run is not None
             accesses.setdefault(node.run, []).append((at[i], i))
@@ -130,14 +132,14 @@ def dependents(graph: Graph, card: ModelCard) -> list[list[int]]:
     return users
 
 
-def topological_order(graph: Graph, chains: Sequence[int | None]) -> tuple[int, ...]:
+def topological_order(graph: Graph, chains: Sequence[int | None]) -> Sequence[int]:
     """Node ids with every dependency first, ties in program order.
 
     Raises:
         CausalityError: a write needs a value that only exists after it.
     """
-    if all(chain is None or chain < i for i, chain in enumerate(chains)):
-        return tuple(range(len(graph.nodes)))  # every dependency stands before already
+    if all((chain := chains[i]) is None or chain < i for i in graph.in_runs):
+        return range(len(graph.nodes))  # every dependency stands before already
     import heapq
 
     waiting = [len(node.args) + (chains[i] is not None) for i, node in enumerate(graph.nodes)]
@@ -160,7 +162,7 @@ def topological_order(graph: Graph, chains: Sequence[int | None]) -> tuple[int, 
                 heapq.heappush(ready, user)
     if len(order) < len(graph.nodes):
         raise _causality_error(graph, chains, {i for i, n in enumerate(waiting) if n > 0})
-    return tuple(order)
+    return order
 
 
 def _causality_error(graph: Graph, chains: Sequence[int | None], stuck: set[int]) -> CausalityError:
@@ -168,12 +170,13 @@ def _causality_error(graph: Graph, chains: Sequence[int | None], stuck: set[int]
         chain = chains[i]
         return [d for d in (*graph.nodes[i].args, *(() if chain is None else (chain,))) if d in stuck]
 
-    walk: list[int] = []
+    walk: dict[int, None] = {}  # in order
     at = min(stuck)
     while at not in walk:
-        walk.append(at)
+        walk[at] = None
         at = needs(at)[0]
-    cycle = walk[walk.index(at) :]
+    steps = list(walk)
+    cycle = steps[steps.index(at) :]
     write = next(i for i in cycle if graph.nodes[i].op == "site.write")
     run = graph.nodes[write].run
     # Along the cycle from the write, through its value, the first read of the same run is the one that comes too late.
@@ -215,7 +218,7 @@ def schedule(graph: Graph, card: ModelCard, *, joint: bool) -> Schedule:
     chain_levels = [0] * len(graph.nodes)
     for i in order:
         node = graph.nodes[i]
-        if node.op not in ACCESSES:
+        if node.run is None or node.op not in ACCESSES:
             # Most nodes take constants and values of one forward: the latest of those is it.
             moment = start
             for a in node.args:
@@ -243,7 +246,7 @@ def schedule(graph: Graph, card: ModelCard, *, joint: bool) -> Schedule:
             level = value.level if in_time else value.level + 1
             moments[i] = Moment(level, position, node.run)
             chain_levels[i] = max(level, seen)
-    levels = 1 + max((m.level for m in moments), default=0)
+    levels = 1 + max((moments[i].level for i in graph.in_runs), default=0)  # no value is later than the latest of them
     return Schedule(order, tuple(moments), levels)
 
 
