@@ -40,7 +40,14 @@ from patchbay_server.engine.steps import (
     Step,
     Write,
 )
-from patchbay_server.engine.switches import COBATCH, COMPILE, CONTINUOUS_BATCHING, FUSE_WRITES, SKIP_LAYERS
+from patchbay_server.engine.switches import (
+    COBATCH,
+    COMPILE,
+    CONTINUOUS_BATCHING,
+    FAST_PRODUCTS,
+    FUSE_WRITES,
+    SKIP_LAYERS,
+)
 from patchbay_server.kernels import index_get, index_put, to_tensor, to_torch_dtype
 from patchbay_server.models.continuation import Trunk
 from patchbay_server.models.hosted import HostedModel
@@ -70,7 +77,8 @@ class Execution:
         self._left = left
         self._constants, self._not_copied = constants, 0
         self._prompts, self._known = prompts, 0
-        self._layers_run = self._layers_compiled = self._layers_shared = self._layers_bypassed = self._fused = 0
+        self._layers_run = self._layers_compiled = self._layers_shared = self._layers_bypassed = 0
+        self._fused = self._fast = 0
         #: Memory of the model's own tensors while one of its sites is visited; nothing that outlives the visit may
         #: share it.
         self._borrowed: set[int] = set()
@@ -124,6 +132,8 @@ class Execution:
             saved[SKIP_LAYERS] = self._layers_bypassed
         if self._fused:
             saved[FUSE_WRITES] = self._fused
+        if self._fast:
+            saved[FAST_PRODUCTS] = self._fast
         if self._known:
             saved[KNOWN_PROMPTS] = self._known
         if self._not_copied:
@@ -166,6 +176,7 @@ class Execution:
             leaving=leaving,
             logits=each.logits,
             columns=each.columns,
+            fast=going is not None and FAST_PRODUCTS not in self._plan.options.disabled,
             twice=self._twice,
             bypass=frozenset() if SKIP_LAYERS in self._plan.options.disabled else unseen_layers(self._hosted, each),
         )
@@ -209,6 +220,7 @@ class Execution:
         self._layers_compiled += call.layers_compiled
         self._layers_bypassed += call.layers_bypassed
         self._fused += call.fused
+        self._fast += call.fast_positions
         if call.error is not None:
             raise call.error
         if call.stop_at is None or call.stop_at not in call.reached:

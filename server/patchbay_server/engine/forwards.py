@@ -97,6 +97,7 @@ class ForwardCall:
         values: what the execution remembers; put back when the forward has to be run again.
         going: what its rows go on from, whose tokens `tokens` then are; None for whole rows. Such a call is `alone`.
         leaving: what others go on from. Such a call is `alone`.
+        fast: whether products may be left to the library that does them faster.
         logits: the only positions at which it needs logits: row, first position, number of positions.
         columns: the only tokens whose logits it needs, in order, where `logits` is given; None for all.
         shown: the tokens whose logits are there when `narrowed`; None for all.
@@ -106,6 +107,7 @@ class ForwardCall:
         layers_bypassed: how many of those of `bypass` did not run.
         layers_compiled: how many of the model's layers were there as torch compiled them.
         fused: its writes that another call's took along.
+        fast_positions: positions that modules were given whose products were left to the faster library.
         error: what ended the call early.
     """
 
@@ -124,6 +126,7 @@ class ForwardCall:
     values: dict[int, Any] = field(default_factory=dict)
     going: GoingOn | None = None
     leaving: Leaving | None = None
+    fast: bool = False
     logits: tuple[tuple[int, int, int], ...] | None = None
     columns: tuple[int, ...] | None = None
     shown: tuple[int, ...] | None = None
@@ -133,6 +136,7 @@ class ForwardCall:
     layers_bypassed: int = 0
     layers_compiled: int = 0
     fused: int = 0
+    fast_positions: int = 0
     error: BaseException | None = None
 
     @property
@@ -195,6 +199,7 @@ def _plain(hosted: HostedModel, calls: Sequence[ForwardCall]) -> None:
         stack.enter_context(_compiled_layers(hosted, calls))
         stack.enter_context(_differentiable(calls))
         stack.enter_context(bypassing(hosted, sorted(_bypassed(calls))))
+        stack.enter_context(_fast_products(hosted, calls))
         if first.decoding is not None:
             first.decoding.advance()
         elif first.going is not None:
@@ -342,6 +347,20 @@ def _attached(hosted: HostedModel, calls: Sequence[ForwardCall], starts: Sequenc
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _fast_products(hosted: HostedModel, calls: Sequence[ForwardCall]) -> Iterator[None]:
+    """Products are left to the faster library, where every call allows it."""
+    if hosted.products is None or not all(call.fast for call in calls):
+        yield
+        return
+    with hosted.products.in_use(hosted.model) as done:
+        try:
+            yield
+        finally:
+            for call in calls:
+                call.fast_positions = done[0]
 
 
 def _bypassed(calls: Sequence[ForwardCall]) -> frozenset[int]:

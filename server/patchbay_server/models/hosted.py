@@ -20,6 +20,7 @@ from patchbay_server.models.continuation import Continuation
 from patchbay_server.models.inputs import Extents, ModelInputs, forward
 from patchbay_server.models.narrowing import Unembedding
 from patchbay_server.models.parameters import Parameter
+from patchbay_server.models.products import Products
 from patchbay_server.models.taps import Tap
 
 
@@ -41,6 +42,7 @@ class HostedModel:
         decodes_together: whether rows that generate may join and leave one batch at every step, as proved at load.
         continuation: how forwards go on from earlier ones, as proved at load; None where they do not.
         unembedding: what makes the logits, where it was seen to make those of some positions alone.
+        products: the modules whose products another library does faster, as measured at load; None for none.
     """
 
     model: torch.nn.Module
@@ -56,6 +58,7 @@ class HostedModel:
     decodes_together: bool = False
     continuation: Continuation | None = None
     unembedding: Unembedding | None = None
+    products: Products | None = None
     _tokenizer_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property

@@ -23,6 +23,7 @@ from patchbay_server.models.independence import row_independence, shared_decodin
 from patchbay_server.models.inputs import DECODER_TOKENS, MASK, TOKENS, ModelInputs, forward
 from patchbay_server.models.narrowing import find_unembedding, output_embeddings
 from patchbay_server.models.parameters import find_parameters
+from patchbay_server.models.products import find_products
 from patchbay_server.models.proofs import Proof, prove, read_all
 from patchbay_server.models.recording import Recording, record
 from patchbay_server.models.taps import Tap, first_tensor
@@ -164,6 +165,7 @@ def host(
         row_independent=sharing.holds,
         decodes_together=decoding.holds,
         continuation=going_on.how,
+        products=None if going_on.how is None else find_products(model, binding.layers),
         unembedding=find_unembedding(model, binding.unembed or output_embeddings(model), offered, card, probes[0]),
     )
 

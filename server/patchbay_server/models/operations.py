@@ -177,6 +177,17 @@ def replace_call(module: torch.nn.Module, place: OpPlace, replacement: Replaceme
     return _enter(module, (place, None, None, replacement))
 
 
+def intercepted(model: torch.nn.Module, path: str) -> bool:
+    """Whether operations inside the module `path`, or around it, have taps attached."""
+    around = path
+    while True:
+        if _INTERCEPTOR in model.get_submodule(around).__dict__:
+            return True
+        if not around:
+            return False
+        around = around.rpartition(".")[0]
+
+
 def _enter(module: torch.nn.Module, entry: _Entry) -> _OpHandle:
     held = module.__dict__.get(_INTERCEPTOR)
     if held is None:
