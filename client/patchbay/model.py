@@ -310,7 +310,7 @@ class Model(BaseModel):
         stop: Any = (),
         eos: bool = True,
         seed: int | None = None,
-        stream: StreamCallback | None = None,
+        stream: StreamCallback | bool | None = None,
         label: str | None = None,
         deterministic: bool = False,
         disabled: Sequence[str] = (),
@@ -329,7 +329,7 @@ class Model(BaseModel):
             eos: whether the model's own end-of-text tokens end a row too.
             seed: of the random numbers; one is made up, and kept in ``run.generation.seed``, where none is given. Row
                 i of a list equals the same prompt alone with ``seed + i``.
-            stream: called with each step and its tokens, one id per row, as they appear.
+            stream: called with each step and its tokens, one id per row, as they appear; True prints them instead.
             label, deterministic, disabled, timeout_s, progress: as for `trace`.
 
         Returns:
@@ -484,7 +484,7 @@ class AsyncModel(BaseModel):
         stop: Any = (),
         eos: bool = True,
         seed: int | None = None,
-        stream: StreamCallback | None = None,
+        stream: StreamCallback | bool | None = None,
         label: str | None = None,
         deterministic: bool = False,
         disabled: Sequence[str] = (),

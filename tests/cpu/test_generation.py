@@ -359,6 +359,39 @@ def test_tokens_stream_as_they_appear() -> None:
     assert [list(row) for row in zip(*(tokens for _, tokens in heard), strict=True)] == ids_of(run)
 
 
+def test_text_is_printed_as_it_appears(capsys: pytest.CaptureFixture[str]) -> None:
+    """stream=True prints one row's text, of several rows a line for each step, and ids where there is no tokenizer."""
+    prompt = "The capital of France is"
+    with demo().generate(prompt, max_new_tokens=8, stream=True) as run:
+        pass
+    assert capsys.readouterr().out == f"{run.text}\n"
+    with demo().generate([prompt, "Mary went home because"], max_new_tokens=4, stream=True):
+        pass
+    assert capsys.readouterr().out == "Paris\tshe\n.\twas\n<eos>\tlonely\n\t.\n"
+    with model_of("gpt2").generate(IDS, max_new_tokens=3, eos=False, stream=True) as run:
+        pass
+    assert capsys.readouterr().out == f"{' '.join(map(str, run.output.ids))}\n"
+    with pytest.raises(TraceError, match="stream is True"):
+        model_of("gpt2").generate(IDS, max_new_tokens=3, stream="yes")  # type: ignore[arg-type]
+
+
+def test_text_is_printed_in_order_where_waiting_is_awaited(capsys: pytest.CaptureFixture[str]) -> None:
+    """An asynchronous client prints the same text, complete when the block is left."""
+    text, hosted = "", load("demo")
+
+    async def go() -> None:
+        nonlocal text
+        servicer = local_servicer(hosted.model, hosted.tokenizer, name="demo")
+        async with AsyncClient(lambda: LocalTransport(servicer)) as client:
+            model = await client.model("demo")
+            async with model.generate("The capital of France is", max_new_tokens=8, stream=True) as run:
+                pass
+        text = run.text
+
+    asyncio.run(go())
+    assert text and capsys.readouterr().out == f"{text}\n"
+
+
 # --- mistakes, and what is left behind ----------------------------------------------------------------------------
 
 

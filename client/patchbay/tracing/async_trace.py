@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from patchbay.tracing.generation import (
     take_generated,
     texts_of,
 )
+from patchbay.tracing.printing import Printer, listener
 from patchbay.tracing.runs import Run
 from patchbay.tracing.trace import BaseTrace, Input, StreamCallback
 
@@ -115,16 +117,36 @@ class AsyncGenerateTrace(AsyncBase):
     """One generating run: ``async with model.generate(text, max_new_tokens=20) as run``; see `GenerateTrace`."""
 
     def __init__(
-        self, model: AsyncModel, *, how: Mapping[str, Any], stream: StreamCallback | None, **kwargs: Any
+        self, model: AsyncModel, *, how: Mapping[str, Any], stream: StreamCallback | bool | None, **kwargs: Any
     ) -> None:
         super().__init__(model, **kwargs)
-        self._how, self._stream = how, stream
+        self._how, self._listener = how, listener(stream, model.core)
+        self._printed: asyncio.Future[None] | None = None
 
     async def __aenter__(self) -> GeneratingRun:
         run = await self.generate(self._first, **self._how)
-        if self._stream is not None:
-            self._progress = streaming(run, self._stream, self._progress)
+        hears = self._listener
+        if isinstance(hears, Printer):
+            printer = hears
+
+            async def after(last: asyncio.Future[None] | None, ids: list[int]) -> None:
+                if last is not None:
+                    await last
+                await printer.take(ids)
+
+            def deliver(_: int, ids: list[int]) -> None:  # events come in the loop: texts are asked for beside them
+                self._printed = asyncio.ensure_future(after(self._printed, ids))
+
+            self._progress = streaming(run, deliver, self._progress)
+        elif hears is not None:
+            self._progress = streaming(run, hears, self._progress)
         return run
 
     async def __aexit__(self, kind: object, error: object, trace: object) -> None:
-        await self._leave(failed=kind is not None)
+        try:
+            await self._leave(failed=kind is not None)
+        finally:
+            if isinstance(self._listener, Printer):
+                if self._printed is not None:
+                    await self._printed
+                self._listener.end()

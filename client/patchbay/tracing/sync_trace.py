@@ -18,6 +18,7 @@ from patchbay.tracing.generation import (
     take_generated,
     texts_of,
 )
+from patchbay.tracing.printing import Printer, listener
 from patchbay.tracing.runs import Run
 from patchbay.tracing.trace import BaseTrace, Input, StreamCallback
 
@@ -142,18 +143,28 @@ class GenerateTrace(SyncTrace):
 
     Args:
         how: arguments of `SyncTrace.generate` beside the input.
-        stream: called with each step and its tokens as they appear.
+        stream: called with each step and its tokens as they appear; True prints them.
     """
 
-    def __init__(self, model: Model, *, how: Mapping[str, Any], stream: StreamCallback | None, **kwargs: Any) -> None:
+    def __init__(
+        self, model: Model, *, how: Mapping[str, Any], stream: StreamCallback | bool | None, **kwargs: Any
+    ) -> None:
         super().__init__(model, **kwargs)
-        self._how, self._stream = how, stream
+        self._how, self._listener = how, listener(stream, model.core)
 
     def __enter__(self) -> GeneratingRun:
         run = self.generate(self._first, **self._how)
-        if self._stream is not None:
-            self._progress = streaming(run, self._stream, self._progress)
+        hears = self._listener
+        if isinstance(hears, Printer):
+            printer = hears
+            self._progress = streaming(run, lambda _, ids: self._model.wait(printer.take(ids)), self._progress)
+        elif hears is not None:
+            self._progress = streaming(run, hears, self._progress)
         return run
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self._leave(failed=kind is not None)
+        try:
+            self._leave(failed=kind is not None)
+        finally:
+            if isinstance(self._listener, Printer):
+                self._listener.end()
