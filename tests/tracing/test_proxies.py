@@ -14,9 +14,11 @@ import pytest
 
 import patchbay as pb
 from patchbay.errors import (
+    ArgumentError,
     DTypeError,
     GraphError,
     IndexOutOfRangeError,
+    MissingAttributeError,
     ProxyBoolError,
     ShapeError,
     TraceError,
@@ -279,10 +281,125 @@ def test_numpys_functions_are_refused_with_advice(run: Run) -> None:
     """numpy works on numbers; inside a trace the same functions are in pb.ops."""
     e = run.embed
     for use in (lambda: np.stack([e, e]), lambda: np.sum(e), lambda: np.where(e > 0, e, 0.0)):
-        with pytest.raises(TypeError, match=r"inside the trace use pb\.ops"):
+        with pytest.raises(ProxyBoolError, match=r"inside the trace use pb\.ops\.") as caught:
             use()
-    with pytest.raises(TypeError, match="ufunc"):
-        np.exp(e)
+        assert isinstance(caught.value, TypeError) and "test_proxies.py:" in str(caught.value)
+    with pytest.raises(ProxyBoolError, match=r"numpy\.add\.reduce needs the numbers"):
+        np.add.reduce(e)
+
+
+def test_numpys_ufuncs_are_the_operations_of_their_names(model: Model) -> None:
+    """In a trace they make values of it, beside arrays and numbers on either side; into an array nothing is put."""
+    weights = np.linspace(-1.0, 1.0, 8, dtype=np.float32)
+    with model.trace(FRANCE) as run:
+        e = run.embed
+        run.save(
+            e=e,
+            many=[np.exp(e), np.power(abs(e), 2.0), np.arctan2(e, weights), np.invert(e > 0), weights * e, weights < e],
+            double=np.float64(2.0) * e,
+        )
+        total = np.zeros((1, run.seq, 8), np.float32)
+        with pytest.raises(ArgumentError, match="cannot be put into an array") as caught:
+            total += e
+        assert "test_proxies.py:" in str(caught.value)
+        with pytest.raises(ProxyBoolError, match=r"numpy\.hypot needs the numbers.*a function of pb\.ops"):
+            np.hypot(e, 1.0)
+    e = run.results["e"]
+    wanted = [np.exp(e), np.power(abs(e), 2.0), np.arctan2(e, weights), ~(e > 0), weights * e, weights < e]
+    for found, value in zip(run.results["many"], wanted, strict=True):
+        np.testing.assert_allclose(found, value, rtol=1e-6)
+    assert run.results["double"].dtype == np.float32
+
+
+def test_a_known_value_is_a_number_wherever_one_is_needed(model: Model) -> None:
+    """Once the trace has run: conversions, formats, conditions, numpy's functions; what was not saved says so."""
+    with model.trace(FRANCE) as run:
+        number, row, lost = run.embed.sum().save(), run.embed[0, 0].save(), run.embed.mean()
+    value = run.results["value_1"].item()
+    assert float(number) == value and int(number) == int(value) and bool(number) and complex(number) == value
+    assert f"{number:.3f}" == f"{value:.3f}" and round(number, 1) == round(np.float32(value), 1)
+    assert str(value)[:8] in repr(number) and "its numbers in .value" in repr(row)
+    assert np.exp(number) == np.exp(np.float32(value)) and np.max(row) == row.value.max()
+    assert row.value[3] in row
+    for use in (lambda: float(lost), lambda: np.mean([lost, number]), lambda: f"{lost:.2f}"):
+        with pytest.raises(ValueNotReadyError, match="was not saved"):
+            use()
+    with pytest.raises(TraceError, match=r"has run.*\.value"):
+        number + 1
+    with pytest.raises(AttributeError, match=r"has run.*\.value"):
+        number.tolist()
+
+
+def test_other_tools_names_are_answered_with_the_right_ones(run: Run) -> None:
+    """torch's methods, misspelt ones and functions that are no methods: each error says what to write."""
+    hints = {
+        "cpu": "numpy arrays",
+        "unsqueeze": "expand_dims",
+        "item": r"\.value",
+        "backward": r"pb\.grad",
+        "detach": "stop_gradient",
+        "float": "astype",
+        "clone": "never change",
+        "view": "reshape",
+        "sofmax": "did you mean 'softmax'",
+        "where": r"pb\.ops\.where",
+    }
+    for name, hint in hints.items():
+        with pytest.raises(MissingAttributeError, match=hint) as caught:
+            getattr(run.embed, name)
+        assert "test_proxies.py:" in str(caught.value)
+    assert not hasattr(run.embed, "item") and not hasattr(run.embed, "_repr_html_")
+
+
+def test_wide_values_are_described_in_few_words(run: Run) -> None:
+    """A stack of hundreds of stacks, in a repr and in an error; products of sums keep their parentheses."""
+    e = run.embed
+    wide = pb.ops.stack([pb.ops.stack([e] * 50)] * 50)
+    assert len(repr(wide)) < 1000 and "and 46 more" in repr(wide)
+    with pytest.raises(ShapeError) as caught:
+        pb.ops.stack([e] * 30 + [e[0]] + [e] * 30)
+    assert str(caught.value).count("\n") == 3 and "embed[0]" in str(caught.value)
+    assert "(embed + 1) * 2" in repr((e + 1) * 2) and "embed - (embed + 1)" in repr(e - (e + 1))
+    assert "embed + 1 + 2" in repr(e + 1 + 2)
+
+
+def test_torch_beside_values(run: Run) -> None:
+    """Tensors take part in operators on either side; torch's own functions name the operation to use."""
+    torch = pytest.importorskip("torch")
+    ones = torch.ones(8)
+    for value in (ones * run.embed, run.embed * ones, ones + run.embed, ones - run.embed, ones @ run.embed[0, 0]):
+        assert isinstance(value, Proxy)
+    for use, name in ((torch.softmax, "softmax"), (lambda x, _: torch.cat([x]), "concat")):
+        with pytest.raises(ProxyBoolError, match=rf"use pb\.ops\.{name}"):
+            use(run.embed, -1)
+
+
+def test_lists_of_values_and_other_things_that_are_no_arrays(run: Run) -> None:
+    """Beside a value and written at a site: what was seen, what for, and the line."""
+    e = run.embed
+    with pytest.raises(ArgumentError, match=r"join them with pb\.ops\.stack"):
+        e + [e[0, 0, 0]] * 8
+    for use in (lambda: e + "a", lambda: e * 1j, lambda: e + None, lambda: e + [[1, 2], [3]]):
+        with pytest.raises(DTypeError) as caught:
+            use()
+        assert "test_proxies.py:" in str(caught.value)
+    with pytest.raises(DTypeError, match=r"^write at blocks\.0\.resid_post: str 'zero'") as caught:
+        run.blocks[0].resid_post = "zero"
+    assert "test_proxies.py:" in str(caught.value)
+
+
+def test_a_mask_fits_its_axis(run: Run) -> None:
+    """As numpy has it; every mistake in an index names the line and what was indexed."""
+    e = run.embed
+    assert e[:, np.arange(run.seq) % 2 == 0].shape == (1, (run.seq + 1) // 2, 8)
+    for mask in (np.array([True, False]), np.ones(run.seq + 1, bool)):
+        with pytest.raises(IndexOutOfRangeError, match=f"a mask of {mask.size} entries does not fit axis 1") as caught:
+            e[:, mask]
+        assert "test_proxies.py:" in str(caught.value) and "embed of run" in str(caught.value)
+    for index in (0.5, "France", True, {}, slice(None, 2.0)):
+        with pytest.raises(GraphError) as found:
+            e[index]
+        assert "test_proxies.py:" in str(found.value) and "embed of run" in str(found.value)
 
 
 def test_proxies_of_two_traces_do_not_mix(model: Model) -> None:

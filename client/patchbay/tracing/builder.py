@@ -357,7 +357,8 @@ class GraphBuilder:
         args = [self._formula(a, depth - 1) if i < _MAX_SHOWN else "..." for i, a in enumerate(made.args)]
         binds = made.op in INFIX or bool(made.attrs.get("index"))
         for i, a in enumerate(made.args[:2] if binds else ()):
-            if self.nodes[a].op in INFIX and args[i] != "...":
+            chained = i == 0 and self.nodes[a].op == made.op  # a + b + c
+            if self.nodes[a].op in INFIX and args[i] != "..." and not chained:
                 args[i] = f"({args[i]})"
         if len(args) > _MAX_SHOWN and not binds and made.op not in BODY_ATTRS:
             args[_MAX_SHOWN:] = [f"and {len(args) - _MAX_SHOWN} more"]

@@ -39,6 +39,7 @@ def parse_index(
     items: list[IndexItem] = []
     arrays: list[int] = []
     known: dict[int, NDArray[Any]] = {}
+    masked: dict[int, int] = {}
 
     def add_array(node: int, values: NDArray[Any] | None = None) -> None:
         if values is not None:
@@ -60,7 +61,9 @@ def parse_index(
         else:
             values = _integers(item)
             if values.dtype.kind == "b":
-                for one in values.nonzero():  # numpy's own meaning of a mask: one index array for each of its axes
+                # numpy's own meaning of a mask: one index array for each of its axes
+                for one, extent in zip(values.nonzero(), values.shape, strict=True):
+                    masked[len(arrays)] = extent
                     add_array(constant(one.astype("int64")), one)
             elif values.ndim == 0 and not isinstance(item, (list, tuple)):
                 items.append(("int", int(values)))
@@ -68,7 +71,7 @@ def parse_index(
                 add_array(constant(values), values)
     result = tuple(items)
     if known:
-        _check_range(result, shape, known)
+        _check_range(result, shape, known, masked)
     return result, tuple(arrays)
 
 
@@ -97,7 +100,19 @@ def _integers(item: object) -> NDArray[Any]:
     raise DTypeError(f"indices are integers, slices, ..., None or integer arrays; got an array of {values.dtype}")
 
 
-def _check_range(items: tuple[IndexItem, ...], shape: tuple[int, ...], known: dict[int, NDArray[Any]]) -> None:
+def _check_range(
+    items: tuple[IndexItem, ...], shape: tuple[int, ...], known: dict[int, NDArray[Any]], masked: dict[int, int]
+) -> None:
+    """
+    Args:
+        items: the index.
+        shape: of what it indexes.
+        known: its arrays whose numbers are known, by their number.
+        masked: extents of the axes of masks, by the number of the array that each became.
+
+    Raises:
+        IndexOutOfRangeError: an array does not fit its axis.
+    """
     try:
         full = expand_ellipsis("getitem", items, len(shape))
     except ShapeError:
@@ -106,11 +121,18 @@ def _check_range(items: tuple[IndexItem, ...], shape: tuple[int, ...], known: di
     for item in full:
         if item[0] == "newaxis":
             continue
-        values = known.get(item[1]) if item[0] == "array" else None  # type: ignore[arg-type]
-        if values is not None and values.size and axis < len(shape):
-            low, high = int(values.min()), int(values.max())
-            extent = shape[axis]
-            if low < -extent or high >= extent:
-                bad = low if low < -extent else high
-                raise IndexOutOfRangeError(f"index {bad} is out of range for axis {axis} of extent {extent}")
+        number = item[1] if item[0] == "array" else None
+        values = known.get(number)  # type: ignore[arg-type]
+        if values is not None and axis < len(shape):
+            _check_fits(values, axis, shape[axis], masked.get(number))  # type: ignore[arg-type]
         axis += 1
+
+
+def _check_fits(values: NDArray[Any], axis: int, extent: int, masked: int | None) -> None:
+    if masked is not None and masked != extent:
+        raise IndexOutOfRangeError(f"a mask of {masked} entries does not fit axis {axis} of extent {extent}")
+    if values.size:
+        low, high = int(values.min()), int(values.max())
+        if low < -extent or high >= extent:
+            bad = low if low < -extent else high
+            raise IndexOutOfRangeError(f"index {bad} is out of range for axis {axis} of extent {extent}")

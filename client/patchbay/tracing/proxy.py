@@ -6,12 +6,14 @@ value that was there, whoever reads it afterwards sees the new one.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from patchbay.errors import (
+    ArgumentError,
+    DTypeError,
     GraphError,
-    IndexOutOfRangeError,
     ProxyBoolError,
     TraceError,
     ValueNotReadyError,
@@ -19,6 +21,8 @@ from patchbay.errors import (
 )
 from patchbay.ir.dtypes import DType
 from patchbay.ir.ops.spec import TensorSpec
+from patchbay.places import here
+from patchbay.tracing import habits
 from patchbay.tracing.arrays import as_array, to_data
 from patchbay.tracing.indexing import parse_index
 
@@ -34,6 +38,8 @@ if TYPE_CHECKING:
 
 #: The pure operation behind ``x[...]``.
 INDEX_OP = "getitem"
+#: Numbers of a known value that its repr shows, at most.
+_SHOWN_NUMBERS = 4
 #: ``x /= v`` equals ``x *= 1 / v`` exactly for these: their reciprocals are powers of two that every float type holds.
 _EXACT_DIVISORS = frozenset(float(2**k) for k in range(-8, 9))
 
@@ -51,8 +57,6 @@ class Proxy:
 
     __slots__ = ("__weakref__", "_node", "_trace", "_update")
 
-    #: Makes ``array * proxy`` ask the proxy instead of numpy.
-    __array_ufunc__ = None
     __array_priority__ = 1000
 
     def __init__(self, trace: BaseTrace, node: int, update: _Update | None = None) -> None:
@@ -107,7 +111,10 @@ class Proxy:
     def __repr__(self) -> str:
         builder = self._trace.builder
         place = builder.location(self._node)
-        return f"<{self._spec} {builder.describe(self._node)}" + (f", made at {place}>" if place else ">")
+        shown = f"{self._spec} {builder.describe(self._node)}" + (f", made at {place}" if place else "")
+        if self._trace.has_run and self._trace.holds(self):
+            shown += f", {self.value.tolist()}" if self.size <= _SHOWN_NUMBERS else ", its numbers in .value"
+        return f"<{shown}>"
 
     # --- saving and the value -------------------------------------------------------------------------------------
 
@@ -136,12 +143,15 @@ class Proxy:
         array = self.value
         return array if dtype is None else array.astype(dtype)  # type: ignore[call-overload, no-any-return]
 
-    def __array_function__(self, function: Any, types: object, args: object, kwargs: object) -> Any:
-        name = function.__name__
-        raise TypeError(
-            f"numpy.{name} needs the numbers, which are known only after the trace has run; inside the trace use pb.ops"
-            " (the array API's names: concat for concatenate, cumulative_sum for cumsum, permute_dims for transpose)"
-        )
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: object, **kwargs: object) -> Any:
+        return habits.numpy_ufunc(ufunc, method, inputs, kwargs)
+
+    def __array_function__(self, function: Any, types: object, args: Any, kwargs: Any) -> Any:
+        return habits.numpy_function(function, args, kwargs)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: object, args: object = (), kwargs: object = None) -> Any:
+        raise habits.torch_function(function)
 
     def __array_namespace__(self, *, api_version: str | None = None) -> ModuleType:
         import patchbay.ops
@@ -177,8 +187,9 @@ class Proxy:
             return parse_index(
                 index, self.shape, node_of=node_of, constant=lambda array: trace.builder.constant(to_data(array))
             )
-        except IndexOutOfRangeError as error:
+        except GraphError as error:
             error.message += f"\n  {self._spec}: {trace.builder.describe(self._node)}"
+            error.location = error.location or here()
             raise
 
     def __len__(self) -> int:
@@ -191,28 +202,40 @@ class Proxy:
             raise TypeError(f"{self._trace.builder.describe(self._node)} has no axes to iterate over")
         return (self[i] for i in range(self.shape[0]))
 
-    # --- where Python needs the number itself ---------------------------------------------------------------------
+    # --- where Python needs the number itself: there once the trace has run, if it was saved ----------------------
 
-    def _needs_value(self, what: str) -> ProxyBoolError:
-        return ProxyBoolError(
+    def _number(self, what: str) -> Any:
+        if self._trace.has_run:
+            return self.value[()]
+        raise ProxyBoolError(
             f"{what} needs the value of {self._trace.builder.describe(self._node)}, which is known only after the trace"
-            " has run: use pb.ops.where (or &, |, ~) inside the trace, or save it and use .value afterwards"
+            " has run: use pb.ops.where (or &, |, ~) inside the trace, or save it and use .value afterwards",
+            location=here(),
         )
 
     def __bool__(self) -> bool:
-        raise self._needs_value("a Python condition (if, while, and, or, not, in)")
+        return bool(self._number("a Python condition (if, while, and, or, not, in)"))
 
     def __int__(self) -> int:
-        raise self._needs_value("int()")
+        return int(self._number("int()"))
 
     def __float__(self) -> float:
-        raise self._needs_value("float()")
+        return float(self._number("float()"))
 
     def __complex__(self) -> complex:
-        raise self._needs_value("complex()")
+        return complex(self._number("complex()"))
 
     def __index__(self) -> int:
-        raise self._needs_value("a Python index or range()")
+        return operator.index(self._number("a Python index or range()"))
+
+    def __round__(self, digits: int | None = None) -> Any:
+        return round(self._number("round()"), digits)
+
+    def __format__(self, how: str) -> str:
+        return format(self._number(f"a text in the form {how!r}"), how) if how else str(self)
+
+    def __contains__(self, item: object) -> bool:
+        return item in self._number("in")
 
     def __copy__(self) -> Proxy:
         return self
@@ -386,9 +409,7 @@ class Proxy:
         return self._binary("divide", other)  # x * (1 / v) may round differently: assigned back, it replaces
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(
-            f"a value of a trace has no attribute {name!r}; functions: dir(patchbay.ops), and most of them as methods"
-        )
+        raise habits.missing(self, name)
 
 
 class Created:
@@ -474,15 +495,33 @@ def lift(trace: BaseTrace, value: object) -> int:
         return trace.builder.scalar(value if type(value) in (bool, int, float) else float(value))
     if isinstance(value, Created):
         return value.add_to(trace)
-    return trace.builder.constant(to_data(as_array(value)))
+    return trace.builder.constant(to_data(_numbers(value)))
+
+
+def _numbers(value: object, dtype: DType | None = None, what: str = "") -> NDArray[Any]:
+    """`as_array`, whose refusals name the user's line and what the array is for."""
+    try:
+        return as_array(value, dtype)
+    except DTypeError as error:
+        error.message = what + error.message
+        error.location = here()
+        raise
+    except TraceError:
+        raise ArgumentError(
+            f"{what}a {type(value).__name__} of values of a trace is no array; join them with pb.ops.stack([...])",
+            location=here(),
+        ) from None
 
 
 def _wrong_trace(trace: BaseTrace, value: Proxy) -> WrongTraceError:
     other = value._trace
     what = other.builder.describe(value._node)
     if other.has_run:
-        return WrongTraceError(f"{what} belongs to a trace that has already run: save it there and use its .value here")
-    return WrongTraceError(f"{what} belongs to another trace: make both runs in one trace (t.run(...) twice)")
+        how = "use its .value here" if other.holds(value) else "save it there and use its .value here"
+        return WrongTraceError(f"{what} belongs to a trace that has already run: {how}", location=here())
+    return WrongTraceError(
+        f"{what} belongs to another trace: make both runs in one trace (t.run(...) twice)", location=here()
+    )
 
 
 def write_site(
@@ -531,7 +570,7 @@ def _place_of(trace: BaseTrace, node: int) -> tuple[int | None, str, Any, tuple[
 
 def _lift_for_site(trace: BaseTrace, site: str, value: object) -> int:
     """An array written at a site: integers and masks take the site's dtype, doubles are narrowed to it."""
-    array = as_array(value)
+    array = _numbers(value, what=f"write at {site}: ")
     held = trace.builder.card.site(site).dtype
     if held.is_floating and (array.dtype.kind in "biu" or (array.dtype.itemsize == 8 and held.itemsize < 8)):
         array = as_array(array, held)

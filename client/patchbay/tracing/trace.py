@@ -349,7 +349,9 @@ class BaseTrace(abc.ABC):
         if outcome is not None:
             self.sent_bytes, self.received_bytes = outcome.sent_bytes, outcome.received_bytes
         self._state = "done"
-        self.builder.closed = "this trace has run; make another for further values"
+        self.builder.closed = (
+            "this trace has run; make another for further values (the numbers of what was saved are in .value)"
+        )
 
     def _fail(self, error: BaseException) -> None:
         self._state = "failed"
@@ -371,6 +373,10 @@ class BaseTrace(abc.ABC):
             raise ValueNotReadyError(f"{what} is known after the trace has run: use it below the with block")
         if self._state != "done":
             raise ValueNotReadyError(f"{what} was never computed: {self.builder.closed}")
+
+    def holds(self, proxy: Proxy) -> bool:
+        """Whether the numbers of a value are here."""
+        return proxy._node in self._arrays
 
     def value_of(self, proxy: Proxy) -> NDArray[Any]:
         """`Proxy.value`."""
