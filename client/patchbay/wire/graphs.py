@@ -6,7 +6,7 @@ a Python object is built, references, nesting, tensors. What an operation or a s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import TYPE_CHECKING, cast
 
 from google.protobuf.struct_pb2 import NULL_VALUE
@@ -143,7 +143,7 @@ def decode_graph(message: graph_pb2.Graph, limits: Limits | None = None) -> Grap
     _check_counts(message, limits)
     state = _State(len(message.runs), limits.max_const_bytes)
     runs = tuple(_decode_run(run, f"runs[{index}]", state) for index, run in enumerate(message.runs))
-    nodes = tuple([_decode_node(node, position, state) for position, node in enumerate(message.nodes)])
+    nodes = tuple(_decode_nodes(message.nodes, 0, state))
     bodies = tuple(_decode_body(body, f"bodies[{index}]", state) for index, body in enumerate(message.bodies))
     return Graph(runs=runs, nodes=nodes, outputs=_decode_outputs(message, len(nodes)), bodies=bodies)
 
@@ -184,6 +184,8 @@ def _check_counts(message: graph_pb2.Graph, limits: Limits) -> None:
     _check_limit("max_tokens", "runs", sum(len(run.tokens) for run in message.runs), limits.max_tokens)
     inside = sum(1 + len(body.nodes) for body in message.bodies)
     _check_limit("max_nodes", "nodes", len(message.nodes) + inside, limits.max_nodes)
+    if message.ByteSize() <= MAX_ARGS_PER_NODE * limits.max_nodes:
+        return  # an argument takes a byte at least
     args = sum(len(node.args) for node in message.nodes)
     for body in message.bodies:
         args += len(body.params) + len(body.results) + len(body.returns) + sum(len(node.args) for node in body.nodes)
@@ -247,24 +249,28 @@ def _decode_generation(message: graph_pb2.Generation, field: str) -> Generation:
     )
 
 
-def _decode_node(message: graph_pb2.Node, position: int, state: _State) -> Node:
-    args = tuple(message.args)
-    if args and (min(args) < 0 or max(args) >= position):
-        raise _forward_reference(args, position)
-    run = message.run if message.HasField("run") else None
-    if run is not None and not 0 <= run < state.n_runs:
-        raise GraphError(
-            f"node {position} belongs to run {run}, but the graph has {state.n_runs}",
-            node=position,
-            field=f"nodes[{position}].run",
-        )
-    name = message.op
-    op = state.names.get(name)
-    if op is None:
-        _check_name(name, f"nodes[{position}].op")
-        op = state.intern(name)
-    attrs = message.attrs
-    return Node(op, args, _decode_attrs(op, attrs, position, state) if attrs else NO_ATTRS, run)
+def _decode_nodes(messages: Iterable[graph_pb2.Node], first: int, state: _State) -> Iterator[Node]:
+    """The nodes, the first of which is at the position `first`."""
+    names, n_runs = state.names, state.n_runs
+    for position, message in enumerate(messages, first):
+        args = tuple(message.args[:])  # a slice is copied at once, what is iterated over number by number
+        for arg in args:
+            if arg >= position or arg < 0:
+                raise _forward_reference(args, position)
+        run = message.run if message.HasField("run") else None
+        if run is not None and not 0 <= run < n_runs:
+            raise GraphError(
+                f"node {position} belongs to run {run}, but the graph has {n_runs}",
+                node=position,
+                field=f"nodes[{position}].run",
+            )
+        name = message.op
+        op = names.get(name)
+        if op is None:
+            _check_name(name, f"nodes[{position}].op")
+            op = state.intern(name)
+        attrs = message.attrs
+        yield Node(op, args, _decode_attrs(op, attrs, position, state) if attrs else NO_ATTRS, run)
 
 
 def _forward_reference(args: tuple[int, ...], position: int) -> GraphError:
@@ -314,11 +320,12 @@ def _decode_attrs(
 
 def _decode_body(message: graph_pb2.Body, field: str, state: _State) -> Body:
     first = len(message.params)
-    nodes = []
-    for k, node in enumerate(message.nodes):
+    nodes: list[Node] = []
+    following = _decode_nodes(message.nodes, first, state)
+    for k in range(len(message.nodes)):
         place = f"{field}.nodes[{k}]"
         try:
-            decoded = _decode_node(node, first + k, state)
+            decoded = next(following)
         except LimitExceededError:
             raise
         except GraphError as error:
