@@ -71,6 +71,56 @@ def test_descent(name: str) -> None:
     np.testing.assert_allclose(t.results["params"]["scale"], scale.detach().numpy(), atol=1e-4)
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_descent_through_runs_of_the_model(name: str) -> None:
+    """Unrolled, the loss may make runs: a rotation for distributed alignment search goes torch.optim's way."""
+    how, make = OPTIMIZERS[name]
+    start = np.linalg.qr(np.random.default_rng(0).standard_normal((16, 3)).astype("float32"))[0]
+    sources = ROWS[1:] + ROWS[:1]
+    with model().trace() as t:
+        theirs = t.run(sources).blocks[0].resid_post[:, 2]
+
+        def loss(rotation: Any) -> Any:
+            q, _ = pb.ops.qr(rotation)
+            run = t.run(ROWS)
+            mine = run.blocks[0].resid_post[:, 2]
+            run.blocks[0].resid_post[:, 2] = mine + (theirs - mine) @ q @ q.mT
+            return pb.ops.cross_entropy(run.logits[:, -1], LABELS)
+
+        rotation, losses = methods.descend(loss, t.constant(start), 8, unroll=True, **how)
+        t.save(rotation=rotation, losses=losses)
+
+    hf, cell = build("gpt2"), torch.tensor(start, requires_grad=True)
+    block, ids, seen = hf.transformer.h[0], torch.tensor(ROWS), list[float]()
+    kept: list[torch.Tensor] = []
+    hook = block.register_forward_hook(lambda *call: kept.append(call[2].detach()))
+    hf(torch.tensor(sources))
+    hook.remove()
+
+    def swap(_module: Any, _args: Any, x: torch.Tensor) -> torch.Tensor:
+        q = torch.linalg.qr(cell)[0]
+        return torch.cat([x[:, :2], (x[:, 2] + (kept[0][:, 2] - x[:, 2]) @ q @ q.T)[:, None], x[:, 3:]], 1)
+
+    hook = block.register_forward_hook(swap)
+    optimizer = make([cell])
+    for _ in range(8):
+        optimizer.zero_grad()
+        value = torch.nn.functional.cross_entropy(hf(ids).logits[:, -1], torch.tensor(LABELS))
+        value.backward()
+        seen.append(float(value.detach()))
+        optimizer.step()
+    hook.remove()
+    assert seen[-1] < seen[0]
+    np.testing.assert_allclose(t.results["losses"], seen, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(t.results["rotation"], cell.detach().numpy(), atol=1e-4)
+
+
+def test_unrolled_descent_begins_in_a_trace() -> None:
+    """An array belongs to no trace, so nothing could be differentiated by it: the error says what to write."""
+    with pytest.raises(TraceError, match=r"t\.constant"):
+        methods.descend(lambda p: p, np.ones(2, "float32"), 3, unroll=True)
+
+
 def test_an_optimizer_that_does_not_exist() -> None:
     """It is refused, with those that do."""
     with pytest.raises(TraceError, match="adam or sgd"):

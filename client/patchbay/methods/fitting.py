@@ -7,16 +7,14 @@ intermediate layers using linear classifier probes". k-means: Lloyd 1982, "Least
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from patchbay.errors import TraceError
 from patchbay.tracing.control import scan
 from patchbay.tracing.functions import functions
 from patchbay.tracing.gradients import grad
+from patchbay.tracing.proxy import Proxy
 from patchbay.tracing.trees import flatten, unflatten
-
-if TYPE_CHECKING:
-    from patchbay.tracing import Proxy
 
 
 class Probe(NamedTuple):
@@ -61,24 +59,28 @@ def descend(
     momentum: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
+    unroll: bool = False,
 ) -> tuple[Any, Proxy]:
     """Parameters that make a loss small, found by gradient descent on the server; as torch.optim.SGD and Adam.
 
     Args:
         loss: of the parameters, a number; operations on values alone (see `patchbay.scan`). Activations that it
             mentions stay on the server.
-        params: where to begin: values, arrays, or tuples, lists and dicts of them.
+        params: where to begin: values, arrays, or tuples, lists and dicts of them. With `unroll` values of the trace.
         steps: how many.
         rate: the learning rate.
         optimizer: which.
         momentum: of ``"sgd"``.
         betas, eps: of ``"adam"``.
+        unroll: write every step out instead of looping on the server. Then the loss may make runs of the trace and
+            write at their sites (a rotation, a soft prompt, a steering vector); every step is a forward, and its nodes
+            and runs count towards the limits of a graph.
 
     Returns:
         The parameters after the last step, a tree like `params`; and the loss before every step, [steps].
 
     Raises:
-        TraceError: an optimizer that does not exist.
+        TraceError: an optimizer that does not exist; with `unroll` parameters that belong to no trace.
         GraphError: what `patchbay.scan` raises.
     """
     if optimizer not in ("adam", "sgd"):
@@ -86,6 +88,8 @@ def descend(
     leaves, tree = flatten(params)
     zeros = [leaf * 0 for leaf in leaves]
     sqrt = functions()["sqrt"]
+    if unroll and not all(isinstance(leaf, Proxy) for leaf in leaves):
+        raise TraceError("descend: with unroll=True parameters are values of the trace, such as t.constant(array)")
 
     def gradients(values: list[Any]) -> tuple[Any, list[Any]]:
         value = loss(unflatten(tree, values))
@@ -105,12 +109,20 @@ def descend(
         first = [betas[0] * m + (1 - betas[0]) * g for m, g in zip(first, slopes, strict=True)]
         second = [betas[1] * v + (1 - betas[1]) * g * g for v, g in zip(second, slopes, strict=True)]
         # The corrections are float32, and must not widen a narrower parameter.
-        at = [[c.astype(p.dtype.name) for c in corrections] for p in values]
+        at = [[c if isinstance(c, float) else c.astype(p.dtype.name) for c in corrections] for p in values]
         new = [
             p - rate * (m / a) / (sqrt(v / b) + eps) for p, m, v, (a, b) in zip(values, first, second, at, strict=True)
         ]
         return (new, first, second), value
 
+    if unroll:
+        step = sgd if optimizer == "sgd" else adam
+        state: Any = (leaves, zeros if momentum else []) if optimizer == "sgd" else (leaves, zeros, zeros)
+        values = []
+        for done in range(1, steps + 1):
+            state, value = step(state, [1 - beta**done for beta in betas])
+            values.append(value)
+        return unflatten(tree, state[0]), functions()["stack"](values)
     if optimizer == "sgd":
         (found, _), losses = scan(sgd, (leaves, zeros if momentum else []), length=steps)
     else:
