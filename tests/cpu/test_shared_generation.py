@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patchbay.errors import GraphError, RequestCancelledError
-from patchbay.ir.graph import Graph, Node
+from patchbay.ir.graph import Generation, Graph, Node, Output, Run
 from patchbay_server.engine import Engine
 from patchbay_server.models.row_cache import PromptCache, RowCache
 from tests.cpu.side_by_side import (
@@ -25,6 +26,7 @@ from tests.cpu.side_by_side import (
     steered,
     together,
 )
+from tests.tiny import VOCAB
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "mistral", "mixtral"])
@@ -33,8 +35,6 @@ def test_runs_that_generate_side_by_side_give_what_each_gives_alone(family: str)
     engine = engine_of(family)
     assert engine.hosted.decodes_together
     many = [steered(ids, i, steps=4 + i) for i, ids in enumerate(IDS)]
-    if family == "mistral":  # beyond its window a pattern has fewer keys than positions when it runs alone
-        many = [Graph(g.runs, g.nodes, tuple(o for o in g.outputs if o.name != "pattern")) for g in many]
     requests = [Request(engine, graph) for graph in many]
     forwards = together(engine, requests, late=2)
     usages = [r.usage for r in requests]
@@ -120,6 +120,66 @@ def test_a_batch_that_does_not_fit_steps_one_by_one() -> None:
     assert not failures
     for graph, request in zip(many, requests, strict=True):
         same(request.values, alone(engine_of("llama"), graph, disabled=("continuous_batching",))[0])
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "mistral"])
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_the_unembedding_by_its_own_name_has_every_position(family: str, side: str) -> None:
+    """A prompt whose unembedding somebody visits computes all logits, alone and beside others."""
+    engine, site, newest = engine_of(family), f"module:lm_head.{side}", (("slice", None, None, None), ("int", -1))
+    run = Run((IDS[0], IDS[4][:5]), generation=Generation(max_new_tokens=3, eos=False))
+    whole = Graph((run,), (Node("site.read", (), {"site": "logits", "step": 0}, 0),), (Output("newest", 0),))
+    expected = alone(engine, whole)[0]["newest"][:, 0] * 0.5
+    nodes = (
+        Node("const", (), {"scalar": 0.5}),
+        Node("site.write", (0,), {"site": site, "mode": "mul", "index": newest, "step": 0}, 0),
+        Node("site.read", (), {"site": "module:lm_head.output", "step": 0}, 0),
+        Node("getitem", (2,), {"index": newest}),
+    )
+    for options in ({}, {"deterministic": True}, {"disabled": ("continuous_batching",)}):
+        found = alone(engine, Graph((run,), nodes, (Output("all", 2), Output("newest", 3))), **options)[0]
+        assert found["all"].shape == (2, 5, VOCAB)
+        torch.testing.assert_close(found["newest"], expected, rtol=1e-4, atol=1e-4)
+
+
+# --- windows
+
+
+def steered_pattern(*, index: tuple[object, ...] = ()) -> Graph:
+    """Eight steps of a model that looks back over four positions; one layer's pattern is read and then changed."""
+    nodes = [
+        Node("site.read", (), {"site": "blocks.1.attn.pattern", "step": 5}, 0),
+        Node("const", (), {"scalar": 0.25}),
+        Node("site.write", (1,), {"site": "blocks.1.attn.pattern", "mode": "add", "index": index, "step": 5}, 0),
+        Node("site.read", (), {"site": "blocks.1.attn.pattern", "step": 5}, 0),
+        Node("site.read", (), {"site": "logits", "step": 7}, 0),
+    ]
+    run = Run((IDS[0],), generation=Generation(max_new_tokens=8, eos=False))
+    return Graph((run,), tuple(nodes), (Output("before", 0), Output("after", 3), Output("logits", 4)))
+
+
+@pytest.mark.parametrize("index", [(), (("slice", None, None, None),) * 3 + (("int", 8),)])
+def test_a_pattern_has_a_place_for_every_key_behind_the_window_too(index: tuple[object, ...]) -> None:
+    """Alone as beside others: zero behind the window, and an index means the same key."""
+    engine, graph = engine_of("mistral"), steered_pattern(index=index)
+    found = alone(engine, graph)[0]
+    assert found["before"].shape == (1, 4, 1, len(IDS[0]) + 5)
+    assert not found["before"][..., :-4].any() and bool((found["before"][..., -4:] > 0).all())
+    assert float((found["after"] - found["before"]).abs().sum()) == pytest.approx(1.0 if index else 10.0)
+    for options in ({"deterministic": True}, {"disabled": ("cobatch",)}):
+        same(alone(engine, graph, **options)[0], found)
+
+
+def test_a_model_that_forgets_keys_says_so_where_its_pattern_is_changed() -> None:
+    """Where a model was not proved to keep every key, a write to a pattern of fewer keys is an error at its node."""
+    engine = Engine(replace(engine_of("mistral").hosted, decodes_together=False))
+    whole = steered_pattern()
+    nodes = tuple(replace(node, args=tuple(0 for _ in node.args)) for node in (*whole.nodes[1:3], whole.nodes[4]))
+    unread = Graph(whole.runs, nodes, (Output("logits", 2),))
+    for graph, node in ((whole, 0), (unread, 1)):
+        with pytest.raises(GraphError, match=r"the site holds \[1, 4, 1, 4\] .* not \[1, 4, 1, 10\]") as caught:
+            alone(engine, graph)
+        assert caught.value.node == node
 
 
 # --- where keys and values lie

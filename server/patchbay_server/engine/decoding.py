@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from patchbay.errors import GraphError
-from patchbay.ir.card import LOGITS
-from patchbay_server.engine.generate import Decoding, takes
+from patchbay_server.engine.generate import Decoding, keeps_some_logits
 from patchbay_server.models.hosted import HostedModel
 from patchbay_server.models.row_cache import PromptCache, RowCache
 from patchbay_server.models.taps import first_tensor
@@ -130,12 +129,11 @@ def choose(calls: Sequence[ForwardCall], starts: Sequence[int], newest: torch.Te
 
 def prompt_logits(hosted: HostedModel, calls: Sequence[ForwardCall]) -> torch.Tensor | None:
     """The positions whose logits are all that is needed of a forward over these prompts, or None for every position."""
-    if not takes(hosted.model, "logits_to_keep") or hosted.card.d_vocab == 0:
-        return None
-    wide = {site.name for site in hosted.card.sites if site.dims[-1:] == (hosted.card.d_vocab,)}
     positions: set[int] = set()
+    if not keeps_some_logits(hosted, {site for call in calls for site in call.sites}):
+        return None
     for call in calls:
-        if call.decoding is None or (set(call.sites) - {LOGITS}) & wide:
+        if call.decoding is None:
             return None
         positions.update(length - 1 - call.decoding.first for length in call.decoding.lengths)
     kept = tuple(sorted(positions))

@@ -311,9 +311,31 @@ class Execution:
     def _step_call(self, decoding: Decoding, site: str, moment: Actions) -> SiteCall:
         dims = self._hosted.card.site(site).dims
         axes = tuple(i for i in self._hosted.card.site(site).sequence_axes if decoding.step == 0 or dims[i] != "key")
-        handler = decoding.seen_through(site, dims, lambda value: self._happen_at(value, axes, moment))
+        handler = decoding.seen_through(site, dims, self._fitting(decoding, site, axes, moment))
         constant = self._constant_write(site, moment, decoding.rows, newest=decoding.step > 0)
         return SiteCall(handler, any(map(_changes_the_model, moment.steps)), constant)
+
+    def _fitting(
+        self, decoding: Decoding, site: str, axes: Sequence[int], moment: Actions
+    ) -> Callable[[torch.Tensor], torch.Tensor | None]:
+        """What happens at a site of a step, once it is known to have the shape that the card says."""
+        access = next((step for step in moment.steps if isinstance(step, (Read, Write))), None)
+        if access is None or decoding.step == 0:  # other prompts of the same forward may be longer
+            return lambda value: self._happen_at(value, axes, moment)
+        run = self._plan.graph.runs[access.slot.run]
+        shape = self._hosted.card.site_shape(self._hosted.card.site(site), run, decoding.step)
+
+        def handle(value: torch.Tensor) -> torch.Tensor | None:
+            self._check_shape(value, shape, access.node)
+            return self._happen_at(value, axes, moment)
+
+        return handle
+
+    def _check_shape(self, value: torch.Tensor, shape: Sequence[int], node: int) -> None:
+        """A model that forgets what lies behind a window, say, has other shapes than its card."""
+        if tuple(value.shape) != tuple(shape):
+            reason = f"the site holds {list(value.shape)} while tokens are generated, not {list(shape)}"
+            raise self._named(GraphError(reason), node)
 
     def _absent(self, step: Forward) -> None:
         """A step that no row lived to see: what it reads is zero, what it writes changes nothing."""
@@ -416,11 +438,7 @@ class Execution:
             return seen
         spec = self._plan.specs[node]
         assert isinstance(spec, TensorSpec)
-        if tuple(seen.shape) != spec.shape:
-            raise self._named(
-                GraphError(f"the site holds {list(seen.shape)} while tokens are generated, not {list(spec.shape)}"),
-                node,
-            )
+        self._check_shape(seen, spec.shape, node)
         return seen if self._gone is None else seen.index_fill(0, self._gone, 0)
 
     def _write(self, current: torch.Tensor, axes: Sequence[int], step: Write, owned: bool) -> torch.Tensor:

@@ -7,10 +7,11 @@ padding; a mask hides it from decode steps, and every row keeps the positions th
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from transformers.cache_utils import DynamicCache
 
 from patchbay.errors import GraphError
 from patchbay.ir.card import LOGITS
@@ -18,6 +19,7 @@ from patchbay.ir.graph import Generation, Graph
 from patchbay_server.engine.steps import Pass
 from patchbay_server.models.continuation import Trunk
 from patchbay_server.models.hosted import HostedModel
+from patchbay_server.models.narrowing import output_embeddings
 from patchbay_server.models.row_cache import Known, RowCache, Seat
 from patchbay_server.models.taps import OutputTap, first_tensor
 
@@ -67,6 +69,19 @@ def check_sites(hosted: HostedModel, graph: Graph) -> None:
 def takes(model: torch.nn.Module, argument: str) -> bool:
     """Whether the model's forward has an argument of that name."""
     return argument in inspect.signature(model.forward).parameters
+
+
+def keeps_some_logits(hosted: HostedModel, used: Iterable[str]) -> bool:
+    """Whether a prompt's forward may give the logits of some positions alone, where `used` are the sites it visits.
+
+    The model cuts the others off before it makes logits: no site from there on may be used but the logits themselves.
+    """
+    card = hosted.card
+    if not takes(hosted.model, "logits_to_keep") or card.d_vocab == 0:
+        return False
+    made = f"module:{output_embeddings(hosted.model)}.input"
+    behind = min(site.order for site in card.sites if site.name == made or site.dims[-1:] == (card.d_vocab,))
+    return all(site == LOGITS or card.site(site).order < behind for site in used)
 
 
 class Decoding:
@@ -200,13 +215,15 @@ class Decoding:
             if any(made[-len(stop) :] == stop for stop in self._stops):
                 self.stopped[row] = True
 
-    def _inputs(self) -> dict[str, torch.Tensor]:
+    def _inputs(self) -> dict[str, Any]:
         device, each, step = self._hosted.device, self._pass, self.step
         if step == 0:
             rows = [[*row, *([_FILLER] * (each.seq - len(row)))] for row in each.tokens]
-            inputs = {"input_ids": torch.tensor(rows, device=device)}
-            if not self._ragged and self._keeps_last_logits():
-                inputs["logits_to_keep"] = 1  # type: ignore[assignment]
+            inputs: dict[str, Any] = {"input_ids": torch.tensor(rows, device=device)}
+            if self._hosted.decodes_together:  # proved with a cache that keeps everything, as the card's shapes say
+                inputs["past_key_values"] = DynamicCache()
+            if not self._ragged and keeps_some_logits(self._hosted, self._pass.steps[0].sites):
+                inputs["logits_to_keep"] = 1
             return inputs
         inputs = {"input_ids": self.newest_tokens.to(device), "past_key_values": self._cache}
         if self._ragged:
@@ -215,12 +232,6 @@ class Decoding:
             inputs["attention_mask"] = mask.long().to(device)
             inputs["position_ids"] = (self._lengths[:, None] + step - 1).to(device)
         return inputs
-
-    def _keeps_last_logits(self) -> bool:
-        """Whether the prompt's other logits can be left out: nothing reads them by their module's name."""
-        wide = {site.name for site in self._hosted.card.sites if site.dims[-1:] == (self._hosted.card.d_vocab,)}
-        used = set(self._pass.steps[0].sites) - {LOGITS}
-        return "logits_to_keep" in inspect.signature(self._hosted.model.forward).parameters and not used & wide
 
     # --- what a step's values look like
 
