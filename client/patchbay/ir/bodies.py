@@ -361,6 +361,8 @@ def side_by_side(body: BodyFacts, length: int) -> int:
 def loop_steps(graph: Graph, specs: Sequence[ValueSpec], facts: Sequence[BodyFacts]) -> int:
     """Operations that all loops of `graph` run, every step of each counted."""
     steps = 0
+    if graph.ops.isdisjoint(BODY_ATTRS):
+        return steps
     for i, node in enumerate(graph.nodes):
         if node.op in BODY_ATTRS:
             args = [value for a in node.args if isinstance(value := specs[a], TensorSpec)]

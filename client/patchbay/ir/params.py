@@ -72,7 +72,7 @@ def outputs_respect_the_policy(graph: Graph, card: ModelCard) -> None:
     Raises:
         GraphError: an output is a parameter, or one reshaped, sliced, cast or joined, where that is not allowed.
     """
-    if card.weights == DOWNLOADABLE or not any(node.op == "param.read" for node in graph.nodes):
+    if card.weights == DOWNLOADABLE or "param.read" not in graph.ops:
         return
     copies: dict[int, int] = {}  # node -> the parameter that it holds elements of
     for i, node in enumerate(graph.nodes):

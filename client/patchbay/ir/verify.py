@@ -170,10 +170,9 @@ def _names(inputs: Sequence[InputSpec]) -> str:
 def _arguments_refer_backwards(graph: Graph, card: ModelCard) -> None:
     del card
     for i, node in enumerate(graph.nodes):
-        if not node.args or (min(node.args) >= 0 and max(node.args) < i):
-            continue
-        for position, arg in enumerate(node.args):
-            if not 0 <= arg < i:
+        for arg in node.args:
+            if arg >= i or arg < 0:
+                position = node.args.index(arg)
                 raise GraphError(
                     f"{node.op}: argument {position} refers to node {arg}; arguments refer to earlier nodes",
                     node=i,
@@ -190,9 +189,9 @@ _NO_GRADIENT = {
 
 
 def _metrics_depend_on_what_they_are_differentiated_by(graph: Graph, card: ModelCard) -> None:
-    grads = [i for i, node in enumerate(graph.nodes) if node.op == "grad" and len(node.args) > 1]
-    if not grads:
+    if "grad" not in graph.ops:
         return
+    grads = [i for i, node in enumerate(graph.nodes) if node.op == "grad" and len(node.args) > 1]
     sources: list[list[int]] = [[] for _ in graph.nodes]
     for source, users in enumerate(dependents(graph, card)):
         for user in users:
