@@ -51,6 +51,26 @@ def test_runs_that_generate_side_by_side_give_what_each_gives_alone(family: str)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_who_is_left_behind_has_its_own_rows(family: str) -> None:
+    """When the first row of a batch ends, three rows go on alone: what they read and write is not shifted by its row."""
+    engine = engine_of(family)
+    rows = (IDS[0], IDS[4], IDS[2])
+    write = {"site": "blocks.1.resid_post", "mode": "mul", "index": (("int", 1),), "step": 3}
+    nodes = (
+        Node("const", (), {"scalar": -2.0}),
+        Node("site.write", (0,), write, 0),
+        Node("site.read", (), {"site": "blocks.2.resid_post", "step": 4}, 0),
+        Node("run.tokens", (), {"step": 6}, 0),
+    )
+    run = Run(tuple(map(tuple, rows)), generation=Generation(max_new_tokens=6, eos=False))
+    longer = Graph((run,), nodes, (Output("stream", 2), Output("tokens", 3)))
+    requests = [Request(engine, graph) for graph in (steered(IDS[1], 0, steps=4), longer)]
+    together(engine, requests)
+    assert requests[1].usage.saved["continuous_batching"] > 0
+    same(requests[1].values, alone(engine, longer, disabled=("continuous_batching",))[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_sampled_tokens_depend_on_the_seed_and_not_on_the_company(family: str) -> None:
     """Drawn by each row's own generator, tokens are those of the same seed alone."""
     engine = engine_of(family)
@@ -224,6 +244,7 @@ def test_rows_keep_their_own_through_all_coming_and_going(events: list[tuple[boo
             continue
         there = [seat for seat, _ in owned.values()]
         starts, positions, seen = cache.begin(there)
+        assert len(there) > 1 or positions.shape[0] == there[0].rows
         new = torch.full((positions.shape[0], 1, 1, 1), -1.0)
         for start, (seat, held) in zip(starts, owned.values(), strict=True):
             for r in range(seat.rows):

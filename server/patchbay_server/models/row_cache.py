@@ -187,9 +187,9 @@ class RowCache(Cache):  # type: ignore[misc]
             self._tidy()
             if self._end == self._columns:
                 self._lay_out(self._rows, self._longest())
-        everybody = len(seats) == len(self.seats)
-        assert everybody or len(seats) == 1
-        self._now = slice(0, self.used) if everybody else slice(seats[0].start, seats[0].stop)
+        assert len(seats) in (1, len(self.seats))
+        # Whoever is alone in a forward takes all of its rows for its own: none of those that left may be among them.
+        self._now = slice(0, self.used) if len(seats) > 1 else slice(seats[0].start, seats[0].stop)
         self._visible = max(max(seat.lengths) for seat in seats)
         lengths = torch.zeros(self._now.stop - self._now.start, dtype=torch.long)
         starts = [seat.start - self._now.start for seat in seats]
