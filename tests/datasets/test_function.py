@@ -151,7 +151,7 @@ async def test_an_asynchronous_model_maps_asynchronous_rows() -> None:
         (lambda run: {"a": reduce.mean(run.embed[:, -1], over="tokens")}, "no sequence axis"),
         (lambda run: {"a": reduce.mean(run.embed[:, 1:])}, "is not its"),
         (lambda run: {"a": reduce.mean([1, 2])}, "takes a value of the run"),
-        (lambda run: {"a": reduce.mean(run.embed, over="samples")}, "'rows' or 'tokens'"),
+        (lambda run: {"a": reduce.mean(run.embed, over="samples")}, "'rows', 'tokens' or 'steps'"),
         (lambda run: {"a": reduce.mean(run.embed, by=run.ids)}, "go together"),
         (lambda run: {"a": reduce.topk(run.embed, 0)}, "at least 1"),
         (lambda run: {"a": reduce.topk(run.embed[:, -1], 2, context=3)}, "whole rows"),
@@ -303,5 +303,5 @@ def test_models_of_images_are_mapped_by_their_inputs() -> None:
     np.testing.assert_array_equal(alone["first"], found["first"])
     with pytest.raises(TraceError, match="takes no tokens"):
         model.map(rows, lambda run: {"a": reduce.count(run.mask)})
-    with pytest.raises(TraceError, match="row 1 of the data set has none"):
+    with pytest.raises(TraceError, match="row 1 of the data set has no 'pixel_values'"):
         model.map([rows[0], {"label": 1}], look)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from patchbay import reduce
-from patchbay.datasets import mapping
+from patchbay.datasets import ledger
 from patchbay.datasets.results import MapResults
 from patchbay.errors import TraceError
 from tests.datasets.common import data_set, local_model
@@ -100,7 +100,7 @@ def test_wherever_it_breaks_off_nothing_is_counted_twice(
     """The end may come before or after each of the two writes of a window."""
     whole = mapped(to=tmp_path / "whole")
     name = "write_shard" if "shard" in step else "save_state"
-    written = getattr(mapping, name)
+    written = getattr(ledger, name)
     left = at
 
     def breaks(*args: Any) -> Any:
@@ -113,11 +113,11 @@ def test_wherever_it_breaks_off_nothing_is_counted_twice(
             raise BrokenOffError
         return made
 
-    monkeypatch.setattr(mapping, name, breaks)
+    monkeypatch.setattr(ledger, name, breaks)
     how = {"resume": tmp_path / "state.json", "to": tmp_path / "rows"}
     with pytest.raises(BrokenOffError):
         mapped(**how)
-    monkeypatch.setattr(mapping, name, written)
+    monkeypatch.setattr(ledger, name, written)
     found = mapped(**how)
     for key in ("cov", "top", "drawn"):
         assert_equal(found[key], whole[key])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import threading
 from collections.abc import Callable, Coroutine, Sequence
@@ -9,20 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from patchbay.datasets.calls import Host, blocking_host, direct_host
-from patchbay.datasets.mapping import Mapper, Plan
+from patchbay.datasets.locking import held
+from patchbay.datasets.mapping import Mapper
+from patchbay.datasets.plan import Plan
 from patchbay.datasets.progress import MapProgress, TerminalLine
 from patchbay.errors import TraceError
-from patchbay.inputs import Text
 from patchbay.ir.events import ExecuteOptions
 
 if TYPE_CHECKING:
     from patchbay.datasets.results import MapResults
     from patchbay.model import AsyncModel, Model
-    from patchbay.tokens import Tokens
 
 
-#: Batches fill a forward by themselves. Sharing one with whatever else waits would make their last bits depend on it.
-NOT_SHARED = ("cobatch",)
+#: Batches fill a forward by themselves. Sharing one with whatever else waits, or going on from what an earlier request
+#: computed, would make their last bits depend on it.
+NOT_SHARED = ("cobatch", "continuous_batching", "prefix_cache")
 #: How long a map that is given up may take to put its files in order.
 _END_S = 30.0
 
@@ -45,20 +47,17 @@ class MapHow(TypedDict, total=False):
     patience_s: float
 
 
-def map_blocking(model: Model, dataset: Any, function: Callable[[Any], Any], how: MapHow) -> MapResults:
+def map_blocking(model: Model, dataset: Any, function: Callable[..., Any], how: MapHow) -> MapResults:
     """`Model.map`: the data set is read, the function traced and progress shown in the calling thread."""
     plan, progress = _planned(how)
+    with_rows = _takes_rows(function)
     shown = TerminalLine() if progress is None else progress
-
-    def tokens_of(text: str) -> Tokens:
-        (tokens,) = model.wait(model.core.tokenize([Text(text, special=False)]))
-        return tokens
 
     def make(emit: Callable[[Any], None] | None) -> Coroutine[Any, Any, MapResults]:
         assert emit is not None
         host: Host = blocking_host(emit)
         mapper = Mapper(
-            model.core, model.edits, dataset, function, plan, host, lambda p: emit(lambda: shown(p)), tokens_of
+            model.core, model.edits, dataset, function, with_rows, plan, host, lambda p: emit(lambda: shown(p))
         )
         return ended_by(mapper.run())
 
@@ -75,32 +74,53 @@ def map_blocking(model: Model, dataset: Any, function: Callable[[Any], Any], how
     over = threading.Event()  # the portal does not wait for what it cancels
     over.set()
     try:
-        return model.wait_with_events(make, work)
+        with held(*_places(plan)):
+            try:
+                return model.wait_with_events(make, work)
+            finally:
+                over.wait(_END_S)
     finally:
-        over.wait(_END_S)
         if isinstance(shown, TerminalLine):
             shown.close()
 
 
-async def map_awaited(model: AsyncModel, dataset: Any, function: Callable[[Any], Any], how: MapHow) -> MapResults:
+async def map_awaited(model: AsyncModel, dataset: Any, function: Callable[..., Any], how: MapHow) -> MapResults:
     """`AsyncModel.map`: all in the event loop."""
     plan, progress = _planned(how)
+    with_rows = _takes_rows(function)
     shown = TerminalLine() if progress is None else progress
-
-    def tokens_of(text: str) -> Tokens:
-        tokens = model.core.known_tokens(Text(text, special=False))
-        if tokens is None:
-            raise TraceError(
-                f"the tokens of {text!r} are not known yet: await model.tokenize({text!r}, add_special_tokens=False)"
-                " before, or give token ids"
-            )
-        return tokens
-
     try:
-        return await Mapper(model.core, model.edits, dataset, function, plan, direct_host, shown, tokens_of).run()
+        with held(*_places(plan)):
+            mapper = Mapper(model.core, model.edits, dataset, function, with_rows, plan, direct_host, shown)
+            return await mapper.run()
     finally:
         if isinstance(shown, TerminalLine):
             shown.close()
+
+
+def _places(plan: Plan) -> list[Path]:
+    """What nobody else may write meanwhile."""
+    return [path.absolute() for path in (plan.resume, plan.folder) if path is not None]
+
+
+def _takes_rows(function: Callable[..., Any]) -> bool:
+    """Whether a function takes a trace and the rows, not a run over them.
+
+    Raises:
+        TraceError: it takes neither one nor two arguments.
+    """
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # not a function of Python's
+        return False
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = [p for p in positional if p.default is p.empty]
+    several = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    if len(needed) > 2 or (not positional and not several):
+        raise TraceError(
+            f"the function of a map takes a run, or a trace and its rows (t, rows), not {len(needed)} arguments"
+        )
+    return len(needed) == 2
 
 
 def _planned(how: MapHow) -> tuple[Plan, Callable[[MapProgress], Any] | None]:

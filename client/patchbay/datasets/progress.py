@@ -25,6 +25,7 @@ class MapProgress:
         retries: requests that had to be sent again.
         waiting: why nothing moves right now; None when all is well.
         received_bytes: payload that came back in this call.
+        rows_here: rows that were done in this call.
     """
 
     rows: int
@@ -35,18 +36,37 @@ class MapProgress:
     retries: int
     waiting: str | None
     received_bytes: int
+    rows_here: int = 0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At this call's pace; None where that is not known."""
+        if self.total is None or not self.rows_here:
+            return None
+        return self.seconds * (self.total - self.rows) / self.rows_here
 
     def __str__(self) -> str:
         done = f"{self.rows:,}" if self.total is None else f"{self.rows:,} of {self.total:,}"
         parts = [f"{done} rows"]
         if self.seconds > 0 and self.tokens:
             parts.append(f"{self.tokens / self.seconds:,.0f} tokens/s")
+        left = self.seconds_left
+        if left:
+            parts.append(f"{_show_time(left)} left")
         parts.append(f"received {show_bytes(self.received_bytes)}")
         if self.retries:
             parts.append(f"{self.retries} retries")
         if self.waiting:
             parts.append(self.waiting)
         return ", ".join(parts)
+
+
+def _show_time(seconds: float) -> str:
+    """``40 s``, ``3 min``, ``2 h 05 min``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 class TerminalLine:

@@ -5,7 +5,8 @@ into what is sent back. Merging is associative, so batches may be folded in any 
 sums do not lose small terms, and every integer that occurs (counts, row numbers, 53-bit keys) is exact.
 
 Samples are what is folded: the tokens of all rows (padding left out) where a value has a sequence axis after its rows,
-else the rows. A value `[rows, seq, *rest]` or `[rows, *rest]` is reduced to something for each element of `rest`.
+the steps that rows came to where it has an axis of steps there, else the rows. A value `[rows, seq, *rest]` or
+`[rows, *rest]` is reduced to something for each element of `rest`.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from patchbay.tracing.proxy import Proxy
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from patchbay.datasets.axes import Along
     from patchbay.tracing.trace import BaseTrace
 
 #: The state of a reduction: float64 tensors by name.
 Parts: TypeAlias = "dict[str, Proxy]"
-OVER = ("rows", "tokens")
+OVER = ("rows", "tokens", "steps")
 
 
 class Samples:
@@ -54,6 +56,18 @@ class Samples:
     @property
     def seq(self) -> int:
         return 1 if self.mask is None else self.mask.shape[1]
+
+    def inside(self, chosen: Proxy, place: Proxy, column: Proxy) -> Proxy:
+        """Whether neighbours of samples are tokens of their rows.
+
+        Args:
+            chosen: the samples, [k, elements].
+            place: where in their rows the neighbours would stand, [k, elements, window].
+            column: along which column, likewise.
+        """
+        del chosen
+        found: Proxy = (place >= 0) & (column < self.seq)
+        return found
 
     @cached_property
     def ids(self) -> Proxy:
@@ -97,12 +111,31 @@ class Samples:
         return counted
 
 
+class StepSamples(Samples):
+    """The steps of a generating run: `mask` is True at those that a row came to, `ids` the tokens they ended in."""
+
+    @cached_property
+    def positions(self) -> Proxy:
+        """The number of each step, int64 [rows, steps]."""
+        every = self.trace.constant(_arange(self.seq)[None, :])
+        places: Proxy = ops.broadcast_to(every, (self.rows.shape[0], self.seq))
+        return places
+
+    def inside(self, chosen: Proxy, place: Proxy, column: Proxy) -> Proxy:
+        del column
+        assert self._lengths is not None
+        made = ops.broadcast_to(self._lengths[:, None], (self.rows.shape[0], self.seq)).reshape(-1)
+        found: Proxy = (place >= 0) & (place < ops.take(made, chosen)[:, :, None])
+        return found
+
+
 class Reduction(abc.ABC):
     """A value and how it is folded; what the functions of `patchbay.reduce` return.
 
     Attributes:
         value: the value, rows first.
-        over: ``"rows"``, ``"tokens"``, or None until it is known.
+        over: ``"rows"``, ``"tokens"``, ``"steps"``, or None until it is known.
+        along: whose tokens, or which run's steps; None for rows.
         mask: which samples count, beside padding.
         rest: extents of the value behind its samples' axes; known once folded.
     """
@@ -113,16 +146,18 @@ class Reduction(abc.ABC):
         if not isinstance(value, Proxy):
             raise TraceError(f"pb.reduce.{self.name} takes a value of the run, not {type(value).__name__}")
         if over is not None and over not in OVER:
-            raise TraceError(f"pb.reduce.{self.name}: over is 'rows' or 'tokens', not {over!r}")
+            raise TraceError(f"pb.reduce.{self.name}: over is 'rows', 'tokens' or 'steps', not {over!r}")
         self.value: Any = value
         self.over = over
+        self.along: Along | None = None
         self.mask: Any = None if mask is None else _proxy(value, mask)
         self.rest: tuple[int, ...] = ()
         self.stride = 1
 
     @property
     def per_token(self) -> bool:
-        return self.over == "tokens"
+        """Whether a row has several samples: tokens, or steps."""
+        return self.over in ("tokens", "steps")
 
     def fold(self, samples: Samples) -> Parts:
         """One batch as parts."""

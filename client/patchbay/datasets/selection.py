@@ -93,7 +93,7 @@ class TopK(Reduction):
         offsets = samples.trace.constant(np.arange(-before, after + 1))
         place = ops.take(samples.positions.reshape(-1), chosen)[:, :, None] + offsets
         column = chosen[:, :, None] % samples.seq + offsets
-        inside = (place >= 0) & (column < samples.seq)
+        inside = samples.inside(chosen, place, column)
         index = ops.where(inside, chosen[:, :, None] + offsets, 0)
         ids = ops.take(samples.ids.reshape(-1), index)
         which = samples.trace.constant(np.arange(elements)[:, None])

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from patchbay.datasets.batching import Row
+from patchbay.datasets.batching import Key, Row
 from patchbay.datasets.results import RowArrays
 from patchbay.datasets.state import replace_file
 from patchbay.errors import ProtocolError
@@ -25,13 +25,14 @@ if TYPE_CHECKING:
 FORMAT = "patchbay-rows"
 VERSION = 1
 INDEX = "index.json"
-#: Tensors that every shard has beside the values: row numbers, tokens per row, token ids one row after the other.
+#: Tensors that every shard has beside the values: row numbers, tokens per row, token ids one row after the other. The
+#: latter two are those of the first prompt; further prompts have their own, the column's name behind a dot.
 ROWS, LENGTHS, TOKENS = "_rows", "_lengths", "_tokens"
 _STACKED, _JOINED, _PADDED = "stacked", "joined", "padded"
 
 
-def layout_of(sequence: Sequence[int]) -> str:
-    """How the rows of a value lie in a shard, from the axes (rows counted) that follow the tokens."""
+def layout_of(sequence: Mapping[int, Key]) -> str:
+    """How the rows of a value lie in a shard, from the axes (rows counted) that follow the tokens of a prompt."""
     return _STACKED if not sequence else _JOINED if tuple(sequence) == (1,) else _PADDED
 
 
@@ -60,6 +61,10 @@ def write_shard(
         LENGTHS: np.array([len(row.tokens) for row in rows], dtype=np.int64),
         TOKENS: np.array([i for row in rows for i in row.tokens.ids], dtype=np.int32),
     }
+    for key in list(rows[0].prompts)[1:]:
+        prompts = [row.prompts[key] for row in rows]
+        tensors[f"{LENGTHS}.{key}"] = np.array([len(tokens) for tokens in prompts], dtype=np.int64)
+        tensors[f"{TOKENS}.{key}"] = np.array([i for tokens in prompts for i in tokens.ids], dtype=np.int32)
     for name, arrays in values.items():
         if layouts[name] == _STACKED:
             tensors[name] = np.stack(arrays)
@@ -79,46 +84,69 @@ def write_index(folder: Path, about: Mapping[str, Any], shards: Sequence[Mapping
     replace_file(folder / INDEX, json.dumps(index, indent=1).encode())
 
 
+def begin_folder(folder: Path, shards: Sequence[Mapping[str, Any]]) -> None:
+    """Makes a folder ready to be written: not complete any more, and with the shards that are done and no others.
+
+    Args:
+        folder: where.
+        shards: entries of those that are done.
+    """
+    done = {entry["file"] for entry in shards}
+    (folder / INDEX).unlink(missing_ok=True)
+    for path in folder.glob("shard-*.safetensors"):
+        if path.name not in done:
+            path.unlink()
+
+
 class Shard:
     """One file of a folder of shards; its arrays are views of the file, read as they are used.
 
     Attributes:
         rows: numbers of its rows in the data set, int64 [rows].
-        lengths: their tokens, int64 [rows].
+        lengths: their tokens, int64 [rows]; of the first prompt, where rows have several.
         tokens: token ids of all of them, one row after the other, int32.
     """
 
-    def __init__(self, path: Path, layouts: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, values: Mapping[str, Mapping[str, Any]]) -> None:
         self._arrays = read_safetensors(path)
-        self._layouts = layouts
+        self._values = values
         self.rows = self._arrays[ROWS]
         self.lengths = self._arrays[LENGTHS]
         self.tokens = self._arrays[TOKENS]
 
     def __getitem__(self, name: str) -> NDArray[Any]:
-        if name not in self._layouts:
-            raise KeyError(f"these shards hold no {name!r}; they hold: {', '.join(self._layouts)}")
+        if name not in self._values:
+            raise KeyError(f"these shards hold no {name!r}; they hold: {', '.join(self._values)}")
         return self._arrays[name]
+
+    def lengths_of(self, key: Key) -> NDArray[Any]:
+        """Tokens of each row in a column that runs were made over, int64 [rows]."""
+        return self._arrays.get(f"{LENGTHS}.{key}", self.lengths)
 
     def row_arrays(self, name: str) -> list[NDArray[Any]]:
         """The value of each row, without padding."""
-        whole, layout = self[name], self._layouts[name]
+        whole, layout = self[name], self._values[name]["layout"]
         if layout == _STACKED:
             return list(whole)
+        lengths = {int(axis): self.lengths_of(key) for axis, key in self._values[name]["sequence_axes"]}
         if layout == _JOINED:
-            ends = self.lengths.cumsum()
-            return [whole[end - n : end] for end, n in zip(ends, self.lengths, strict=True)]
-        longest = int(self.lengths.max())
-        return [_unpadded(row, longest, int(n)) for row, n in zip(whole, self.lengths, strict=True)]
+            return _cut(whole, lengths[1])
+        rows = []
+        for i, row in enumerate(whole):
+            where = [slice(None)] * row.ndim
+            for axis, each in lengths.items():
+                where[axis - 1] = slice(int(each.max() - each[i]), None)
+            rows.append(row[tuple(where)])
+        return rows
 
-    def row_tokens(self) -> list[NDArray[Any]]:
-        """The token ids of each row."""
-        ends = self.lengths.cumsum()
-        return [self.tokens[end - n : end] for end, n in zip(ends, self.lengths, strict=True)]
+    def row_tokens(self, key: Key | None = None) -> list[NDArray[Any]]:
+        """The token ids of each row, in the first prompt or in the column `key`."""
+        tokens = self.tokens if key is None else self._arrays.get(f"{TOKENS}.{key}", self.tokens)
+        return _cut(tokens, self.lengths if key is None else self.lengths_of(key))
 
 
-def _unpadded(row: NDArray[Any], longest: int, length: int) -> NDArray[Any]:
-    return row[tuple(slice(longest - length, None) if extent == longest else slice(None) for extent in row.shape)]
+def _cut(whole: NDArray[Any], lengths: NDArray[Any]) -> list[NDArray[Any]]:
+    return [whole[end - n : end] for end, n in zip(lengths.cumsum(), lengths, strict=True)]
 
 
 class Shards:
@@ -144,18 +172,18 @@ class Shards:
             raise ProtocolError(f"{self._folder / INDEX} cannot be read: {error}") from None
         if self.index.get("format") != FORMAT or self.index.get("version") != VERSION:
             raise ProtocolError(f"{self._folder / INDEX} is of another format or version than this Patchbay reads")
-        self._layouts = {name: value["layout"] for name, value in self.index["values"].items()}
+        self._values: dict[str, dict[str, Any]] = self.index["values"]
 
     @property
     def names(self) -> tuple[str, ...]:
         """The values that each row has."""
-        return tuple(self._layouts)
+        return tuple(self._values)
 
     def __len__(self) -> int:
         return len(self.index["shards"])
 
     def __getitem__(self, number: int) -> Shard:
-        return Shard(self._folder / self.index["shards"][number]["file"], self._layouts)
+        return Shard(self._folder / self.index["shards"][number]["file"], self._values)
 
     def __iter__(self) -> Iterator[Shard]:
         return (self[i] for i in range(len(self)))

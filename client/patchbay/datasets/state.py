@@ -11,12 +11,12 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from patchbay.datasets.template import Template
-from patchbay.errors import TraceError
+from patchbay.errors import NotFoundError, TraceError
 from patchbay.ir.graph import TensorData
 
 FORMAT = "patchbay-map"
@@ -69,7 +69,6 @@ class State:
     shards: tuple[Mapping[str, Any], ...] = ()
     kept: tuple[Mapping[str, Any], ...] = ()
     complete: bool = False
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load_state(path: Path) -> State | None:
@@ -167,6 +166,21 @@ def graph_digest(template: Template) -> str:
             else:
                 attrs.append((name, repr(value)))
         whole.update(repr((node.op, node.args, attrs, node.run)).encode())
+    for i, run in enumerate(graph.runs):
+        over = template.over.get(i)
+        rows = (
+            (run.tokens, run.inputs, run.generation) if over is None else (over.key, dict(over.inputs), over.generation)
+        )
+        whole.update(repr(rows).encode())
+    whole.update(repr(graph.bodies).encode())
     whole.update(repr([(output.name, output.node) for output in graph.outputs]).encode())
     whole.update(repr([(reduction.name, reduction.over) for reduction in template.reductions]).encode())
     return whole.hexdigest()
+
+
+def lost(error: NotFoundError) -> TraceError:
+    """The error about a lane's state that is gone."""
+    return TraceError(
+        "the server has lost what the map had reduced so far (its artifacts expire, and are deleted when a quota is"
+        f" full): begin anew, without the state file. The server says: {error.message}"
+    )

@@ -1,8 +1,4 @@
-"""The graph of a batch, traced once for each shape: only the constants that depend on the rows are made anew.
-
-The user's function sees a `BatchRun`. What depends on the rows' contents (lengths, token ids, fields, places of words)
-is a value of the trace there, behind which stands a constant that each batch fills in.
-"""
+"""The graph of a batch, traced once for each shape: only the constants that depend on the rows are made anew."""
 
 from __future__ import annotations
 
@@ -10,20 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from patchbay.datasets.axes import Axes, axes_of, known, settle, wider
-from patchbay.datasets.batching import Batch, Row
-from patchbay.datasets.reducers import HEADER, Parts, Reduction, Samples, layout_of, pack, unpack
+from patchbay.datasets.axes import Axes, Growth, axes_of, growth_of, known, settle, wider
+from patchbay.datasets.batch_trace import BatchTrace, GeneratedText, Over, graph_run
+from patchbay.datasets.batching import Asked, Batch, Key, Row, Span
+from patchbay.datasets.cells import Fill
+from patchbay.datasets.columns import BatchRows
+from patchbay.datasets.reducers import HEADER, Parts, Reduction, layout_of, pack, unpack
 from patchbay.errors import GraphError, TraceError
-from patchbay.ir.events import ExecuteOptions
 from patchbay.ir.graph import Graph, Node, Output, TensorData
-from patchbay.ir.graph import Run as GraphRun
-from patchbay.results import Price, map_tree
-from patchbay.tokens import Tokens
+from patchbay.results import map_tree
 from patchbay.tracing.arrays import to_data
 from patchbay.tracing.builder import GraphBuilder, TracedGraph
 from patchbay.tracing.proxy import Created, Proxy
-from patchbay.tracing.runs import Run
-from patchbay.tracing.trace import BaseTrace
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -31,160 +25,8 @@ if TYPE_CHECKING:
     from patchbay.core import ModelCore
     from patchbay.model import Edit
 
-#: Makes a constant's array for a batch.
-Fill = Callable[[Batch], "NDArray[Any]"]
 #: Name of the output that is the reductions' state.
 STATE = "state"
-
-
-class BatchTrace(BaseTrace):
-    """The trace of one batch's graph; it is never executed by itself.
-
-    Attributes:
-        batch: the rows that it is traced for.
-        concrete: whether the function looked at the tokens themselves, so that its graph fits no other batch.
-    """
-
-    def __init__(
-        self, core: ModelCore, edits: Sequence[Edit], batch: Batch, tokens_of: Callable[[str], Tokens] | None = None
-    ) -> None:
-        super().__init__(core, options=ExecuteOptions(), timeout_s=None, progress=None)
-        self._tokens_of = tokens_of
-        self._edits = tuple(edits)
-        self.batch = batch
-        self.concrete = False
-        self.fills: dict[int, Fill] = {}
-        self.returned: Mapping[str, Any] = {}
-        self._late: dict[object, Proxy] = {}
-
-    def estimate(self, *, remote: bool = False) -> Price:
-        """The graph's price; always worked out on this side."""
-        del remote
-        return self._local_estimate()
-
-    def tokens_of(self, text: str) -> Tokens:
-        assert self._tokens_of is not None
-        return self._tokens_of(text)
-
-    def late(self, key: object, fill: Fill) -> Proxy:
-        """A constant that each batch fills in; one for equal keys."""
-        if key not in self._late:
-            data = to_data(fill(self.batch))
-            self.fills[id(data)] = fill  # the node holds the object, so the id stays its own
-            self._late[key] = Proxy(self, self.builder.add("const", (), {"value": data}))
-        return self._late[key]
-
-    def run_over_batch(self) -> BatchRun:
-        """A run over the batch's rows."""
-        tokens = [row.tokens for row in self.batch.rows]
-        data = _run_over(self._core, self.batch, f"{len(tokens)} rows of the data set")
-        run = BatchRun(self, self.builder.add_run(data), tokens, False)
-        self.runs.append(run)
-        for edit in self._edits:
-            edit(run)
-        return run
-
-    @property
-    def samples(self) -> Samples:
-        """What reductions fold."""
-        stride = self.builder.card.n_ctx
-        if not self.builder.card.takes_tokens:
-            return Samples(self, self.row_numbers, None, None, None, stride)
-        return Samples(self, self.row_numbers, self.lengths, self.mask, lambda: self.ids, stride)
-
-    @property
-    def row_numbers(self) -> Proxy:
-        return self.late("rows", _row_numbers)
-
-    @property
-    def lengths(self) -> Proxy:
-        if not self.builder.card.takes_tokens:
-            raise TraceError(f"{self.builder.card.name!r} takes no tokens: its rows have no lengths, mask or ids")
-        return self.late("lengths", _lengths)
-
-    @property
-    def mask(self) -> Proxy:
-        """True at tokens, bool [rows, seq]."""
-        import numpy as np
-
-        if "mask" not in self._late:
-            seq = self.batch.seq
-            self._late["mask"] = self.constant(np.arange(seq)) >= (seq - self.lengths)[:, None]
-        return self._late["mask"]
-
-    @property
-    def ids(self) -> Proxy:
-        """Token ids, int64 [rows, seq]; 0 at padding."""
-        found: Proxy = self.late("ids", _ids).astype("int64") if self.builder.card.takes_tokens else self.lengths
-        return found
-
-
-class BatchRun(Run):
-    """A run over one batch of a data set. It also has what is known of its rows, as values of the trace."""
-
-    __slots__ = ()
-
-    if TYPE_CHECKING:
-        _trace: BatchTrace
-
-    @property
-    def mask(self) -> Any:
-        """True at tokens, False at the padding on the left of shorter rows: bool [rows, seq]."""
-        return self._trace.mask
-
-    @property
-    def ids(self) -> Proxy:
-        """Token ids, int64 [rows, seq]; 0 at padding."""
-        return self._trace.ids
-
-    @property
-    def lengths(self) -> Proxy:
-        """Tokens of each row, int64 [rows]."""
-        return self._trace.lengths
-
-    @property
-    def row_numbers(self) -> Proxy:
-        """Places of the rows in the data set, from 0, int64 [rows]."""
-        return self._trace.row_numbers
-
-    def column(self, name: str, values: Sequence[Any] | None = None) -> Proxy:
-        """What the rows' dicts hold under `name`, [rows, ...].
-
-        Args:
-            name: a field of every row beside ``"text"``: a number, or an array of one shape for all rows.
-            values: what may stand there (labels, say); then the place among them is given, int64 [rows].
-
-        Raises:
-            TraceError: a row has no such field, or holds something else than `values`.
-        """
-        if values is None:
-            return self._trace.late(("column", name), lambda batch: _column(batch, name))
-        known = tuple(values)
-        return self._trace.late(("labels", name, known), lambda batch: _labels(batch, name, known))
-
-    def again(self) -> BatchRun:
-        """Another run over the same rows, to compare an intervention with none."""
-        return self._trace.run_over_batch()
-
-    @property
-    def tokens(self) -> tuple[Tokens, ...]:
-        """The tokens themselves. A function that looks at them is traced for each batch anew; `ids` costs less."""
-        self._trace.concrete = True
-        return self._row_tokens
-
-    def position(self, substring: str, *, occurrence: int | None = None) -> Any:
-        """Where `substring` ends in each row, counted along the sequence axis, int64 [rows]; see `Run.position`."""
-        return self._trace.late(
-            ("position", substring, occurrence), lambda batch: _positions(batch, substring, occurrence)
-        )
-
-    def logprob(self, text: Any, *, occurrence: int | None = None, append: bool | None = None) -> Proxy:
-        """How likely the model finds a text in each row, [rows]; see `Run.logprob`. Traced for each batch anew."""
-        self._trace.concrete = True
-        return super().logprob(text, occurrence=occurrence, append=append)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), "again", "column", "ids", "lengths", "row_numbers"})
 
 
 @dataclass(frozen=True)
@@ -193,6 +35,7 @@ class Template:
 
     Attributes:
         graph: the graph, with one batch's constants.
+        over: for each of its runs over the rows, what it is made over.
         fills: nodes of constants that depend on the batch, and what makes them.
         state: the node of the lane's state so far; None for a lane's first batch.
         tree: what the function returned, its leaves replaced by `Collected` and `Reduced`.
@@ -205,6 +48,7 @@ class Template:
     """
 
     graph: TracedGraph
+    over: Mapping[int, Over]
     fills: Mapping[int, Fill]
     state: int | None
     tree: Any
@@ -231,13 +75,14 @@ class Template:
         )
         return replace(self, graph=graph, uploaded=frozenset(digests))
 
-    def fill(self, batch: Batch, header: NDArray[Any], state: Mapping[str, Any] | None) -> Graph:
+    def fill(self, batch: Batch, header: NDArray[Any], state: Mapping[str, Any] | None, tag: str) -> Graph:
         """The graph for `batch`.
 
         Args:
             batch: rows of the template's shape.
             header: what the new state begins with.
             state: attributes of the constant that is the state so far.
+            tag: behind the names of what stays on the server, by which the map knows its own.
         """
         nodes = list(self.graph.nodes)
         for i, make in self.fills.items():
@@ -245,11 +90,13 @@ class Template:
             nodes[i] = Node("const", (), {"value": to_data(value)})
         if self.state is not None and state is not None:
             nodes[self.state] = Node("const", (), state)
-        runs = self.graph.runs
+        runs = list(self.graph.runs)
         if not self.concrete:
-            run = _run_over(self.core, batch, f"rows {batch.rows[0].number} to {batch.rows[-1].number}")
-            runs = (run,) * len(runs)
-        return Graph(runs, tuple(nodes), self.graph.outputs, self.graph.bodies)
+            label = f"rows {batch.rows[0].number} to {batch.rows[-1].number}"
+            for i, over in self.over.items():
+                runs[i] = graph_run(self.core, batch, over, label)
+        outputs = tuple(replace(o, name=o.name + tag) if o.keep else o for o in self.graph.outputs)
+        return Graph(tuple(runs), tuple(nodes), outputs, self.graph.bodies)
 
 
 @dataclass(frozen=True)
@@ -259,12 +106,14 @@ class Collected:
     Attributes:
         name: its place in what the function returned, dots between.
         output: name of the output.
-        sequence: axes (that of the rows counted) that follow the tokens.
+        sequence: axes (that of the rows counted) that follow the tokens of a prompt, and of which.
+        text: whether it is token ids that stand for a text.
     """
 
     name: str
     output: str
-    sequence: tuple[int, ...]
+    sequence: Mapping[int, Key]
+    text: bool = False
 
 
 @dataclass(frozen=True)
@@ -274,29 +123,114 @@ class Reduced:
     index: int
 
 
+@dataclass(frozen=True)
+class Learnt:
+    """What one row told of the function.
+
+    Attributes:
+        spans: the runs that it makes over the rows.
+        rows, positions: of the runs that are the same in every batch.
+        drawn: whether tokens are drawn at random.
+        paired: prompts whose positions it pairs, so that they must be of equal length in every row.
+        axes: how each leaf depends on the batch.
+    """
+
+    spans: tuple[Span, ...]
+    rows: int
+    positions: int
+    drawn: bool
+    paired: tuple[Key, ...]
+    axes: Mapping[tuple[str, ...], Axes]
+
+
 class Tracer:
     """Traces the user's function for batches.
 
     Args:
         core: the model.
         edits: of the model.
-        function: the user's function.
-        tokens_of: tokens of a text by itself, without special tokens.
+        function: the user's function: of a run, or of a trace and its rows.
+        with_rows: whether it is the latter.
+
+    Attributes:
+        asked: tokens that the function needs of every row, in the order in which it asked for them.
+        first: row of the data set.
+        learnt: what one row told; there once `probe` has been called.
     """
 
-    def __init__(
-        self,
-        core: ModelCore,
-        edits: Sequence[Edit],
-        function: Callable[[Any], Any],
-        tokens_of: Callable[[str], Tokens],
-    ) -> None:
+    def __init__(self, core: ModelCore, edits: Sequence[Edit], function: Callable[..., Any], with_rows: bool) -> None:
         self._core = core
-        self._tokens_of = tokens_of
         self._edits = edits
         self._function = function
-        self._axes: dict[tuple[str, ...], Axes] | None = None
-        self.first: Template | None = None
+        self._with_rows = with_rows
+        self._made: Template | None = None
+        self.asked: dict[Asked, None] = {}
+        self.first: Row
+        self.learnt: Learnt
+
+    # --- one row --------------------------------------------------------------------------------------------------
+
+    def probe(self, row: Row) -> None:
+        """Learns from one row what the function needs, and how what it returns depends on the batch.
+
+        Raises:
+            UntoldError: tokens that it needs are not there yet: get them, and call this again.
+            GraphError, TraceError: the function makes a mistake.
+        """
+        self.first = row
+        batch = Batch(0, 0, (row,))
+        trace, leaves = self._call(batch)
+        spans, rows, positions = trace.spans()
+        growth, paired, other = self._other(batch, trace)
+        axes = {}
+        for path, leaf in leaves.items():
+            value = _value(leaf)
+            if value is not None:
+                twin = None if other is None else _value(other.get(path))
+                axes[path] = axes_of(".".join(path), value, twin, batch, growth, paired)
+        drawn = any(over.generation is not None and over.generation.temperature for over in trace.over.values())
+        self.learnt = Learnt(tuple(spans), rows, positions, drawn, paired, axes)
+
+    def _other(
+        self, batch: Batch, trace: BatchTrace
+    ) -> tuple[Growth, tuple[Key, ...], Mapping[tuple[str, ...], Any] | None]:
+        """What the function returns for a batch that is larger in every way; in which way; and prompts whose positions
+        it pairs, which is found out by giving them unequal lengths.
+        """
+        spans = trace.spans()[0]
+        runs = trace.builder.runs
+        generating = {
+            i: (trace.over[i].key if i in trace.over else None, how.max_new_tokens)
+            for i, run in enumerate(runs)
+            if (how := run.generation) is not None
+        }
+        keys = list(batch.rows[0].prompts)
+
+        def grown(order: int) -> Growth:
+            return growth_of(batch, spans, generating, self._core.card.n_ctx, order)
+
+        growth = grown(1)
+        if not growth.tells:
+            return growth, (), None
+        other = self._wider(batch, growth)
+        if len(keys) < 2 or (other is not None and self._wider(batch, grown(-1)) is not None):
+            return growth, (), other
+        still = replace(growth, steps=dict.fromkeys(generating, 0))
+        paired = tuple(
+            key for key in keys if self._wider(batch, replace(still, tokens={k: int(k == key) for k in keys})) is None
+        )
+        if paired:
+            growth = replace(growth, tokens={k: growth.tokens[paired[0] if k in paired else k] for k in keys})
+        return growth, paired, self._wider(batch, growth)
+
+    def _wider(self, batch: Batch, growth: Growth) -> Mapping[tuple[str, ...], Any] | None:
+        """What the function returns for the larger batch; None where it cannot do with it."""
+        try:
+            return self._call(wider(batch, growth.tokens), list(growth.steps.values()))[1]
+        except Exception:  # noqa: BLE001 - the user's code; it may be made for one length; then the user says over=
+            return None
+
+    # --- a batch --------------------------------------------------------------------------------------------------
 
     def trace(self, batch: Batch, begins: bool, keep: bool) -> Template:
         """The template for batches of this shape.
@@ -311,23 +245,26 @@ class Tracer:
             TraceError: the function returned what cannot be a result.
         """
         trace, returned = self._call(batch)
-        if self._axes is None:
-            self._axes = self._compare(batch, trace, returned)
-        template = self._finish(trace, returned, self._axes, begins, keep)
-        if self.first is None:
-            self.first = template
-        elif [r.name for r in template.reductions] != [r.name for r in self.first.reductions] or (
-            template.layout != self.first.layout
+        template = self._finish(trace, returned, begins, keep)
+        made = self._made
+        if made is None:
+            self._made = template
+        elif [r.name for r in template.reductions] != [r.name for r in made.reductions] or (
+            template.layout != made.layout
         ):
             raise GraphError(
-                f"a reduction has other extents for the batch of {batch.shape[0]} rows and {batch.seq} tokens than for"
+                f"a reduction has other extents for the batch of {len(batch.rows)} rows and {batch.seq} tokens than for"
                 " the first: fold the axes that depend on the batch"
             )
         return template
 
-    def _call(self, batch: Batch) -> tuple[BatchTrace, dict[tuple[str, ...], Any]]:
-        trace = BatchTrace(self._core, self._edits, batch, self._tokens_of)
-        returned = self._function(trace.run_over_batch())
+    def _call(self, batch: Batch, more_steps: Sequence[int] = ()) -> tuple[BatchTrace, dict[tuple[str, ...], Any]]:
+        trace = BatchTrace(self._core, self._edits, batch, self.first, self.asked, more_steps)
+        returned = (
+            self._function(trace, BatchRows(trace))
+            if self._with_rows
+            else self._function(trace.run_over(trace.default()))
+        )
         if not isinstance(returned, Mapping):
             raise TraceError(
                 f"the function of a map returns a dict of values and reductions by name, not {type(returned).__name__}"
@@ -340,39 +277,17 @@ class Tracer:
             return leaf
 
         map_tree(returned, note)
-        if not any(isinstance(leaf, (Proxy, Reduction)) for leaf in leaves.values()):
+        if not any(isinstance(leaf, (Proxy, Reduction, GeneratedText)) for leaf in leaves.values()):
             raise TraceError("the function of a map returned no value of the run and no reduction: nothing to compute")
+        for path, leaf in leaves.items():
+            value = _value(leaf)
+            if value is not None and value._trace is not trace:
+                raise TraceError(f"{'.'.join(path)!r} is a value of another trace")
         return trace, leaves
 
-    def _compare(
-        self, batch: Batch, trace: BatchTrace, leaves: dict[tuple[str, ...], Any]
-    ) -> dict[tuple[str, ...], Axes]:
-        """Which axes follow the rows and the longest row: found by tracing the function for one more of each."""
-        other: dict[tuple[str, ...], Any] | None
-        wide = wider(batch, self._core.card.n_ctx)
-        try:
-            other = self._call(wide)[1]
-        except Exception:  # noqa: BLE001 - the user's code; the function may be made for one length; then the user says over=
-            other = None
-        axes = {}
-        for path, leaf in leaves.items():
-            value = leaf.value if isinstance(leaf, Reduction) else leaf
-            if not isinstance(value, Proxy):
-                continue
-            twin = None if other is None else other.get(path)
-            twin = twin.value if isinstance(twin, Reduction) else twin
-            axes[path] = axes_of(".".join(path), value, twin if isinstance(twin, Proxy) else None, batch, wide)
-        return axes
-
-    def _finish(
-        self,
-        trace: BatchTrace,
-        leaves: dict[tuple[str, ...], Any],
-        axes: Mapping[tuple[str, ...], Axes],
-        begins: bool,
-        keep: bool,
-    ) -> Template:
-        samples = trace.samples
+    def _finish(self, trace: BatchTrace, leaves: dict[tuple[str, ...], Any], begins: bool, keep: bool) -> Template:
+        axes = self.learnt.axes
+        steps = {i: how.max_new_tokens for i, run in enumerate(trace.builder.runs) if (how := run.generation)}
         outputs: list[Output] = []
         collected: list[Collected] = []
         sent: dict[int, str] = {}
@@ -382,20 +297,27 @@ class Tracer:
         for path, leaf in leaves.items():
             name = ".".join(path)
             if isinstance(leaf, Reduction):
-                settle(leaf, axes[path], name)
+                if path not in axes:
+                    raise _other_tree(name)
+                settle(leaf, axes[path], name, trace.batch, steps)
                 replaced[path] = Reduced(len(reductions))
                 reductions.append(leaf)
-                parts.append(leaf.fold(samples))
-            elif isinstance(leaf, Proxy):
-                if leaf._trace is not trace:
-                    raise TraceError(f"{name!r} is a value of another trace")
-                output = sent.get(leaf._node, f"value.{name}")
-                one = Collected(name, output, known(axes[path], leaf, name))
+                parts.append(leaf.fold(trace.samples(leaf.along)))
+            elif (value := _value(leaf)) is not None:
+                if path not in axes:
+                    raise _other_tree(name)
+                text = isinstance(leaf, GeneratedText)
+                if text and keep:
+                    raise TraceError(
+                        f"{name!r} is texts, which are no tensors to stay on the server; return run.generated"
+                    )
+                output = sent.get(value._node, f"value.{name}")
+                one = Collected(name, output, known(axes[path], value, name), text)
                 replaced[path] = one
                 collected.append(one)
-                if leaf._node not in sent:
-                    sent[leaf._node] = output
-                    outputs.append(Output(output, leaf._node, keep))
+                if value._node not in sent:
+                    sent[value._node] = output
+                    outputs.append(Output(output, value._node, keep))
         layout = layout_of(parts)
         state_data: TensorData | None = None
         if reductions:
@@ -414,9 +336,20 @@ class Tracer:
         fills = {constants[key]: fill for key, fill in trace.fills.items() if key in constants}
         tree = map_tree(trace.returned, lambda leaf, path: replaced.get(path, leaf))
         state = None if state_data is None else constants[id(state_data)]
+        over = {} if trace.concrete else trace.over
         return Template(
-            graph, fills, state, tree, tuple(collected), tuple(reductions), layout, trace.concrete, self._core
+            graph, over, fills, state, tree, tuple(collected), tuple(reductions), layout, trace.concrete, self._core
         )
+
+
+def _value(leaf: object) -> Proxy | None:
+    """The value of the trace behind a leaf; None where it is something else."""
+    found = leaf.value if isinstance(leaf, Reduction) else leaf.ids if isinstance(leaf, GeneratedText) else leaf
+    return found if isinstance(found, Proxy) else None
+
+
+def _other_tree(name: str) -> TraceError:
+    return TraceError(f"the function returned {name!r} for this batch and not for the first row: return the same names")
 
 
 def merged_graph(
@@ -432,7 +365,7 @@ def merged_graph(
     Returns:
         The graph, and for each output: which reduction, the name of its array, the name of the output.
     """
-    trace = BatchTrace(core, (), Batch(0, 0, ()))
+    trace = BatchTrace(core, (), Batch(0, 0, ()), Row(0, {}), {})
     lanes = [unpack(Proxy(trace, trace.builder.add("const", (), dict(s))), template.layout) for s in states]
     outputs, wanted = [], []
     for i, reduction in enumerate(template.reductions):
@@ -447,99 +380,8 @@ def merged_graph(
     return graph, wanted
 
 
-def _run_over(core: ModelCore, batch: Batch, label: str) -> GraphRun:
-    """A run over the batch's rows."""
-    if core.card.takes_tokens:
-        return GraphRun(tuple(row.tokens.ids for row in batch.rows), label)
-    import numpy as np
-
-    stacked: dict[str, Any] = {}
-    for name in batch.rows[0].inputs:
-        arrays = [np.asarray(row.inputs.get(name)) for row in batch.rows]
-        if len({a.shape for a in arrays}) > 1:
-            raise TraceError(f"{name!r} has another shape in some rows: {sorted({a.shape for a in arrays})}")
-        stacked[name] = np.stack(arrays)
-    known = core.known_inputs_of(stacked)
-    assert known is not None  # no text among them, so nothing to ask for
-    return GraphRun((), label, known.named)
-
-
-# --- what depends on the batch ----------------------------------------------------------------------------------------
-
-
 def _header(batch: Batch) -> NDArray[Any]:
     import numpy as np
 
     del batch
     return np.zeros(HEADER)
-
-
-def _row_numbers(batch: Batch) -> NDArray[Any]:
-    import numpy as np
-
-    return np.array([row.number for row in batch.rows], dtype=np.int64)
-
-
-def _lengths(batch: Batch) -> NDArray[Any]:
-    import numpy as np
-
-    return np.array([len(row.tokens) for row in batch.rows], dtype=np.int64)
-
-
-def _ids(batch: Batch) -> NDArray[Any]:
-    import numpy as np
-
-    whole = np.zeros(batch.shape, dtype=np.int32)
-    for i, row in enumerate(batch.rows):
-        whole[i, whole.shape[1] - len(row.tokens) :] = row.tokens.ids
-    return whole
-
-
-def _column(batch: Batch, name: str) -> NDArray[Any]:
-    import numpy as np
-
-    found = [np.asarray(_field(row, name)) for row in batch.rows]
-    if any(f.dtype.kind not in "biuf" for f in found):
-        bad = next(row for row, f in zip(batch.rows, found, strict=True) if f.dtype.kind not in "biuf")
-        raise TraceError(
-            f"row {bad.number} of the data set has {_field(bad, name)!r:.60} as {name!r}, which is no number: say which"
-            f" values there are, run.column({name!r}, values=[...])"
-        )
-    if len({f.shape for f in found}) > 1:
-        raise TraceError(f"{name!r} has another shape in some rows of the data set: {sorted({f.shape for f in found})}")
-    whole = np.stack(found)
-    return whole.astype({"b": np.bool_, "i": np.int64, "u": np.int64, "f": np.float32}[whole.dtype.kind])
-
-
-def _labels(batch: Batch, name: str, values: tuple[Any, ...]) -> NDArray[Any]:
-    import numpy as np
-
-    found = []
-    for row in batch.rows:
-        label = _field(row, name)
-        if label not in values:
-            raise TraceError(
-                f"row {row.number} of the data set has {label!r:.60} as {name!r}, not one of {list(values)}"
-            )
-        found.append(values.index(label))
-    return np.array(found, dtype=np.int64)
-
-
-def _field(row: Row, name: str) -> Any:
-    try:
-        return row.fields[name]
-    except KeyError:
-        has = ", ".join(map(repr, row.fields)) or "nothing"
-        raise TraceError(f"row {row.number} of the data set has no {name!r} beside its text (it has: {has})") from None
-
-
-def _positions(batch: Batch, substring: str, occurrence: int | None) -> NDArray[Any]:
-    import numpy as np
-
-    found = []
-    for row in batch.rows:
-        try:
-            found.append(batch.seq - len(row.tokens) + row.tokens.position(substring, occurrence=occurrence))
-        except TraceError as error:
-            raise TraceError(f"row {row.number} of the data set: {error}") from None
-    return np.array(found, dtype=np.int64)

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Unpack
 
+    from patchbay.datasets.batch_trace import BatchRun
     from patchbay.datasets.entry import MapHow
     from patchbay.datasets.results import MapResults, PrincipalComponents, TopK
-    from patchbay.datasets.template import BatchRun
     from patchbay.model import Model
     from patchbay.tracing import Proxy
 
