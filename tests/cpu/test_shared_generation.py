@@ -52,7 +52,7 @@ def test_runs_that_generate_side_by_side_give_what_each_gives_alone(family: str)
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_who_is_left_behind_has_its_own_rows(family: str) -> None:
-    """When the first row of a batch ends, three rows go on alone: what they read and write is not shifted by its row."""
+    """When the first row of a batch ends, three rows go on alone, and none is taken for another."""
     engine = engine_of(family)
     rows = (IDS[0], IDS[4], IDS[2])
     write = {"site": "blocks.1.resid_post", "mode": "mul", "index": (("int", 1),), "step": 3}
