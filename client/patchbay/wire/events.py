@@ -14,6 +14,7 @@ from patchbay.v1 import events_pb2, service_pb2, tensor_pb2
 from patchbay.wire.artifacts import decode_artifact, encode_artifact
 from patchbay.wire.bounds import CHUNK_BYTES, INLINE_BYTES, MAX_NAME_CHARS, MAX_RESULT_BYTES
 from patchbay.wire.chunks import Chunk, ChunkFrame, read_chunk
+from patchbay.wire.memory import ResultMemory
 from patchbay.wire.parse import parse
 from patchbay.wire.status import decode_status
 from patchbay.wire.tensors import Assembler, chunk_offsets, decode_tensor, encode_header, encode_tensor
@@ -93,11 +94,13 @@ def _encode_usage(usage: Usage) -> events_pb2.Usage:
 class EventDecoder:
     """Messages of one execution, in the order of their arrival, to events."""
 
-    def __init__(self, max_result_bytes: int = MAX_RESULT_BYTES) -> None:
+    def __init__(self, max_result_bytes: int = MAX_RESULT_BYTES, memory: ResultMemory | None = None) -> None:
         """
         Args:
             max_result_bytes: results beyond this many bytes, taken together, are refused before they are allocated.
+            memory: where large ones are put; None: each in new memory.
         """
+        self._memory = memory
         self._max_result_bytes = max_result_bytes
         self._result_bytes = 0
         self._open: tuple[Assembler, str, bool] | None = None
@@ -171,7 +174,7 @@ class EventDecoder:
 
     def _feed_header(self, message: events_pb2.TensorEvent) -> Event | None:
         field = f"{message.name}.tensor"
-        assembler = Assembler(message.header, field, self._max_result_bytes - self._result_bytes)
+        assembler = Assembler(message.header, field, self._max_result_bytes - self._result_bytes, self._memory)
         self._take(message.header.size_bytes)
         if assembler.complete:  # a header without bytes to follow
             return TensorValue(message.name, assembler.finish(), message.finite)

@@ -21,6 +21,7 @@ from patchbay.wire.bounds import CHUNK_BYTES, MAX_CHUNK_BYTES
 from patchbay.wire.checksum import crc32
 from patchbay.wire.chunks import Chunk
 from patchbay.wire.compression import decompress, is_available
+from patchbay.wire.memory import ResultMemory
 
 if TYPE_CHECKING:
     import numpy as np
@@ -238,8 +239,16 @@ class ChunkOrder:
 class Assembler:
     """Puts the chunks of one tensor together, straight into one buffer of the size that its header announced."""
 
-    def __init__(self, header: tensor_pb2.TensorHeader, field: str, max_bytes: int) -> None:
+    def __init__(
+        self, header: tensor_pb2.TensorHeader, field: str, max_bytes: int, memory: ResultMemory | None = None
+    ) -> None:
         """
+        Args:
+            header: what is announced.
+            field: the tensor's place, for errors.
+            max_bytes: a larger one is refused.
+            memory: where it is put; None: new memory.
+
         Raises:
             ProtocolError: a header that contradicts itself.
             LimitExceededError: a tensor of more than `max_bytes`; nothing has been allocated.
@@ -255,11 +264,9 @@ class Assembler:
                 allowed=max_bytes,
                 requested=header.size_bytes,
             )
-        import numpy as np
-
-        # Not filled with zeros first, unlike a bytearray: that would touch all of its memory once more.
-        self._buffer: memoryview = np.empty(header.size_bytes, np.uint8).data
-        self._order = ChunkOrder(self._dtype, header.size_bytes, field, compressed=_is_compressed(header, field))
+        compressed = _is_compressed(header, field)
+        self._order = ChunkOrder(self._dtype, header.size_bytes, field, compressed=compressed)
+        self._buffer = (ResultMemory(0) if memory is None else memory).take(header.size_bytes)
 
     @property
     def complete(self) -> bool:
