@@ -215,10 +215,14 @@ class Tracer:
         other = self._wider(batch, growth)
         if len(keys) < 2 or (other is not None and self._wider(batch, grown(-1)) is not None):
             return growth, (), other
-        still = replace(growth, steps=dict.fromkeys(generating, 0))
-        paired = tuple(
-            key for key in keys if self._wider(batch, replace(still, tokens={k: int(k == key) for k in keys})) is None
-        )
+        by = {key: 1 if growth.tokens[key] > 0 else -1 for key in keys}
+
+        def alone(key: Key, others: bool) -> Growth:
+            """One prompt longer than the others, or all the others longer than it."""
+            tokens = {k: by[k] if (k == key) != others else 0 for k in keys}
+            return Growth(tokens, dict.fromkeys(generating, 0), growth.counts)
+
+        paired = tuple(key for key in keys if any(self._wider(batch, alone(key, way)) is None for way in (False, True)))
         if paired:
             growth = replace(growth, tokens={k: growth.tokens[paired[0] if k in paired else k] for k in keys})
         return growth, paired, self._wider(batch, growth)
