@@ -23,6 +23,8 @@ def refused(message: str) -> ArgumentError:
 def seen(value: object, limit: int = 80) -> str:
     """What was given, in a few words: ``the str 'early_stop'``."""
     text = repr(value)
+    if value is None:
+        return text
     return f"the {type(value).__name__} {text if len(text) <= limit else text[: limit - 3] + '...'}"
 
 
@@ -160,3 +162,15 @@ def check_timeout(timeout_s: Any) -> None:
     """
     if timeout_s is not None and real("timeout_s", timeout_s, least=0) == 0:
         raise refused("timeout_s is a number of seconds above 0, not 0")
+
+
+def check_graph(graph: object) -> None:
+    """
+    Raises:
+        ArgumentError: it is no graph.
+    """
+    from patchbay.ir.graph import Graph
+
+    if not isinstance(graph, Graph):
+        known = ", its graph: model.run(t.graph)" if hasattr(graph, "graph") else ""
+        raise refused(f"run takes a graph, such as pb.load_graph gives{known}; not {seen(graph)}")

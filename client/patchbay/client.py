@@ -22,6 +22,8 @@ from patchbay.model import AsyncModel, Model
 from patchbay.portal import Portal
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from patchbay.transport.base import Transport
 
 DEFAULT_TIMEOUT_S = 600.0
@@ -137,6 +139,15 @@ class Client:
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         self.close()
 
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
+
+    def __reduce__(self) -> str:
+        raise TraceError("a client belongs to its process and cannot be pickled; connect again where it is needed")
+
     def __repr__(self) -> str:
         return f"<patchbay client of {self._connection.name}>"
 
@@ -182,6 +193,15 @@ class AsyncClient:
 
     async def __aexit__(self, kind: object, error: object, trace: object) -> None:
         await self.close()
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
+
+    def __reduce__(self) -> str:
+        raise TraceError("a client belongs to its process and cannot be pickled; connect again where it is needed")
 
     def __repr__(self) -> str:
         return f"<patchbay async client of {self._connection.name}>"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from patchbay.arguments import flag, refused, seen
 from patchbay.errors import TraceError
 from patchbay.ir.events import ChatMessage
 
@@ -63,3 +65,31 @@ def chat_of(item: object) -> Chat | None:
             )
         messages.append(ChatMessage(role, content))
     return tuple(messages)
+
+
+def texts_of(text: object, add_special_tokens: bool, prepend_bos: bool | None) -> list[Text]:
+    """What to tokenize, and how.
+
+    Raises:
+        ArgumentError: neither a text nor a list of texts; a flag that is none.
+    """
+    flag("add_special_tokens", add_special_tokens)
+    if prepend_bos is not None:
+        flag("prepend_bos", prepend_bos)
+    given = [text] if isinstance(text, str) else text
+    if not isinstance(given, (list, tuple)) or not all(isinstance(t, str) for t in given):
+        raise refused(f"tokenize takes a text or a list of texts, not {seen(text)}")
+    return [Text(t, add_special_tokens, prepend_bos) for t in given]
+
+
+def ids_of(ids: Any) -> list[int]:
+    """Token ids of anything that holds some.
+
+    Raises:
+        ArgumentError: no sequence of integers.
+    """
+    try:
+        return [operator.index(i) for i in ids]
+    except TypeError:
+        shown = f"an array of {ids.ndim} axes" if getattr(ids, "ndim", 1) != 1 else seen(ids)
+        raise refused(f"token_strings takes a list of token ids or an integer array of one axis, not {shown}") from None

@@ -6,18 +6,18 @@ awaits it.
 
 from __future__ import annotations
 
-import copy
-import operator
+import abc
 import re
 from collections import OrderedDict
 from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, overload
 
+from patchbay import arguments
 from patchbay.core import ModelCore
 from patchbay.errors import TraceError
-from patchbay.inputs import Text, WithBos
+from patchbay.inputs import WithBos, ids_of, texts_of
 from patchbay.ir.card import ModelCard
-from patchbay.ir.events import Event, ExecuteOptions
+from patchbay.ir.events import Event
 from patchbay.ir.sites import is_module_site
 from patchbay.results import Results
 from patchbay.tokens import Tokens
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
     from patchbay.artifacts import Artifacts
+    from patchbay.datasets.batch_trace import BatchRun
     from patchbay.datasets.entry import MapHow
     from patchbay.datasets.results import MapResults
-    from patchbay.datasets.template import BatchRun
     from patchbay.ir.graph import Graph
     from patchbay.portal import Portal
     from patchbay.tracing.async_trace import AsyncGenerateTrace, AsyncRunTrace, AsyncTrace
@@ -40,12 +40,15 @@ if TYPE_CHECKING:
     from patchbay.tracing.trace import Input, ProgressCallback, StreamCallback
 
 T = TypeVar("T")
+TraceT = TypeVar("TraceT")
+RunTraceT = TypeVar("RunTraceT")
+GenerateTraceT = TypeVar("GenerateTraceT")
 #: A function of a `Run`, applied to every run of an edited model.
 Edit: TypeAlias = "Callable[[Run], object]"
 
 
-class BaseModel:
-    """What a model shows without waiting."""
+class BaseModel(abc.ABC, Generic[TraceT, RunTraceT, GenerateTraceT]):
+    """What a model shows without waiting, and the traces over it."""
 
     def __init__(self, core: ModelCore) -> None:
         self.core = core
@@ -60,11 +63,15 @@ class BaseModel:
         Args:
             edit: a function of a run that reads and writes its sites; what it returns is left alone.
         """
-        if not callable(edit):
-            raise TraceError(f"an edit is a function of a run, not {type(edit).__name__}")
-        other = copy.copy(self)
+        arguments.check_function("edited: an edit", edit, "run")
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
         other.edits = (*self.edits, edit)
         return other
+
+    @abc.abstractmethod
+    def _traces(self) -> tuple[Callable[..., TraceT], Callable[..., RunTraceT], Callable[..., GenerateTraceT]]:
+        """What makes its traces: of many runs, of one, of one that generates."""
 
     @property
     def card(self) -> ModelCard:
@@ -90,6 +97,130 @@ class BaseModel:
 
         return ModelParams(self.core.card)
 
+    @overload
+    def trace(
+        self,
+        inputs: None = None,
+        *,
+        deterministic: bool = False,
+        disabled: Sequence[str] = (),
+        timeout_s: float | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> TraceT: ...
+
+    @overload
+    def trace(
+        self,
+        inputs: Input,
+        *,
+        prepend_bos: bool | None = None,
+        deterministic: bool = False,
+        disabled: Sequence[str] = (),
+        timeout_s: float | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> RunTraceT: ...
+
+    def trace(
+        self,
+        inputs: Input | None = None,
+        *,
+        prepend_bos: bool | None = None,
+        deterministic: bool = False,
+        disabled: Sequence[str] = (),
+        timeout_s: float | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> TraceT | RunTraceT:
+        """A trace: inside the ``with`` block a graph is built, on leaving it is run (an `AsyncModel`: ``async with``).
+
+        Args:
+            inputs: of the one run (see `Trace.run`); left out, the block makes its runs with ``t.run(...)``.
+            prepend_bos: whether its texts begin with the beginning-of-sequence token; None leaves it to the tokenizer.
+            deterministic: run alone and one run at a time, bit for bit like the same forwards done by hand.
+            disabled: names of the engine's optimisations to leave out.
+            timeout_s: seconds the execution may take; the client's own by default.
+            progress: called with every event of the execution, in this thread (in the event loop, of an `AsyncModel`).
+        """
+        how = self._how(deterministic, disabled, timeout_s, progress)
+        many, one, _ = self._traces()
+        if prepend_bos is not None:
+            arguments.flag("prepend_bos", prepend_bos)
+            if inputs is None:
+                raise arguments.refused("prepend_bos is of an input: give it to t.run(text, prepend_bos=...)")
+            inputs = WithBos(inputs, prepend_bos)
+        return many(self, **how) if inputs is None else one(self, first=inputs, **how)
+
+    def generate(
+        self,
+        inputs: Input,
+        *,
+        max_new_tokens: int,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        stop: Any = (),
+        eos: bool = True,
+        seed: int | None = None,
+        stream: StreamCallback | bool | None = None,
+        label: str | None = None,
+        deterministic: bool = False,
+        disabled: Sequence[str] = (),
+        timeout_s: float | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> GenerateTraceT:
+        """Generates tokens: ``with model.generate(text, max_new_tokens=20) as run`` gives the run to read and write at.
+
+        Args:
+            inputs: a prompt or a list of them (see `Trace.run`).
+            max_new_tokens: tokens that each row gets at most.
+            temperature: what logits are divided by before a token is drawn; None or 0 takes the most likely token.
+            top_p: draw from the fewest of the most likely tokens that together have this probability.
+            top_k: draw from this many of the most likely tokens.
+            stop: texts, token ids or sequences of ids that end a row; they stay in it. A text is tokenized by itself.
+            eos: whether the model's own end-of-text tokens end a row too.
+            seed: of the random numbers; one is made up, and kept in ``run.generation.seed``, where none is given. Row
+                i of a list equals the same prompt alone with ``seed + i``.
+            stream: called with each step and its tokens, one id per row, as they appear; True prints them instead.
+            label, deterministic, disabled, timeout_s, progress: as for `trace`.
+
+        Returns:
+            A context manager that gives a `patchbay.tracing.generation.GeneratingRun`; ``run.text`` and ``run.output``
+            hold what was generated, below the block.
+        """
+        generation = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "stop": stop,
+            "eos": eos,
+            "seed": seed,
+            "label": label,
+        }
+        how = self._how(deterministic, disabled, timeout_s, progress)
+        return self._traces()[2](self, how=generation, stream=stream, first=inputs, **how)
+
+    def _how(
+        self, deterministic: bool, disabled: Sequence[str], timeout_s: float | None, progress: ProgressCallback | None
+    ) -> dict[str, Any]:
+        """How to run a graph, as traces take it.
+
+        Raises:
+            ArgumentError: one of these is of another type, or an optimisation is not known.
+        """
+        arguments.check_timeout(timeout_s)
+        arguments.check_callback("progress", progress)
+        options = arguments.options(deterministic, disabled, self.core.card.attributes)
+        return {"options": options, "timeout_s": timeout_s, "progress": progress}
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
+
+    def __reduce__(self) -> str:
+        raise TraceError("a model belongs to its connection and cannot be pickled; connect again where it is needed")
+
     def __repr__(self) -> str:
         shown = describe_model(self.core.card)
         if not self.edits:
@@ -99,7 +230,7 @@ class BaseModel:
         return f"{shown}\n  edited by: {', '.join(map(edit_name, self.edits))}"
 
 
-class Model(BaseModel):
+class Model(BaseModel["Trace", "RunTrace", "GenerateTrace"]):
     """A model whose calls block."""
 
     def __init__(
@@ -111,6 +242,11 @@ class Model(BaseModel):
         super().__init__(core)
         self._portal = portal
         self._owner = owner  # the client: it must outlive its models
+
+    def _traces(self) -> tuple[type[Trace], type[RunTrace], type[GenerateTrace]]:
+        from patchbay.tracing.sync_trace import GenerateTrace, RunTrace, Trace
+
+        return Trace, RunTrace, GenerateTrace
 
     def wait(self, work: Coroutine[Any, Any, T]) -> T:
         """Runs a coroutine of the core in the client's thread."""
@@ -142,8 +278,7 @@ class Model(BaseModel):
             add_special_tokens: whether the tokenizer adds what it adds by itself.
             prepend_bos: whether each begins with the beginning-of-sequence token; None leaves it to the tokenizer.
         """
-        given = [text] if isinstance(text, str) else text
-        texts = [Text(t, add_special_tokens, prepend_bos) for t in given]
+        texts = texts_of(text, add_special_tokens, prepend_bos)
         rows = self.wait(self.core.tokenize(texts))
         return rows[0] if isinstance(text, str) else rows
 
@@ -153,7 +288,7 @@ class Model(BaseModel):
         Raises:
             RequestRangeError: an id outside the vocabulary.
         """
-        return self.wait(self.core.token_strings([operator.index(i) for i in ids]))
+        return self.wait(self.core.token_strings(ids_of(ids)))
 
     def to_single_token(self, text: str) -> int:
         """The id of a text that is exactly one token, special tokens aside.
@@ -161,6 +296,7 @@ class Model(BaseModel):
         Raises:
             TraceError: it is several tokens, or none.
         """
+        arguments.check_text("what becomes a token", text)
         return self.wait(self.core.token_id(text))
 
     token_id = to_single_token
@@ -187,8 +323,9 @@ class Model(BaseModel):
             GraphError: the graph breaks a rule for this model; raised before anything is sent, or by the server.
             ServiceError: the server, or the way to it, failed.
         """
-        options = ExecuteOptions(deterministic=deterministic, disabled=tuple(disabled))
-        return self.wait_with_events(lambda emit: self.core.run(graph, options, timeout_s, emit), progress)
+        arguments.check_graph(graph)
+        how = self._how(deterministic, disabled, timeout_s, progress)
+        return self.wait_with_events(lambda emit: self.core.run(graph, how["options"], timeout_s, emit), progress)
 
     @overload
     def apply(self, name: str, value: Proxy) -> Proxy: ...
@@ -248,114 +385,14 @@ class Model(BaseModel):
 
         return map_blocking(self, dataset, function, how)
 
-    @overload
-    def trace(
-        self,
-        inputs: None = None,
-        *,
-        deterministic: bool = False,
-        disabled: Sequence[str] = (),
-        timeout_s: float | None = None,
-        progress: ProgressCallback | None = None,
-    ) -> Trace: ...
 
-    @overload
-    def trace(
-        self,
-        inputs: Input,
-        *,
-        prepend_bos: bool | None = None,
-        deterministic: bool = False,
-        disabled: Sequence[str] = (),
-        timeout_s: float | None = None,
-        progress: ProgressCallback | None = None,
-    ) -> RunTrace: ...
-
-    def trace(
-        self,
-        inputs: Input | None = None,
-        *,
-        prepend_bos: bool | None = None,
-        deterministic: bool = False,
-        disabled: Sequence[str] = (),
-        timeout_s: float | None = None,
-        progress: ProgressCallback | None = None,
-    ) -> Trace | RunTrace:
-        """A trace: inside the ``with`` block a graph is built, on leaving it is run.
-
-        Args:
-            inputs: of the one run (see `Trace.run`); left out, the block makes its runs with ``t.run(...)``.
-            prepend_bos: whether its texts begin with the beginning-of-sequence token; None leaves it to the tokenizer.
-            deterministic: run alone and one run at a time, bit for bit like the same forwards done by hand.
-            disabled: names of the engine's optimisations to leave out.
-            timeout_s: seconds the execution may take; the client's own by default.
-            progress: called with every event of the execution, in this thread.
-        """
-        from patchbay.tracing import sync_trace as tracing
-
-        options = ExecuteOptions(deterministic=deterministic, disabled=tuple(disabled))
-        if inputs is not None and prepend_bos is not None:
-            inputs = WithBos(inputs, prepend_bos)
-        kind = tracing.Trace if inputs is None else tracing.RunTrace
-        return kind(self, options=options, timeout_s=timeout_s, progress=progress, first=inputs)
-
-    def generate(
-        self,
-        inputs: Input,
-        *,
-        max_new_tokens: int,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        stop: Any = (),
-        eos: bool = True,
-        seed: int | None = None,
-        stream: StreamCallback | bool | None = None,
-        label: str | None = None,
-        deterministic: bool = False,
-        disabled: Sequence[str] = (),
-        timeout_s: float | None = None,
-        progress: ProgressCallback | None = None,
-    ) -> GenerateTrace:
-        """Generates tokens: ``with model.generate(text, max_new_tokens=20) as run`` gives the run to read and write at.
-
-        Args:
-            inputs: a prompt or a list of them (see `Trace.run`).
-            max_new_tokens: tokens that each row gets at most.
-            temperature: what logits are divided by before a token is drawn; None or 0 takes the most likely token.
-            top_p: draw from the fewest of the most likely tokens that together have this probability.
-            top_k: draw from this many of the most likely tokens.
-            stop: texts, token ids or sequences of ids that end a row; they stay in it. A text is tokenized by itself.
-            eos: whether the model's own end-of-text tokens end a row too.
-            seed: of the random numbers; one is made up, and kept in ``run.generation.seed``, where none is given. Row
-                i of a list equals the same prompt alone with ``seed + i``.
-            stream: called with each step and its tokens, one id per row, as they appear; True prints them instead.
-            label, deterministic, disabled, timeout_s, progress: as for `trace`.
-
-        Returns:
-            A context manager that gives a `patchbay.tracing.generation.GeneratingRun`; ``run.text`` and ``run.output``
-            hold what was generated, below the block.
-        """
-        from patchbay.tracing import sync_trace as tracing
-
-        how = {
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "stop": stop,
-            "eos": eos,
-            "seed": seed,
-            "label": label,
-        }
-        options = ExecuteOptions(deterministic=deterministic, disabled=tuple(disabled))
-        return tracing.GenerateTrace(
-            self, how=how, stream=stream, options=options, timeout_s=timeout_s, progress=progress, first=inputs
-        )
-
-
-class AsyncModel(BaseModel):
+class AsyncModel(BaseModel["AsyncTrace", "AsyncRunTrace", "AsyncGenerateTrace"]):
     """A model whose calls are awaited."""
+
+    def _traces(self) -> tuple[type[AsyncTrace], type[AsyncRunTrace], type[AsyncGenerateTrace]]:
+        from patchbay.tracing.async_trace import AsyncGenerateTrace, AsyncRunTrace, AsyncTrace
+
+        return AsyncTrace, AsyncRunTrace, AsyncGenerateTrace
 
     @overload
     async def tokenize(
@@ -377,17 +414,17 @@ class AsyncModel(BaseModel):
             add_special_tokens: whether the tokenizer adds what it adds by itself.
             prepend_bos: whether each begins with the beginning-of-sequence token; None leaves it to the tokenizer.
         """
-        given = [text] if isinstance(text, str) else text
-        texts = [Text(t, add_special_tokens, prepend_bos) for t in given]
+        texts = texts_of(text, add_special_tokens, prepend_bos)
         rows = await self.core.tokenize(texts)
         return rows[0] if isinstance(text, str) else rows
 
     async def token_strings(self, ids: Iterable[int]) -> list[str]:
         """The text of each token id, as the tokenizer shows it; see `Model.token_strings`."""
-        return await self.core.token_strings([operator.index(i) for i in ids])
+        return await self.core.token_strings(ids_of(ids))
 
     async def to_single_token(self, text: str) -> int:
         """The id of a text that is exactly one token; see `Model.to_single_token`."""
+        arguments.check_text("what becomes a token", text)
         return await self.core.token_id(text)
 
     token_id = to_single_token
@@ -402,8 +439,9 @@ class AsyncModel(BaseModel):
         progress: ProgressCallback | None = None,
     ) -> Results:
         """Runs a graph as it is; see `Model.run`."""
-        options = ExecuteOptions(deterministic=deterministic, disabled=tuple(disabled))
-        return await self.core.run(graph, options, timeout_s, progress)
+        arguments.check_graph(graph)
+        how = self._how(deterministic, disabled, timeout_s, progress)
+        return await self.core.run(graph, how["options"], timeout_s, progress)
 
     @overload
     def apply(self, name: str, value: Proxy) -> Proxy: ...
@@ -430,84 +468,6 @@ class AsyncModel(BaseModel):
         from patchbay.datasets.entry import map_awaited
 
         return await map_awaited(self, dataset, function, how)
-
-    @overload
-    def trace(
-        self,
-        inputs: None = None,
-        *,
-        deterministic: bool = False,
-        disabled: Sequence[str] = (),
-        timeout_s: float | None = None,
-        progress: ProgressCallback | None = None,
-    ) -> AsyncTrace: ...
-
-    @overload
-    def trace(
-        self,
-        inputs: Input,
-        *,
-        prepend_bos: bool | None = None,
-        deterministic: bool = False,
-        disabled: Sequence[str] = (),
-        timeout_s: float | None = None,
-        progress: ProgressCallback | None = None,
-    ) -> AsyncRunTrace: ...
-
-    def trace(
-        self,
-        inputs: Input | None = None,
-        *,
-        prepend_bos: bool | None = None,
-        deterministic: bool = False,
-        disabled: Sequence[str] = (),
-        timeout_s: float | None = None,
-        progress: ProgressCallback | None = None,
-    ) -> AsyncTrace | AsyncRunTrace:
-        """A trace for ``async with``; see `Model.trace`. `progress` is called in the event loop."""
-        from patchbay.tracing import async_trace as tracing
-
-        options = ExecuteOptions(deterministic=deterministic, disabled=tuple(disabled))
-        if inputs is not None and prepend_bos is not None:
-            inputs = WithBos(inputs, prepend_bos)
-        kind = tracing.AsyncTrace if inputs is None else tracing.AsyncRunTrace
-        return kind(self, options=options, timeout_s=timeout_s, progress=progress, first=inputs)
-
-    def generate(
-        self,
-        inputs: Input,
-        *,
-        max_new_tokens: int,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        stop: Any = (),
-        eos: bool = True,
-        seed: int | None = None,
-        stream: StreamCallback | bool | None = None,
-        label: str | None = None,
-        deterministic: bool = False,
-        disabled: Sequence[str] = (),
-        timeout_s: float | None = None,
-        progress: ProgressCallback | None = None,
-    ) -> AsyncGenerateTrace:
-        """Generates tokens; see `Model.generate`."""
-        from patchbay.tracing import async_trace as tracing
-
-        how = {
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "stop": stop,
-            "eos": eos,
-            "seed": seed,
-            "label": label,
-        }
-        options = ExecuteOptions(deterministic=deterministic, disabled=tuple(disabled))
-        return tracing.AsyncGenerateTrace(
-            self, how=how, stream=stream, options=options, timeout_s=timeout_s, progress=progress, first=inputs
-        )
 
 
 def describe_model(card: ModelCard) -> str:

@@ -45,6 +45,9 @@ class Results(Mapping[str, Any]):
     def __dir__(self) -> list[str]:
         return [*super().__dir__(), *self._values]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Results, (self._values, self.nonfinite, self.usage)
+
     def __repr__(self) -> str:
         if not self._values:
             return "Results(nothing was saved)"

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from patchbay.errors import GraphError, UnknownSiteError
+from patchbay.ir.copying import reduced
 from patchbay.ir.dtypes import DType
 from patchbay.ir.graph import Run
 from patchbay.ir.limits import Limits
@@ -184,6 +185,9 @@ class ModelCard:
     weights: str = NONE
     limits: Limits = field(default_factory=Limits)
     attributes: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return reduced(self)
 
     @cached_property
     def _by_name(self) -> Mapping[str, SiteSpec]:

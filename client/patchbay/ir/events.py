@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from patchbay.ir.artifacts import ArtifactInfo
+from patchbay.ir.copying import reduced
 from patchbay.ir.graph import TensorData
 
 #: The optimisation that the wire makes, by its off switch in `ExecuteOptions.disabled`; it saves bytes.
@@ -85,6 +86,9 @@ class Usage:
     bytes_out: int = 0
     cost: Cost = Cost()
     saved: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return reduced(self)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from patchbay.tokens import Tokens
 from patchbay.tracing.generation import (
     GeneratingRun,
     How,
+    check_how,
     generated_ids,
     generation_of,
     streaming,
@@ -47,6 +48,7 @@ class AsyncBase(BaseTrace):
     ) -> GeneratingRun:
         """Adds a run that generates tokens after `inputs`; the arguments are those of `Model.generate`."""
         self._check_open()
+        check_how(max_new_tokens, how)
         given = await self._core.inputs_of(inputs)
         run = self._add_run(given, label, await generation_of(self._core, max_new_tokens, how))
         assert isinstance(run, GeneratingRun)
@@ -97,6 +99,7 @@ class AsyncTrace(AsyncBase):
     """Many runs: ``async with model.trace() as t: a = await t.run(...)``."""
 
     async def __aenter__(self) -> AsyncTrace:
+        self._enter()
         return self
 
     async def __aexit__(self, kind: object, error: object, trace: object) -> None:
@@ -107,7 +110,8 @@ class AsyncRunTrace(AsyncBase):
     """One run: ``async with model.trace(text) as run``."""
 
     async def __aenter__(self) -> Run:
-        return self.runs[0] if self.runs else await self.run(self._first)
+        self._enter()
+        return await self.run(self._first)
 
     async def __aexit__(self, kind: object, error: object, trace: object) -> None:
         await self._leave(failed=kind is not None)
@@ -124,6 +128,7 @@ class AsyncGenerateTrace(AsyncBase):
         self._printed: asyncio.Future[None] | None = None
 
     async def __aenter__(self) -> GeneratingRun:
+        self._enter()
         run = await self.generate(self._first, **self._how)
         hears = self._listener
         if isinstance(hears, Printer):

@@ -81,6 +81,15 @@ class TracedGraph(Graph):
 
     __hash__ = Graph.__hash__
 
+    def __copy__(self) -> TracedGraph:
+        return self
+
+    def __deepcopy__(self, memo: object) -> TracedGraph:
+        return self
+
+    def __reduce__(self) -> str:
+        raise TraceError("a traced graph cannot be pickled; pb.save_graph(graph, path) writes it to a file")
+
     def __str__(self) -> str:
         return self.text()
 

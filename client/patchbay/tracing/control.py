@@ -6,14 +6,15 @@ become a body of the graph (`patchbay.ir.bodies`). Values of the trace that it m
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
 
+from patchbay.arguments import check_function, integer, refused, seen
 from patchbay.errors import DTypeError, GraphError, ShapeError, TraceError
 from patchbay.ir.dtypes import DType, bool_, promote_scalar, scalar_kind
 from patchbay.ir.ops.spec import TensorSpec
+from patchbay.places import here
 from patchbay.tracing.arrays import as_array, to_data
 from patchbay.tracing.fragments import trace_of
 from patchbay.tracing.proxy import Proxy, lift
@@ -54,6 +55,9 @@ def scan(
         GraphError: a step reads or writes at a run, or gives something else than a pair.
         TraceError: nothing tells which trace the loop belongs to.
     """
+    check_function("scan: fn", fn, "carry", "x")
+    if length is not None:
+        length = integer("scan: length", length, least=0)
     trace = _trace_for("scan", fn, (init, xs))
     carried, carry_tree = flatten(init)
     sliced, xs_tree = flatten(xs)
@@ -67,7 +71,8 @@ def scan(
         gives = fn(unflatten(carry_tree, c), unflatten(xs_tree, x))
         if not isinstance(gives, tuple) or len(gives) != 2:
             raise GraphError(
-                f"scan: a step gives a pair, what it carries on and what it gives (or None), got {kind_of(gives)}"
+                f"scan: a step gives a pair, what it carries on and what it gives (or None), got {kind_of(gives)}",
+                location=here(),
             )
         leaves = flatten_like("scan: what a step carries on", gives[0], carry_tree)
         new = [_tensor(trace, leaf, like=p.dtype) for leaf, p in zip(leaves, enters, strict=True)]
@@ -75,7 +80,7 @@ def scan(
         y_leaves, y_tree = flatten(gives[1])
         results = [p._node for p in (*new, *(_tensor(trace, leaf) for leaf in y_leaves))]
     if not results:
-        raise GraphError("scan: the loop carries nothing and gives nothing")
+        raise GraphError("scan: the loop carries nothing and gives nothing", location=here())
     captured = builder.captured(scope, results)
     attrs = {"body": builder.add_body(scope, results, captured), "length": steps, "carry": len(c), "xs": len(x)}
     parts = _parts(trace, "scan", (*(p._node for p in (*enters, *over)), *captured), attrs, len(results))
@@ -98,6 +103,8 @@ def cond(pred: Any, true_fn: Callable[..., Any], false_fn: Callable[..., Any], *
         GraphError: they give different trees, or read or write at a run.
         TraceError: nothing tells which trace it belongs to.
     """
+    for name, fn in (("true_fn", true_fn), ("false_fn", false_fn)):
+        check_function(f"cond: {name}", fn, *(f"operand{i or ''}" for i in range(len(operands))))
     trace = _trace_for("cond", (true_fn, false_fn), (pred, operands))
     builder = trace.builder
     leaves, tree = flatten(operands)
@@ -105,7 +112,8 @@ def cond(pred: Any, true_fn: Callable[..., Any], false_fn: Callable[..., Any], *
     condition = _tensor(trace, pred)
     if condition.shape or condition.dtype != bool_:
         raise ShapeError(
-            f"cond: the condition must be one bool, got {condition._spec}; to choose element by element, use pb.where"
+            f"cond: the condition must be one bool, got {condition._spec}; to choose element by element, use pb.where",
+            location=here(),
         )
     scopes: list[Scope] = []
     given: list[list[Any]] = []
@@ -126,10 +134,12 @@ def cond(pred: Any, true_fn: Callable[..., Any], false_fn: Callable[..., Any], *
     for i, (a, b) in enumerate(zip(*given, strict=True)):
         if a._spec != b._spec:
             wrong = ShapeError if a.shape != b.shape else DTypeError
-            raise wrong(f"cond: result {i} is {_made(trace, a)} where true, and {_made(trace, b)} where false")
+            raise wrong(
+                f"cond: result {i} is {_made(trace, a)} where true, and {_made(trace, b)} where false", location=here()
+            )
     results = [[p._node for p in side] for side in given]
     if not results[0]:
-        raise GraphError("cond: the functions give nothing")
+        raise GraphError("cond: the functions give nothing", location=here())
     captured = list(dict.fromkeys(n for s, r in zip(scopes, results, strict=True) for n in builder.captured(s, r)))
     then, otherwise = (builder.add_body(s, r, captured) for s, r in zip(scopes, results, strict=True))
     args = (condition._node, *(p._node for p in values), *captured)
@@ -154,12 +164,16 @@ def vmap(fn: Callable[..., Any], in_axes: int | None | Sequence[int | None] = 0)
         ShapeError: the mapped axes differ in extent, or are missing (when the function is called).
         GraphError: no argument is mapped, or `fn` reads or writes at a run.
     """
+    if not callable(fn):
+        raise refused(f"vmap: fn is a function, not {seen(fn)}; vmap(fn)(x) applies it to x")
+    said = _axes(in_axes)
 
     def mapped(*args: Any) -> Any:
+        check_function("vmap: fn", fn, *(f"x{i or ''}" for i in range(len(args))))
         trace = _trace_for("vmap", fn, args)
-        axes = tuple(in_axes) if isinstance(in_axes, Sequence) else (in_axes,) * len(args)
+        axes = said if isinstance(said, tuple) else (said,) * len(args)
         if len(axes) != len(args):
-            raise GraphError(f"vmap: in_axes says {len(axes)} axes for {len(args)} arguments")
+            raise refused(f"vmap: in_axes says {len(axes)} axes for {len(args)} arguments")
         builder = trace.builder
         flat = [flatten(arg) for arg in args]
         over: list[Proxy] = []
@@ -172,7 +186,7 @@ def vmap(fn: Callable[..., Any], in_axes: int | None | Sequence[int | None] = 0)
                 else:
                     over.append(_first_axis(value, axis))
         if not over:
-            raise GraphError("vmap: no argument is mapped over; say its axis in in_axes")
+            raise GraphError("vmap: no argument is mapped over; say its axis in in_axes", location=here())
         _length(over, None, "vmap")
         with builder.body("vmap") as scope:
             slices = iter(
@@ -185,7 +199,7 @@ def vmap(fn: Callable[..., Any], in_axes: int | None | Sequence[int | None] = 0)
             found, tree = flatten(fn(*taken))
             results = [_tensor(trace, leaf)._node for leaf in found]
         if not results:
-            raise GraphError("vmap: the function gives nothing")
+            raise GraphError("vmap: the function gives nothing", location=here())
         captured = builder.captured(scope, results)
         attrs = {"body": builder.add_body(scope, results, captured), "mapped": len(over)}
         return unflatten(tree, _parts(trace, "map", (*(p._node for p in over), *captured), attrs, len(results)))
@@ -230,9 +244,19 @@ def _parts(trace: BaseTrace, op: str, args: tuple[int, ...], attrs: dict[str, An
     return [Proxy(trace, trace.builder.add("item", (node,), {"index": i})) for i in range(count)]
 
 
+def _axes(in_axes: Any) -> int | None | tuple[int | None, ...]:
+    """
+    Raises:
+        ArgumentError: neither an axis, None, nor a sequence of these.
+    """
+    if isinstance(in_axes, (list, tuple)):
+        return tuple(None if axis is None else integer("vmap: an axis", axis) for axis in in_axes)
+    return None if in_axes is None else integer("vmap: in_axes", in_axes)
+
+
 def _first_axis(value: Proxy, axis: int) -> Proxy:
     if not -value.ndim <= axis < value.ndim:
-        raise ShapeError(f"vmap: axis {axis} of a value of shape {list(value.shape)}")
+        raise ShapeError(f"vmap: axis {axis} of a value of shape {list(value.shape)}", location=here())
     axis %= value.ndim
     if axis == 0:
         return value
@@ -245,14 +269,11 @@ def _length(over: Sequence[Proxy], length: int | None, op: str = "scan") -> int:
             raise ShapeError(f"{op}: {p._trace.builder.describe(p._node)} has no axis to take slices along")
     extents = {p.shape[0] for p in over}
     if length is None and not extents:
-        raise GraphError(f"{op}: without xs, say how many steps: length=100")
-    try:
-        steps = operator.index(length) if length is not None else extents.copy().pop()
-    except TypeError:
-        raise GraphError(f"{op}: the length is known before the run, an integer; got {kind_of(length)}") from None
-    if steps < 0 or extents - {steps}:
+        raise GraphError(f"{op}: without xs, say how many steps: length=100", location=here())
+    steps = extents.copy().pop() if length is None else length
+    if extents - {steps}:
         shown = ", ".join(str(list(p.shape)) for p in over)
-        raise ShapeError(f"{op}: {steps} steps over values of shapes {shown}")
+        raise ShapeError(f"{op}: {steps} steps over values of shapes {shown}", location=here())
     return steps
 
 
@@ -289,7 +310,8 @@ def _trace_for(what: str, fns: Any, values: object) -> BaseTrace:
     if len(traces) != 1:
         raise TraceError(
             f"{what}: none of its arguments is a value of a trace, so nothing tells where it belongs; make one with "
-            "t.constant(...)"
+            "t.constant(...)",
+            location=here(),
         )
     return traces[0]
 

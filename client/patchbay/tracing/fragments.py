@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 
+from patchbay.arguments import check_text, refused, seen
 from patchbay.errors import TraceError
 from patchbay.results import map_tree
 from patchbay.tracing.namespaces import ModuleSites, SiteNamespace
@@ -72,9 +73,17 @@ def function(body: Any = None, /, *, name: str | None = None, version: str = "")
 
     Raises:
         TraceError: a name or version that would not read as one in a printed graph.
+        ArgumentError: no function, or a name or version that is no text.
     """
+    if isinstance(body, str):
+        raise refused(f"function takes its name by keyword: @pb.function(name={body!r})")
+    for what, given in (("name", name), ("version", version)):
+        if given is not None:
+            check_text(f"function: {what}", given)
 
     def decorate(body: Callable[P, R]) -> Function[P, R]:
+        if not callable(body):
+            raise refused(f"function makes a part of graphs out of a function, not {seen(body)}")
         called = name if name is not None else getattr(body, "__name__", type(body).__name__)
         if not called.isprintable() or not called or set(called) & set(" ()%=@") or not version.isprintable():
             raise TraceError(

@@ -10,10 +10,11 @@ import asyncio
 import operator
 import secrets
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from patchbay.arguments import check_names, flag, integer, real, refused, seen
 from patchbay.errors import IndexOutOfRangeError, InvalidRequestError, TraceError
 from patchbay.inputs import Text
 from patchbay.ir.events import Event, TensorValue
@@ -42,6 +43,27 @@ class How(TypedDict, total=False):
     stop: Stop
     eos: bool
     seed: int | None
+
+
+def check_how(max_new_tokens: object, how: Mapping[str, Any]) -> None:
+    """Checks what generation is asked for, in the user's own thread; its ranges are checked with the graph.
+
+    Raises:
+        ArgumentError: an argument of another name or type.
+    """
+    check_names("generate", how, How.__annotations__)
+    integer("max_new_tokens", max_new_tokens, least=1)
+    for name in ("top_k", "seed"):
+        if how.get(name) is not None:
+            integer(name, how[name], least=0)
+    if how.get("temperature") is not None:
+        real("temperature", how["temperature"], least=0)
+    if (top_p := how.get("top_p")) is not None and not 0 < real("top_p", top_p) <= 1:
+        raise refused(f"top_p is a probability above 0, at most 1, not {seen(top_p)}")
+    flag("eos", how.get("eos", True))
+    stop = how.get("stop") or ()
+    if isinstance(stop, (bool, Mapping)) or not (hasattr(stop, "__index__") or isinstance(stop, Iterable)):
+        raise refused(f"stop takes texts, token ids and sequences of token ids, not {seen(stop)}")
 
 
 async def generation_of(core: ModelCore, max_new_tokens: int, how: How) -> Generation:
@@ -168,7 +190,7 @@ class Steps(Sequence[StepSites]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             raise TraceError("take one step at a time, or run.all_steps for all of them stacked")
-        number, count = operator.index(index), len(self)
+        number, count = integer("a step", index), len(self)
         if not -count <= number < count:
             raise IndexOutOfRangeError(
                 f"step {number}: the run generates at most {count} tokens, so its steps are 0 to {count - 1}"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, overload
 
-from patchbay.errors import TraceError, WrongTraceError
+from patchbay.arguments import refused, seen
+from patchbay.errors import WrongTraceError
+from patchbay.places import here
+from patchbay.tracing.namespaces import SiteNamespace
 from patchbay.tracing.proxy import Proxy
 
 
@@ -39,12 +42,23 @@ def grad(metric: Proxy, wrt: Proxy | Sequence[Proxy]) -> Proxy | list[Proxy]:
         ShapeError: the metric is more than one number.
         DTypeError: the metric or a value is not floating-point.
         GraphError: when the trace is verified, if the metric does not depend on a value.
+        ArgumentError: the metric or a value is none of a trace.
     """
-    values = [wrt] if isinstance(wrt, Proxy) else list(wrt)
-    if not isinstance(metric, Proxy) or not values or not all(isinstance(v, Proxy) for v in values):
-        raise TraceError("grad takes a proxy of the trace, and one or more proxies to differentiate by")
+    given: Any = metric  # whatever its type says
+    if not isinstance(given, Proxy):
+        raise refused(f"grad: the metric is a value of the trace, one number, not {seen(given)}")
+    values: list[Any] = list(wrt) if isinstance(wrt, (list, tuple)) else [wrt]
+    for value in values:
+        if isinstance(value, SiteNamespace):
+            raise value._group_error()
+        if not isinstance(value, Proxy):
+            raise refused(f"grad: wrt is a value of the trace, or a list of them, not {seen(value)}")
+    if not values:
+        raise refused("grad: wrt is empty; give the values to differentiate by")
     if any(v._trace is not metric._trace for v in values):
-        raise WrongTraceError("grad: the metric and the values to differentiate by belong to different traces")
+        raise WrongTraceError(
+            "grad: the metric and the values to differentiate by belong to different traces", location=here()
+        )
     builder = metric._trace.builder
     node = builder.add("grad", (metric._node, *(v._node for v in values)))
     parts = [Proxy(metric._trace, builder.add("item", (node,), {"index": i})) for i in range(len(values))]

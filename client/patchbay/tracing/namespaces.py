@@ -9,9 +9,11 @@ import operator
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from patchbay.errors import GraphError, TraceError, UnknownSiteError
+from patchbay.arguments import nearest, refused, seen
+from patchbay.errors import ArgumentError, GraphError, TraceError, UnknownSiteError
 from patchbay.ir.card import SEQUENCE_DIMS, ModelCard
 from patchbay.ir.sites import MODULE_SIDES, canonical, is_module_site, module_site
+from patchbay.places import here
 from patchbay.tracing.proxy import Proxy, lift, write_site
 
 if TYPE_CHECKING:
@@ -23,6 +25,11 @@ SiteTree: TypeAlias = "dict[str, str | SiteTree]"
 #: Which forward of a generating run: its number, None for every one, ALL_STEPS to read all of them stacked.
 Step: TypeAlias = "int | str | None"
 ALL_STEPS = "all"
+
+
+#: What Python would ask a group of sites for in an expression.
+_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
+_COMPARISONS = ("lt", "le", "gt", "ge", "neg", "abs", "invert", "float", "int")
 
 
 class UnknownSiteAttributeError(UnknownSiteError, AttributeError):
@@ -97,12 +104,43 @@ class SiteNamespace:
         try:
             return card.site(canonical(self._prefix + name, card.n_layers)).name
         except UnknownSiteError as error:
-            here = ", ".join(k for k, v in self._tree.items() if isinstance(v, str))
-            message = error.message + (f" (here: {here})" if here and not error.suggestions else "")
-            raise UnknownSiteAttributeError(message, suggestions=error.suggestions) from None
+            group = nearest(name, [key for key, below in self._tree.items() if not isinstance(below, str)])
+            if group:
+                message = f"{card.name!r} has no site {self._prefix + name!r}{group}"
+            else:
+                message = error.message + ("" if error.suggestions else self._hint(name))
+            raise UnknownSiteAttributeError(message, suggestions=error.suggestions, location=here()) from None
+
+    def _hint(self, name: str) -> str:
+        """What else `name` may have meant: a name at this level, or the beginning of a module's path."""
+        near = nearest(name, dir(self))
+        if near:
+            return near
+        card = self._trace.builder.card
+        path = next((s.name for s in card.sites if s.name.startswith(f"module:{name}.")), None)
+        if path is not None and not self._prefix:
+            shown = path.removeprefix("module:").rpartition(".")[0]
+            return f"; modules of the checkpoint are reached by their paths: run.module({shown!r}).output"
+        sites = ", ".join(k for k, v in self._tree.items() if isinstance(v, str))
+        return f" (here: {sites})" if sites else ""
 
     def __call__(self, value: object) -> Proxy:
         return Callable(self._trace, self._prefix.rstrip("."))(value)
+
+    def __getitem__(self, index: Any) -> Any:
+        raise self._group_error()
+
+    def __setitem__(self, index: object, value: object) -> None:
+        raise self._group_error()
+
+    def _group_error(self) -> ArgumentError:
+        """The error for a group of sites where a value is wanted."""
+        prefix = self._prefix.rstrip(".")
+        if not prefix:
+            what, how = "a run is no value", "run.blocks[2].resid_post, or run.site('blocks.2.resid_post')"
+        else:
+            what, how = f"{prefix} is a group of sites, not a value", ", ".join(self._tree)
+        return ArgumentError(f"{what}; take a site of it: {how}", location=here())
 
     def skip(self, value: object = None, *, rows: object = None) -> None:
         """Leaves this part of the model out: ``run.blocks[3].skip()``, ``.attn.skip()``, ``.mlp.skip()``.
@@ -142,12 +180,23 @@ class SiteNamespace:
     def __deepcopy__(self, memo: object) -> SiteNamespace:
         return self
 
+    def __reduce__(self) -> str:
+        raise TraceError("a run and its sites belong to their trace and cannot be pickled; keep the results")
+
     def __dir__(self) -> list[str]:
         return sorted(self._tree)
 
     def __repr__(self) -> str:
         run = self._trace.builder.run_name(self._run_index)
         return f"<sites {self._prefix.rstrip('.')} of run {run}: {', '.join(self._tree)}>"
+
+
+def _no_value(self: SiteNamespace, *others: object) -> Any:
+    raise self._group_error()
+
+
+for _name in (*_OPERATORS, *(f"r{name}" for name in _OPERATORS), *_COMPARISONS):
+    setattr(SiteNamespace, f"__{_name}__", _no_value)
 
 
 class NumberedNamespace(SiteNamespace):
@@ -166,11 +215,13 @@ class NumberedNamespace(SiteNamespace):
         try:
             number = operator.index(index)  # type: ignore[arg-type]
         except TypeError:
-            raise TypeError(f"{self._prefix.rstrip('.')} takes an integer, not {type(index).__name__}") from None
+            raise refused(f"{self._prefix.rstrip('.')} takes an integer, not {seen(index)}") from None
         count = len(self)
         found = self._tree.get(str(number + count if number < 0 else number))
         if found is None or isinstance(found, str):
-            raise UnknownSiteError(f"{self._prefix.rstrip('.')}[{number}]: there are {count}, 0 to {count - 1}")
+            raise UnknownSiteError(
+                f"{self._prefix.rstrip('.')}[{number}]: there are {count}, 0 to {count - 1}", location=here()
+            )
         return namespace(self._trace, self._run_index, found, f"{self._prefix}{number % count}", self._step)
 
     def __len__(self) -> int:

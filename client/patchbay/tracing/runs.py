@@ -14,6 +14,7 @@ from patchbay.tracing.proxy import Proxy
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from typing_extensions import Never
 
     from patchbay.results import Results, RunUsage
     from patchbay.tracing.builder import TracedGraph
@@ -191,9 +192,9 @@ class Run(SiteNamespace):
 
     # --- the trace, for runs that are the whole of it ---------------------------------------------------------------
 
-    def save(self, **trees: Any) -> None:
+    def save(self, *unnamed: Never, **trees: Any) -> None:
         """Asks for values by name; see `Trace.save`."""
-        self._trace.save(**trees)
+        self._trace.save(*unnamed, **trees)
 
     def keep(self, name: str, tree: Any) -> Any:
         """Leaves values on the server; see `Trace.keep`."""

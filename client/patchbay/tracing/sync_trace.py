@@ -12,6 +12,7 @@ from patchbay.tokens import Tokens
 from patchbay.tracing.generation import (
     GeneratingRun,
     How,
+    check_how,
     generated_ids,
     generation_of,
     streaming,
@@ -61,6 +62,7 @@ class SyncTrace(BaseTrace):
     ) -> GeneratingRun:
         """Adds a run that generates tokens after `inputs`; the arguments are those of `Model.generate`."""
         self._check_open()
+        check_how(max_new_tokens, how)
         given = self._core.known_inputs_of(inputs) or self._model.wait(self._core.inputs_of(inputs))
         generation = self._model.wait(generation_of(self._core, max_new_tokens, how))
         run = self._add_run(given, label, generation)
@@ -122,6 +124,7 @@ class Trace(SyncTrace):
     """Many runs: ``with model.trace() as t: a = t.run(...)``."""
 
     def __enter__(self) -> Trace:
+        self._enter()
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
@@ -132,7 +135,8 @@ class RunTrace(SyncTrace):
     """One run: ``with model.trace(text) as run``."""
 
     def __enter__(self) -> Run:
-        return self.runs[0] if self.runs else self.run(self._first)
+        self._enter()
+        return self.run(self._first)
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._leave(failed=kind is not None)
@@ -153,6 +157,7 @@ class GenerateTrace(SyncTrace):
         self._how, self._listener = how, listener(stream, model.core)
 
     def __enter__(self) -> GeneratingRun:
+        self._enter()
         run = self.generate(self._first, **self._how)
         hears = self._listener
         if isinstance(hears, Printer):

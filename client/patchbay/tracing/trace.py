@@ -7,16 +7,18 @@ an input and executing the graph.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from patchbay.errors import GraphError, ProtocolError, TraceError, ValueNotReadyError
+from patchbay.arguments import check_text, nearest, refused, seen
+from patchbay.errors import GraphError, MissingAttributeError, ProtocolError, TraceError, ValueNotReadyError
 from patchbay.ir.events import Event, ExecuteOptions, Usage
 from patchbay.ir.graph import Output
 from patchbay.ir.graph import Run as GraphRun
 from patchbay.ir.ops.spec import TensorSpec
 from patchbay.ir.price import price, with_forwards
 from patchbay.ir.verify import verify
+from patchbay.places import here
 from patchbay.results import Price, Results, RunUsage, map_tree
 from patchbay.tokens import Tokens, label_of
 from patchbay.tracing.arrays import as_array, to_array, to_data
@@ -26,18 +28,50 @@ from patchbay.tracing.generation import (
     GeneratingRun,
 )
 from patchbay.tracing.namespaces import Callable as ModelCallable
+from patchbay.tracing.namespaces import ModuleSites, SiteNamespace
 from patchbay.tracing.params import TraceParams
 from patchbay.tracing.proxy import Created, Proxy, lift, not_saved
 from patchbay.tracing.runs import Run
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from typing_extensions import Never, Self
 
     from patchbay.artifacts import StoredArtifacts
     from patchbay.core import ModelCore, Outcome, RunInputs
     from patchbay.ir.graph import Generation
     from patchbay.model import Edit
     from patchbay.tracing.namespaces import SiteTree
+
+
+def check_leaf(leaf: object) -> None:
+    """
+    Raises:
+        ArgumentError: a leaf of a tree to be saved that is no value, or hides values where they are not looked for.
+    """
+    if isinstance(leaf, (Proxy, Created, str, int, float)) or leaf is None:
+        return
+    if isinstance(leaf, SiteNamespace):
+        raise leaf._group_error()
+    if isinstance(leaf, (ModuleSites, ModelCallable)):
+        raise refused(f"{leaf!r} is no value; take its .output or .input, or call it with a value")
+    if isinstance(getattr(leaf, "__self__", None), Proxy):
+        raise refused(f"{seen(leaf)} is a method of a value, not yet called: add ()")
+    if isinstance(leaf, Iterator):
+        raise refused(f"a {type(leaf).__name__} can be gone through only once; make a list of it")
+    if any(isinstance(value, Proxy) for value in _inside(leaf)):
+        raise refused(f"values inside a {type(leaf).__name__} are not found; save a dict, list or tuple of them")
+
+
+def _inside(leaf: Any) -> Iterable[object]:
+    """What a leaf holds, where that may be values: a set, an array of objects, an object of a class of the user's."""
+    if isinstance(leaf, (bytes, bytearray, memoryview)):
+        return ()
+    if hasattr(leaf, "dtype"):
+        return leaf.flat if getattr(leaf.dtype, "hasobject", False) and hasattr(leaf, "flat") else ()
+    if isinstance(leaf, Collection):
+        return leaf
+    return vars(leaf).values() if hasattr(leaf, "__dict__") and not isinstance(leaf, type) else ()
 
 
 def edit_name(edit: Edit) -> str:
@@ -82,6 +116,7 @@ class BaseTrace(abc.ABC):
         self._progress = progress
         self._first = first
         self._state = "open"
+        self._entered = False
         self._trees: dict[str, Any] = {}
         self._outputs: dict[int, str] = {}
         self._kept: dict[int, tuple[str, Artifact]] = {}
@@ -113,6 +148,8 @@ class BaseTrace(abc.ABC):
         return self._state == "done"
 
     def _add_run(self, given: RunInputs, label: str | None, generation: Generation | None = None) -> Run:
+        if label is not None:
+            check_text("label", label)
         rows, single = given.rows, given.single
         shown = label_of(rows) if rows else ", ".join(name for name, _ in given.named)
         data = GraphRun(tuple(row.ids for row in rows), shown if label is None else label, given.named, generation)
@@ -155,16 +192,20 @@ class BaseTrace(abc.ABC):
         array = as_array([value])[0:1].reshape(()) if isinstance(value, (bool, int, float)) else as_array(value)
         return Proxy(self, self.builder.constant(to_data(array)))
 
-    def save(self, **trees: Any) -> None:
-        """Asks for values by name.
+    def save(self, *unnamed: Never, **trees: Any) -> None:
+        """Asks for values by name: ``t.save(top=values, rest=[a, b])``.
 
         Args:
+            unnamed: none; a value without a name is saved with its own ``.save()``.
             trees: proxies, or dicts, lists, tuples and named tuples that hold proxies. Anything else in them (strings,
                 numbers, arrays) stays on this side and comes back as it is.
 
         Raises:
             TraceError: a name is taken, or the trace is over.
+            ArgumentError: no name was given, or a tree holds what is no value (a block, a run, a generator).
         """
+        if unnamed:
+            raise refused("save takes values by name, t.save(h=value); without a name: value.save()")
         self._check_open()
         for name, tree in trees.items():
             self._save_tree(name, tree)
@@ -184,16 +225,27 @@ class BaseTrace(abc.ABC):
         Raises:
             TraceError: the name is taken, or the trace is over.
         """
+        if not isinstance(name, str):
+            raise refused(f"keep takes a name and then what to keep, t.keep('means', value), not {seen(name)} first")
         self._check_open()
-        if name in self._trees:
-            raise TraceError(f"a value was already saved as {name!r}; choose another name")
+        self._check_name(name)
+
+        found = False
 
         def keep(leaf: object, path: tuple[str, ...]) -> object:
+            nonlocal found
+            check_leaf(leaf)
             if isinstance(leaf, Created):
                 leaf = self.constant(leaf)
-            return self._keep(leaf, ".".join((name, *path))) if isinstance(leaf, Proxy) else leaf
+            if not isinstance(leaf, Proxy):
+                return leaf
+            found = True
+            return self._keep(leaf, ".".join((name, *path)))
 
-        self._trees[name] = kept = map_tree(tree, keep)
+        kept = map_tree(tree, keep)
+        if not found:
+            raise refused(f"keep takes values of the trace, not {seen(tree)}; arrays are sent with model.artifacts.put")
+        self._trees[name] = kept
         return kept
 
     def _keep(self, proxy: Proxy, name: str) -> Artifact:
@@ -209,11 +261,17 @@ class BaseTrace(abc.ABC):
         self._output_names.add(name)
         return name
 
-    def _save_tree(self, name: str, tree: Any) -> None:
+    def _check_name(self, name: object) -> None:
+        if not isinstance(name, str) or not name:
+            raise refused(f"values are saved under a name, a text that is not empty, not under {seen(name)}")
         if name in self._trees:
-            raise TraceError(f"a value was already saved as {name!r}; choose another name")
+            raise TraceError(f"a value was already saved as {name!r}; choose another name", location=here())
+
+    def _save_tree(self, name: str, tree: Any) -> None:
+        self._check_name(name)
 
         def want(leaf: object, path: tuple[str, ...]) -> object:
+            check_leaf(leaf)
             if isinstance(leaf, Created):
                 leaf = self.constant(leaf)
             if isinstance(leaf, Proxy):
@@ -297,7 +355,18 @@ class BaseTrace(abc.ABC):
 
     def _check_open(self) -> None:
         if self.builder.closed is not None:
-            raise TraceError(self.builder.closed)
+            raise TraceError(self.builder.closed, location=here())
+
+    def _enter(self) -> None:
+        """The with block begins.
+
+        Raises:
+            TraceError: it began before.
+        """
+        self._check_open()
+        if self._entered:
+            raise TraceError("this trace is already in a with block; make another", location=here())
+        self._entered = True
 
     def _prepare(self) -> TracedGraph | None:
         """The graph to send, verified; None when nothing was saved, for then there is nothing to ask for."""
@@ -370,7 +439,8 @@ class BaseTrace(abc.ABC):
 
     def _need_run(self, what: str) -> None:
         if self._state == "open":
-            raise ValueNotReadyError(f"{what} is known after the trace has run: use it below the with block")
+            where = "use it below the with block" if self._entered else "build it in a with block, which runs it"
+            raise ValueNotReadyError(f"{what} is known after the trace has run: {where}")
         if self._state != "done":
             raise ValueNotReadyError(f"{what} was never computed: {self.builder.closed}")
 
@@ -407,6 +477,28 @@ class BaseTrace(abc.ABC):
         self._need_run("usage")
         assert self._usage is not None
         return self._usage
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
+
+    def __reduce__(self) -> str:
+        raise TraceError("a trace belongs to its connection and cannot be pickled; keep its results")
+
+    if not TYPE_CHECKING:  # a checker is to find misspelt names itself
+
+        def __getattr__(self, name: str) -> Any:
+            hint = ""
+            if not name.startswith("_"):
+                if name in self.site_tree or hasattr(GeneratingRun, name):
+                    one = self._first is not None
+                    how = "what `with ... as run:` gives" if one else "what run = t.run(text) gives"
+                    hint = f"; it belongs to a run, {how}: run.{name}"
+                else:
+                    hint = nearest(name, dir(self))
+            raise MissingAttributeError(f"a trace has no attribute {name!r}{hint}", location=here())
 
     def __repr__(self) -> str:
         shown = {"open": "not run yet", "done": "has run", "failed": "failed", "abandoned": "abandoned"}[self._state]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from patchbay.errors import GraphError
+from patchbay.places import here
 
 #: Stands for a leaf in the structure of a tree.
 _LEAF = "*"
@@ -58,18 +59,24 @@ def flatten_like(what: str, value: object, tree: Any) -> list[Any]:
     def walk(found: Any, node: Any, path: str) -> None:
         if node == _LEAF and isinstance(node, str):
             if found is None or isinstance(found, (tuple, Mapping)):
-                raise GraphError(f"{what}{path} must be a value, as it was before; got {kind_of(found)}")
+                raise GraphError(
+                    f"{what}{path} must be a value, as it was before; got {kind_of(found)}", location=here()
+                )
             leaves.append(found)
         elif node is None:
             if found is not None:
-                raise GraphError(f"{what}{path} was None before; got {kind_of(found)}")
+                raise GraphError(f"{what}{path} was None before; got {kind_of(found)}", location=here())
         elif isinstance(node, dict):
             if not isinstance(found, Mapping) or set(found) != set(node):
-                raise GraphError(f"{what}{path} must be a dict with the keys {list(node)}; got {_describe(found)}")
+                raise GraphError(
+                    f"{what}{path} must be a dict with the keys {list(node)}; got {_describe(found)}", location=here()
+                )
             for key in node:
                 walk(found[key], node[key], f"{path}[{key!r}]")
         elif not isinstance(found, (list, tuple)) or len(found) != len(node):
-            raise GraphError(f"{what}{path} must be a {type(node).__name__} of {len(node)}; got {_describe(found)}")
+            raise GraphError(
+                f"{what}{path} must be a {type(node).__name__} of {len(node)}; got {_describe(found)}", location=here()
+            )
         else:
             for i, part in enumerate(node):
                 walk(found[i], part, f"{path}[{i}]")
