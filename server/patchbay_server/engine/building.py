@@ -30,7 +30,7 @@ from patchbay_server.engine.steps import (
     Write,
 )
 from patchbay_server.engine.switches import EARLY_STOP, LIVENESS
-from patchbay_server.engine.windows import Windows, item_at, moved, position_axis
+from patchbay_server.engine.windows import Windows, item_at, moved, position_axis, window_of
 from patchbay_server.kernels import kernel
 from patchbay_server.models.continuation import EMBEDDING, Continuation
 from patchbay_server.models.narrowing import Unembedding
@@ -53,9 +53,12 @@ class Builder:
         unembedding: Unembedding | None,
         windows: Windows,
         columns: tuple[int, ...] | None,
+        least: int | None = None,
     ) -> None:
         self.graph, self.card, self.timeline, self.groups, self.options = graph, card, timeline, groups, options
         self.how, self.unembedding, self.windows, self.columns = how, unembedding, windows, columns
+        #: Positions that the last layer must be able to leave out for that to be worth a call; None to leave out none.
+        self.least = least
         self.kernels: dict[str, Callable[..., Any] | None] = {}
         #: Attributes with defaults filled in, by operation and identity: most nodes share theirs with others.
         self.filled: dict[tuple[str, int], Mapping[str, Any]] = {}
@@ -99,6 +102,7 @@ class Builder:
             if order != BEFORE:
                 visited[p].append(order)
         last_from = {group.goes_on[0].base: p for p, group in enumerate(self.groups) if group.goes_on}
+        lasts = self._lasts()
         passes = []
         for p, group in enumerate(self.groups):
             at = sorted(visited[p])
@@ -106,7 +110,7 @@ class Builder:
                 passes.append(self._generating(p, group.runs[0], moments, site_at, at))
                 continue
             rows = tuple(row for run in group.runs for row in self.graph.runs[run].tokens)
-            start = self._start(group)
+            start = self._start(group, lasts.get(p))
             stop_at, through = self._end(group, [site_at[order] for order in at])
             passes.append(
                 Pass(
@@ -128,7 +132,7 @@ class Builder:
             )
         return tuple(passes), moments.get((len(self.groups), BEFORE), Actions())
 
-    def _start(self, group: Group) -> Start | None:
+    def _start(self, group: Group, last: int | None) -> Start | None:
         if not group.goes_on:
             return None
         rows: list[int] = []
@@ -137,7 +141,47 @@ class Builder:
             count = self.graph.runs[run].rows
             rows.extend(range(count))
             after.extend([start.after] * count)
-        return Start(group.goes_on[0].base, group.first, tuple(rows), tuple(after))
+        return Start(group.goes_on[0].base, group.first, tuple(rows), tuple(after), last)
+
+    def _lasts(self) -> dict[int, int]:
+        """The forwards whose last layer is computed at the last positions alone, and the first of those."""
+        if self.least is None or self.how is None or self.how.ending is None or self.differentiated:
+            return {}
+        end, found = len(self.how.layers) - 1, dict[int, int]()
+        for p, group in enumerate(self.groups):
+            if group.goes_on and not any(self.graph.runs[run].ragged for run in group.runs):
+                found[p] = max(self.graph.runs[run].seq for run in group.runs)
+        for i, when in enumerate(self.times):
+            node = self.graph.nodes[i]
+            if node.op not in ("site.read", "site.write"):
+                continue
+            site = str(node.attrs["site"])
+            reach = self.how.reaches.get(site)
+            if reach is None or reach.through < end or site in self.how.ending.entrance:
+                continue
+            first = self._first_seen(i, node, site) if reach.after == end else 0
+            for p, _ in when:
+                if p in found:
+                    found[p] = min(found[p], first)
+        rows = {p: sum(self.graph.runs[run].rows for run in self.groups[p].runs) for p in found}
+        seq = {p: max(self.graph.runs[run].seq for run in self.groups[p].runs) for p in found}
+        return {
+            p: last
+            for p, last in found.items()
+            if last < seq[p] and rows[p] * (last - self.groups[p].first) >= max(self.least, 1)
+        }
+
+    def _first_seen(self, i: int, node: Node, site: str) -> int:
+        """The first position of a site behind the last layer that an access has to do with."""
+        assert self.how is not None and node.run is not None
+        run, axis = self.graph.runs[node.run], position_axis(self.card, site)
+        if axis is None or axis not in self.how.reaches[site].short:
+            return 0
+        if node.op == "site.read":
+            return self.windows.reads.get(i, (0, run.seq))[0]
+        index: Any = node.attrs.get("index", ())
+        window = window_of(index, len(self.card.site(site).dims), axis, run.seq)
+        return 0 if window is None else window[0]
 
     def _end(self, group: Group, sites: Sequence[str]) -> tuple[str | None, int | None]:
         """The site after which a forward ends, or the layer, where others need more of it than it needs itself."""

@@ -216,7 +216,9 @@ def _going_on(
     assert hosted.continuation is not None
     start, seq = going.start, max(map(len, tokens))
     ids = torch.tensor([[*row, *([FILLER] * (seq - len(row)))] for row in tokens], device=hosted.device)
-    return continuing(hosted.model, hosted.continuation, going.trunk, ids, start.first, start.rows, start.after)
+    return continuing(
+        hosted.model, hosted.continuation, going.trunk, ids, start.first, start.rows, start.after, start.last
+    )
 
 
 def _leaving(hosted: HostedModel, leaving: Leaving) -> AbstractContextManager[dict[str, Any]]:

@@ -29,6 +29,7 @@ from patchbay_server.engine.steps import (
 )
 from patchbay_server.engine.switches import (
     BATCH_RUNS,
+    LAST_LAYER,
     LOGIT_COLUMNS,
     NARROW_LOGITS,
     OPTIMISATIONS,
@@ -182,7 +183,8 @@ def make_plan(
     joint = together and alike and size <= max_pass_tokens and sharing is None
     timeline = schedule(small, card, joint=joint)
     groups = _group_runs(small, card, timeline, max_pass_tokens if together else 0, sharing, means)
-    builder = Builder(small, card, timeline, groups, options, means.continuation, unembedding, windows, columns)
+    least = None if LAST_LAYER in off else means.layer_cost
+    builder = Builder(small, card, timeline, groups, options, means.continuation, unembedding, windows, columns, least)
     passes, after = builder.build()
     if means.continuation is not None and not {SHARED_PREFIX, PREFIX_CACHE} & off:
         passes = with_beginnings(passes, small, card, specs, means.continuation)
@@ -202,6 +204,7 @@ def make_plan(
         saved[LOGIT_COLUMNS] = card.d_vocab - len(columns)
     if sharing is not None:
         saved |= {SHARED_PREFIX: sharing.saved, PREFIX_CACHE: len(sharing.trunks)}
+        saved[LAST_LAYER] = sum(_left_out(p) for p in passes)
     return Plan(
         graph=small,
         origin=tuple(verified.origin[o] for o in origin),
@@ -219,6 +222,12 @@ def make_plan(
         trunks={} if sharing is None else sharing.trunks,
         trunk_bytes=sum(trunk_bytes(card, small.runs[run]) for p in passes for run in (slot.run for slot in p.keeps)),
     )
+
+
+def _left_out(each: Pass) -> int:
+    """Positions at which the last layer hands over keys and values and nothing else."""
+    start = each.goes_on
+    return 0 if start is None or start.last is None else each.rows * (start.last - start.first)
 
 
 def _group_runs(

@@ -194,12 +194,15 @@ class Start:
         first: the first position that is computed.
         rows: for every row, the base's row.
         after: for every row, the layer after which it joins.
+        last: the first position that anything reads behind the last layer, where that is computed from there on alone;
+            None where it is computed at all positions.
     """
 
     base: int
     first: int
     rows: tuple[int, ...]
     after: tuple[int, ...]
+    last: int | None = None
 
     @property
     def skipped(self) -> int:

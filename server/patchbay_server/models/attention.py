@@ -173,7 +173,7 @@ def tappable_attention(
         odd = any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
         tapped = bool(taps_of(module)) or _OBSERVERS in module.__dict__
         plain = not (odd or tapped or dropout or query.requires_grad)
-        if plain and prefix.is_only_causal(attention_mask, key.shape[2]):
+        if plain and prefix.is_only_causal(attention_mask, query.shape[2], key.shape[2]):
             return attend_beside(prefix, query, key, value, scaling), None
         key, value = prefix.before(key, value)
     output = _attend(module, query, key, value, attention_mask, dropout, scaling, **kwargs)

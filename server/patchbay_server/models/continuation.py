@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from patchbay_server.models.ending import Ending, Half, Halves, Handed, ending
 from patchbay_server.models.prefixes import Prefix
 from patchbay_server.models.taps import Handle, first_tensor, replace_first_tensor
 
@@ -53,6 +54,7 @@ class Continuation:
         reaches: where every site lies that is right in such forwards.
         growing: whether rows may join between layers; else all start after the same layer.
         beside: whether rows that go on from one row attend to its keys and values without copies of their own.
+        ending: how the last layer is computed at some positions alone; None where it is not.
     """
 
     layers: tuple[str, ...]
@@ -60,6 +62,7 @@ class Continuation:
     reaches: Mapping[str, Reach]
     growing: bool
     beside: bool
+    ending: Ending | None = None
 
 
 @dataclass(eq=False)
@@ -137,11 +140,18 @@ class _Earlier(CacheLayerMixin):
     is_sliding = False
 
     def __init__(
-        self, trunk: Trunk, layer: int, first: int, rows: torch.Tensor, one_row: int | None, beside: bool
+        self,
+        trunk: Trunk,
+        layer: int,
+        first: int,
+        rows: torch.Tensor,
+        one_row: int | None,
+        beside: bool,
+        halves: Halves,
     ) -> None:
         super().__init__()
         self._trunk, self._layer, self._first, self._rows = trunk, layer, first, rows
-        self._one_row, self._beside = one_row, beside
+        self._one_row, self._beside, self._halves = one_row, beside, halves
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.is_initialized = True
@@ -149,6 +159,17 @@ class _Earlier(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        halves = self._halves
+        if halves.half is Half.REST:
+            return halves.kept[self._layer]
+        found = self._all(key_states, value_states)
+        if halves.half is Half.KEYS:
+            halves.kept[self._layer] = found
+            raise Handed
+        return found
+
+    def _all(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of all positions, or the later ones with a mark that names what comes before."""
         if self._first == 0:
             return key_states, value_states
         keys, values = self._trunk.keys[self._layer], self._trunk.values[self._layer]
@@ -165,10 +186,10 @@ class _Earlier(CacheLayerMixin):
         )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._first + query_length, 0
+        return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        return self._first
+        return self._first + (self._halves.skipped if self._halves.half is Half.REST else 0)
 
     def get_max_length(self) -> int:
         return -1
@@ -260,6 +281,7 @@ def continuing(
     first: int,
     rows: Sequence[int],
     after: Sequence[int],
+    last: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """While the body runs, a forward given these arguments computes rows that go on from `trunk`.
 
@@ -272,6 +294,7 @@ def continuing(
         rows: for every row, the trunk's row that it goes on from.
         after: for every row, the layer after which it starts, none smaller than the one before; EMBEDDING for all rows
             or for none.
+        last: the first position that is needed of the last layer's output, where `how` has an ending; None for all.
     """
     device = tokens.device
     begins = after[0]
@@ -279,8 +302,11 @@ def continuing(
     lead = picked if begins == EMBEDDING or not how.growing else picked[:1]
     one_row = rows[0] if len(set(rows)) == 1 else None
     numbers = max(trunk.keys, default=-1) + 1
+    halves = Halves(0 if last is None else last - first)
     cache = Cache(
-        layers=[_Earlier(trunk, n, first, picked, one_row, how.beside) for n in range(max(numbers, len(how.layers)))]
+        layers=[
+            _Earlier(trunk, n, first, picked, one_row, how.beside, halves) for n in range(max(numbers, len(how.layers)))
+        ]
     )
     inputs: dict[str, Any] = {"input_ids": tokens[lead, first:], "past_key_values": cache, "use_cache": True}
     inputs |= places(model, lead.shape[0], first, tokens.shape[1], device)
@@ -329,7 +355,9 @@ def continuing(
         for number in joining:
             if number > begins:
                 handles.append(model.get_submodule(how.layers[number]).register_forward_hook(join(number)))
-        yield inputs
+        narrow = halves.skipped > 0 and how.ending is not None and begins < len(how.layers) - 1
+        with ending(model, how.ending, halves) if narrow and how.ending is not None else nullcontext():
+            yield inputs
     finally:
         for handle in handles:
             handle.remove()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -17,8 +17,9 @@ import torch
 from patchbay.ir.card import SEQUENCE_DIMS, ModelCard
 from patchbay_server.models.binding import close
 from patchbay_server.models.continuation import EMBEDDING, Continuation, Reach, Trunk, continuing, keeping
+from patchbay_server.models.ending import Ending, Place, leaves, position_axes
 from patchbay_server.models.inputs import TOKENS
-from patchbay_server.models.taps import Handle, Handler, Tap, first_tensor, replace_first_tensor
+from patchbay_server.models.taps import Handle, Handler, InputTap, Tap, first_tensor, replace_first_tensor
 
 log = logging.getLogger(__name__)
 
@@ -121,6 +122,7 @@ class _Trial:
         if "logits" not in reaches:
             raise _NotTheSameError("the logits do not come out as in a whole forward")
         how = replace(how, beside=self._attends_beside(how, trunk))
+        how = replace(how, ending=self._ending(how, trunk, entries[: 2 if last else 1]))
         odd = len(plain.values) - len(reaches)
         sentence = "a forward that starts at a later layer and position, against kept keys and values, equals the whole"
         sentence += "" if growing else "; all its rows start at one layer"
@@ -146,6 +148,77 @@ class _Trial:
             if not close(outputs[1], outputs[0]):
                 return False
         return True
+
+    def _ending(self, how: Continuation, trunk: Trunk, entries: Sequence[tuple[int, ...]]) -> Ending | None:
+        """How the last layer is computed at some positions alone, where that gives what all of it gives there."""
+        try:
+            axes = self._given_to_the_last_layer(how, trunk)
+            if axes is None:
+                return None
+            end, seq = self.layers[-1], self.tokens.shape[1]
+            entrance = (name for name, tap in self.taps.items() if isinstance(tap, InputTap) and tap.path == end)
+            found = replace(how, ending=Ending(end, axes, frozenset(entrance)))
+            for after in entries:
+                for first, last in ((0, seq - 1), (seq // 2, seq - 1), (1, seq - 2)):
+                    self._check_ending(found, trunk, after, first, last)
+            return found.ending
+        except _NotTheSameError as error:
+            log.info("the last layer is computed at all positions: %s", error)
+        except Exception as error:  # noqa: BLE001 - models raise what they like about calls that they do not expect
+            log.info("the last layer is computed at all positions: %s: %s", type(error).__name__, error)
+        return None
+
+    def _given_to_the_last_layer(self, how: Continuation, trunk: Trunk) -> Mapping[Place, int | None] | None:
+        """The axis over computed positions of everything that the last layer is given."""
+        seq, shapes = self.tokens.shape[1], list[Mapping[Place, torch.Size]]()
+
+        def look(module: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            del module
+            shapes.append({place: value.shape for place, value in leaves(args, kwargs).items()})
+
+        if seq < 4 or len(self.layers) < 2:
+            return None
+        handle = self.model.get_submodule(self.layers[-1]).register_forward_pre_hook(look, with_kwargs=True)
+        try:
+            for first in (1, 2):
+                with continuing(self.model, how, trunk, self.tokens, first, (0, 1, 2), (-1,) * 3) as inputs:
+                    self.model(**inputs)
+        finally:
+            handle.remove()
+        return position_axes(shapes[0], shapes[1], (seq - 1, seq - 2))
+
+    def _check_ending(self, how: Continuation, trunk: Trunk, after: tuple[int, ...], first: int, last: int) -> None:
+        """
+        Raises:
+            _NotTheSameError: what follows the last layer is not what it is in a whole forward, from position `last` on.
+        """
+        whole, rows = self._whole(after, first), tuple(range(len(after)))
+        end, count = len(self.layers) - 1, self.tokens.shape[1] - last
+        behind = {name for name, reach in how.reaches.items() if reach.after == end}
+        with (
+            continuing(self.model, how, trunk, self.tokens, first, rows, after, last) as inputs,
+            self._disturbed(after, first, first),
+            self._watched(behind) as (values, _),
+        ):
+            output = first_tensor(self.model(**inputs))
+        if output is None or not close(output[:, -count:], whole.output[:, last:]):
+            raise _NotTheSameError("the output of a last layer at some positions is not that of the whole one")
+        for name in behind:
+            there, expected = values.get(name), whole.values[name]
+            for axis in how.reaches[name].short:
+                there = None if there is None else there.narrow(axis, there.shape[axis] - count, count)
+                expected = expected.narrow(axis, last, count)
+            if there is None or not _alike(there, expected):
+                raise _NotTheSameError(f"{name} is not what it is in a whole forward")
+        outputs = []
+        for later in (None, last):  # from one row, with nothing tapped
+            with (
+                continuing(self.model, how, trunk, self.tokens, first, (1,) * len(rows), after, later) as inputs,
+                self._disturbed(after, first, first),
+            ):
+                outputs.append(first_tensor(self.model(**inputs)))
+        if outputs[0] is None or outputs[1] is None or not close(outputs[1][:, -count:], outputs[0][:, -count:]):
+            raise _NotTheSameError("rows that go on from one row do not come out alike")
 
     def _compare(
         self,
@@ -243,8 +316,10 @@ class _Trial:
                 handle.remove()
 
     @contextmanager
-    def _watched(self) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, tuple[int, bool]]]]:
-        """Every site's value, and how far the forward was, while the body runs."""
+    def _watched(
+        self, names: Collection[str] | None = None
+    ) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, tuple[int, bool]]]]:
+        """Every site's value (or that of some), and how far the forward was, while the body runs."""
         values: dict[str, torch.Tensor] = {}
         reached: dict[str, tuple[int, bool]] = {}
         begun, done = [False], [EMBEDDING + 1]
@@ -276,6 +351,8 @@ class _Trial:
                 handles.append(module.register_forward_pre_hook(begin))
                 handles.append(module.register_forward_hook(finish(number)))  # type: ignore[arg-type]
             for name, tap in self.taps.items():
+                if names is not None and name not in names:
+                    continue
                 handles.append(tap.attach(self.model, watch(name), writes=False))
             yield values, reached
         finally:

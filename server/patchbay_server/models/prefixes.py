@@ -45,14 +45,15 @@ class Prefix:
             torch.cat([self.values.expand(rows, -1, -1, -1), value], dim=2),
         )
 
-    def is_only_causal(self, mask: torch.Tensor | None, own: int) -> bool:
-        """Whether `mask` shows each of `own` positions the whole prefix, itself and what is between."""
+    def is_only_causal(self, mask: torch.Tensor | None, queries: int, own: int) -> bool:
+        """Whether `mask` shows each of the last of `own` positions the whole prefix, itself and what is between."""
         if mask is None:
-            return own == 1
+            return queries == 1
         known = self.causal.get(id(mask))
         if known is None:
             shown = mask if mask.dtype == torch.bool else mask == 0
-            visible = torch.ones(own, self.length + own, dtype=torch.bool, device=mask.device).tril(self.length)
+            keys = self.length + own
+            visible = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril(keys - queries)
             fits = shown.shape[-2:] == visible.shape and bool((shown == visible).all())
             known = self.causal[id(mask)] = (mask, fits)
         return known[1]
@@ -71,22 +72,28 @@ def attend_beside(
 
     Args:
         prefix: what all rows see.
-        query: ``[rows, head, query, d_head]``.
-        key, value: ``[rows, kv_head, query, d_head]``.
+        query: ``[rows, head, query, d_head]``, the last of the row's own positions.
+        key, value: ``[rows, kv_head, own, d_head]``.
         scale: factor of the products; ``d_head ** -0.5`` when None.
     """
-    rows, heads, own, width = query.shape
-    kv_heads = key.shape[1]
+    rows, heads, queries, width = query.shape
+    kv_heads, own = key.shape[1:3]
     groups = heads // kv_heads
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     # All rows, and all heads of one key head, one after the other: [1, kv_head, groups * rows * query, d_head].
-    together = query.view(rows, kv_heads, groups, own, width).permute(1, 2, 0, 3, 4).reshape(1, kv_heads, -1, width)
+    together = (
+        query.reshape(rows, kv_heads, groups, queries, width).permute(1, 2, 0, 3, 4).reshape(1, kv_heads, -1, width)
+    )
     earlier, weight = flash(together, prefix.keys, prefix.values, 0.0, False, scale=scale)
-    earlier = earlier.reshape(heads, rows, own, -1).transpose(0, 1)
-    weight = weight.reshape(heads, rows, own).transpose(0, 1)
+    earlier = earlier.reshape(heads, rows, queries, -1).transpose(0, 1)
+    weight = weight.reshape(heads, rows, queries).transpose(0, 1)
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    later, own_weight = flash(query, key, value, 0.0, True, scale=scale)
-    share = torch.sigmoid(own_weight.reshape(rows, heads, own) - weight).unsqueeze(-1)
+    hidden = None
+    if 1 < queries < own:
+        seen = torch.ones(queries, own, dtype=torch.bool, device=query.device).tril(own - queries)
+        hidden = torch.zeros(queries, own, dtype=query.dtype, device=query.device).masked_fill(~seen, float("-inf"))
+    later, own_weight = flash(query, key, value, 0.0, queries == own, attn_mask=hidden, scale=scale)
+    share = torch.sigmoid(own_weight.reshape(rows, heads, queries) - weight).unsqueeze(-1)
     output = torch.lerp(earlier.float(), later.float(), share.float()).to(query.dtype)
     return output.transpose(1, 2).contiguous()
