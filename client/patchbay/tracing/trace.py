@@ -18,7 +18,7 @@ from patchbay.ir.graph import Run as GraphRun
 from patchbay.ir.ops.spec import TensorSpec
 from patchbay.ir.price import price, with_forwards
 from patchbay.ir.verify import verify
-from patchbay.places import here
+from patchbay.places import here, located
 from patchbay.results import Price, Results, RunUsage, map_tree
 from patchbay.tokens import Tokens, label_of
 from patchbay.tracing.arrays import as_array, to_array, to_data
@@ -30,7 +30,7 @@ from patchbay.tracing.generation import (
 from patchbay.tracing.namespaces import Callable as ModelCallable
 from patchbay.tracing.namespaces import ModuleSites, SiteNamespace
 from patchbay.tracing.params import TraceParams
-from patchbay.tracing.proxy import Created, Proxy, lift, not_saved
+from patchbay.tracing.proxy import Created, Proxy, lift, not_saved, numbers_of
 from patchbay.tracing.runs import Run
 
 if TYPE_CHECKING:
@@ -92,7 +92,6 @@ class BaseTrace(abc.ABC):
 
     Attributes:
         builder: the graph so far.
-        runs: the runs so far.
         sent_bytes, received_bytes: payload that crossed the client's connection while this trace was executed.
     """
 
@@ -106,7 +105,7 @@ class BaseTrace(abc.ABC):
         first: Input | None = None,
     ) -> None:
         self.builder = GraphBuilder(core.card)
-        self.runs: list[Run] = []
+        self._runs: list[Run | tuple[int, tuple[Tokens, ...], bool]] = []
         self.sent_bytes = 0
         self.received_bytes = 0
         self._core = core
@@ -126,6 +125,11 @@ class BaseTrace(abc.ABC):
         self._usage: RunUsage | None = None
 
     # --- building -------------------------------------------------------------------------------------------------
+
+    @property
+    def runs(self) -> list[Run]:
+        """The runs so far."""
+        return [run if isinstance(run, Run) else Run(self, *run) for run in self._runs]
 
     @property
     def site_tree(self) -> SiteTree:
@@ -155,7 +159,7 @@ class BaseTrace(abc.ABC):
         data = GraphRun(tuple(row.ids for row in rows), shown if label is None else label, given.named, generation)
         kind = Run if generation is None else GeneratingRun
         run = kind(self, self.builder.add_run(data), rows, single)
-        self.runs.append(run)
+        self._runs.append(run)
         for edit in self._edits:
             with self.builder.fragment(edit_name(edit), getattr(edit, "version", "")):
                 edit(run)
@@ -167,6 +171,7 @@ class BaseTrace(abc.ABC):
     def tokens_of(self, text: str) -> Tokens:
         """Tokens of a continuation: of `text` by itself, without special tokens."""
 
+    @located
     def apply(self, name: str, value: object) -> Proxy:
         """`value` put through a module of the model over its last axis.
 
@@ -183,13 +188,15 @@ class BaseTrace(abc.ABC):
             UnknownSiteError: there is no such module; the message names the nearest.
             ShapeError: a last axis of another extent.
         """
+        check_text("apply: the module's name", name)
         return ModelCallable(self, name)(value)
 
     def constant(self, value: object) -> Proxy:
         """A proxy for an array, list or number, for when an operation has no other proxy to begin from."""
         if isinstance(value, (Proxy, Created)):
             return Proxy(self, lift(self, value))
-        array = as_array([value])[0:1].reshape(()) if isinstance(value, (bool, int, float)) else as_array(value)
+        one = isinstance(value, (bool, int, float))
+        array = as_array([value])[0:1].reshape(()) if one else numbers_of(value, what="constant: ")
         return Proxy(self, self.builder.constant(to_data(array)))
 
     def save(self, *unnamed: Never, **trees: Any) -> None:
@@ -417,6 +424,10 @@ class BaseTrace(abc.ABC):
         self._results = Results(trees, nonfinite, self._usage)
         if outcome is not None:
             self.sent_bytes, self.received_bytes = outcome.sent_bytes, outcome.received_bytes
+        # Runs and proxies know their trace. Did it go on knowing them, the results would outlive all of it until the
+        # garbage collector comes by, which counts objects and not their bytes.
+        self._trees = dict.fromkeys(self._trees)
+        self._runs = [(run.index, run.tokens, run._single) if type(run) is Run else run for run in self.runs]
         self._state = "done"
         self.builder.closed = (
             "this trace has run; make another for further values (the numbers of what was saved are in .value)"
