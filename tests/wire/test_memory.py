@@ -160,32 +160,6 @@ def test_small_results_and_switched_off(size: int, most: int) -> None:
     assert memory.kept_bytes == 0
 
 
-def test_results_in_a_circle_of_objects_are_found() -> None:
-    """A result that only a dropped trace and its runs hold, in a circle, makes room for the next one."""
-    memory = ResultMemory()
-    gc.collect()
-    circle: list[Any] = [taken(memory)]
-    circle.append(circle)
-    where = address(circle[0])
-    del circle
-    assert address(taken(memory)) == where
-
-
-def test_without_the_garbage_collector_nothing_is_collected() -> None:
-    """Where the user has switched the collector off, a new result does not run it."""
-    memory = ResultMemory()
-    gc.disable()
-    try:
-        circle: list[Any] = [taken(memory)]
-        circle.append(circle)
-        where = address(circle[0])
-        del circle
-        assert address(taken(memory)) != where
-    finally:
-        gc.enable()
-        gc.collect()
-
-
 def test_closing_lets_go_and_leaves_results_alone() -> None:
     """After the connection is closed nothing is kept, and results that are in use are as they were."""
     memory = ResultMemory()

@@ -7,7 +7,6 @@ loop would pay that for each result, did not the result before the last make roo
 
 from __future__ import annotations
 
-import gc
 import weakref
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -37,9 +36,8 @@ class ResultMemory:
     def __init__(self, max_kept_bytes: int = MAX_KEPT_BYTES) -> None:
         self._max_kept_bytes = max_kept_bytes
         # Arrays die in any thread, and inside a garbage collection that begins anywhere below: no lock can be held
-        # then, so whatever happens to these two is a single operation on a dictionary. By id, oldest first.
+        # then, so whatever happens to this dictionary is a single operation. By id, oldest first.
         self._kept: dict[int, NDArray[np.uint8]] = {}
-        self._lent: dict[int, None] = {}
 
     @property
     def kept_bytes(self) -> int:
@@ -54,15 +52,9 @@ class ResultMemory:
             # Not filled with zeros first, unlike a bytearray: that would touch all of its memory once more.
             return np.empty(size, np.uint8).data
         block = self._find(size)
-        if block is None and self._lent and gc.isenabled():
-            # A trace and its runs know each other, so that its results outlive it until the collector comes by, which
-            # counts objects and not their bytes. Young objects alone: well below a millisecond.
-            gc.collect(1)
-            block = self._find(size)
         if block is None:
             block = np.empty(size, np.uint8)
         lent: NDArray[np.uint8] = block[:size].view(_lent_type())
-        self._lent[id(block)] = None
         weakref.finalize(lent, self._take_back, block).atexit = False
         return lent.data
 
@@ -79,7 +71,6 @@ class ResultMemory:
         return None
 
     def _take_back(self, block: NDArray[np.uint8]) -> None:
-        self._lent.pop(id(block), None)
         if len(block) > self._max_kept_bytes:
             return
         self._kept[id(block)] = block
