@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
-from functools import lru_cache
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import TYPE_CHECKING, ParamSpec, TypeAlias, TypeVar
+
+from patchbay.errors import GraphError, TraceError
 
 if TYPE_CHECKING:
     from types import CodeType, FrameType
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 #: Where the client's own code lies.
 PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
@@ -27,6 +33,20 @@ def users_place() -> Place:
 def here() -> str | None:
     """``file:line`` of the user's code that called into the package."""
     return show_place(users_place())
+
+
+def located(function: Callable[P, R]) -> Callable[P, R]:
+    """`function`, whose errors about graphs and traces name the user's line; for what is called in the user's thread."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except (GraphError, TraceError) as error:
+            error.location = error.location or here()
+            raise
+
+    return call
 
 
 def show_place(place: Place) -> str | None:
