@@ -1,4 +1,4 @@
-"""Rows of several columns: pairs of prompts, answers as numbers and as tokens, against loops of traces and plain torch."""
+"""Rows of several columns: pairs of prompts, answers as numbers and as tokens, against traces and plain torch."""
 
 from __future__ import annotations
 

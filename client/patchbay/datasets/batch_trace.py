@@ -234,7 +234,6 @@ class BatchTrace(BaseTrace):
         self.over[index] = over
         kind = BatchRun if over.generation is None else BatchGeneratingRun
         run = kind(self, index, tokens, False)
-        self.runs.append(run)
         for edit in self._edits:
             edit(run)
         return run
@@ -328,9 +327,7 @@ class BatchTrace(BaseTrace):
                 self, self.row_numbers, self.lengths_of(key), self.mask_of(key), lambda: self.ids_of(key), stride
             )
         if isinstance(along, StepsOf):
-            run = self.runs[along.run]
-            assert isinstance(run, GeneratingRun)
-            made = run.generated
+            made = GeneratingRun(self, along.run, (), False).generated
             mask = made >= 0
             return StepSamples(self, self.row_numbers, mask.astype("int64").sum(axis=1), mask, lambda: made, stride)
         return Samples(self, self.row_numbers, None, None, None, stride)
