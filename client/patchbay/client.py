@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from patchbay.arguments import check_text
 from patchbay.artifacts import Artifacts, StoredArtifacts
 from patchbay.core import ModelCore
 from patchbay.credentials import find_api_key, find_target
@@ -121,6 +122,7 @@ class Client:
         Raises:
             NotFoundError: the server has none of that name.
         """
+        check_text("the name of a model", name)
         core = self._portal.run(self._connection.core(name))
         return Model(core, self._portal, self)
 
@@ -177,6 +179,7 @@ class AsyncClient:
 
     async def model(self, name: str) -> AsyncModel:
         """The model called `name`; see `Client.model`."""
+        check_text("the name of a model", name)
         return AsyncModel(await self._connection.core(name))
 
     @property
@@ -246,6 +249,8 @@ def _grpc(
 ) -> tuple[str, Callable[[], Transport]]:
     from patchbay.transport.grpc import GrpcTransport
 
+    if target is not None:
+        check_text("the server's address", target)
     address = find_target(target)
     key = find_api_key(address, api_key)
 

@@ -194,8 +194,11 @@ class ModelCore:
         rest = dict(inputs)
         tokens = rest.pop(TOKENS, None)
         if (tokens is not None) != self.card.takes_tokens:
-            says = f"needs {TOKENS!r}" if self.card.takes_tokens else "takes no tokens"
-            raise TraceError(f"{self.card.name!r} {says}; it has the inputs {[s.name for s in self.card.inputs]}")
+            known = ", ".join(s.name for s in self.card.inputs)
+            also = f", beside {known}" if known else ""
+            says = f"takes a text or token ids, under {TOKENS!r}{also}" if self.card.takes_tokens else "takes no tokens"
+            says += "" if self.card.takes_tokens else f"; it takes: {known}"
+            raise TraceError(f"{self.card.name!r} {says}; this dict has {', '.join(map(repr, inputs)) or 'nothing'}")
         named = tuple((name, self._named_input(name, rest[name])) for name in sorted(rest))
         self._check_complete(rest)
         return (*(([], False) if tokens is None else split_rows(tokens)), named)

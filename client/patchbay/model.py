@@ -19,6 +19,7 @@ from patchbay.inputs import WithBos, ids_of, texts_of
 from patchbay.ir.card import ModelCard
 from patchbay.ir.events import Event
 from patchbay.ir.sites import is_module_site
+from patchbay.places import located
 from patchbay.results import Results
 from patchbay.tokens import Tokens
 
@@ -290,6 +291,7 @@ class Model(BaseModel["Trace", "RunTrace", "GenerateTrace"]):
         """
         return self.wait(self.core.token_strings(ids_of(ids)))
 
+    @located
     def to_single_token(self, text: str) -> int:
         """The id of a text that is exactly one token, special tokens aside.
 

@@ -36,7 +36,7 @@ def here() -> str | None:
 
 
 def located(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, whose errors about graphs and traces name the user's line; for what is called in the user's thread."""
+    """`function`, whose errors about graphs and traces name the user's line; called in the user's own thread."""
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:

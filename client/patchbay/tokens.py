@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from patchbay.arguments import check_text
 from patchbay.errors import TraceError
 from patchbay.ir.events import TokenizedRow
 
@@ -64,6 +65,7 @@ class Tokens:
         Raises:
             TraceError: it is not there, is there several times, or this row was given as ids.
         """
+        check_text("a part of the text", substring)
         if self.text is None:
             raise TraceError(f"the position of {substring!r} needs a text, and this row was given as token ids")
         if not substring:

@@ -125,7 +125,7 @@ BROKEN: list[tuple[str, type[GraphError], str, int | None, tuple[Node, ...]]] = 
     (
         "attribute of another kind",
         GraphError,
-        "must be axis",
+        "must be an axis",
         1,
         (read("embed"), Node("softmax", (0,), {"axis": "last"})),
     ),
@@ -146,7 +146,7 @@ BROKEN: list[tuple[str, type[GraphError], str, int | None, tuple[Node, ...]]] = 
         0,
         (Node("const", (), {"value": TensorData(float32, (-1,), b"")}),),
     ),
-    ("a scalar too large", GraphError, "must be scalar", 0, (Node("const", (), {"scalar": 2**64}),)),
+    ("a scalar too large", GraphError, "must be a bool, a float, or an integer", 0, (Node("const", (), {"scalar": 2**64}),)),
     (
         "a scalar where a tensor belongs",
         DTypeError,

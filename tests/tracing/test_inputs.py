@@ -49,7 +49,7 @@ def test_inputs_of_every_form(model: Model, inputs: Any, rows: int, seq: int) ->
         ([[]], "a run takes"),
         ([1.5], "a run takes"),
         (3, "a run takes"),
-        ({"a": 1}, "needs 'text'"),
+        ({"a": 1}, "under 'text'; this dict has 'a'"),
         ({"text": [1, 2], "pixel_values": 1}, "has no input 'pixel_values'"),
         (b"bytes", "a run takes"),
         (np.array([[[1]]]), "1 or 2 axes"),

@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 
 import patchbay as pb
-from patchbay.errors import ArgumentError, MissingAttributeError, TraceError, UnknownSiteError, ValueNotReadyError
+from patchbay.errors import (
+    ArgumentError,
+    MissingAttributeError,
+    PatchbayError,
+    TraceError,
+    UnknownSiteError,
+    ValueNotReadyError,
+)
 from patchbay.model import Model
 from patchbay.tracing import Run
 from tests.tracing.conftest import FRANCE, CountingTransport
@@ -141,3 +148,100 @@ def test_what_comes_back_can_be_pickled_and_copied(model: Model) -> None:
         with pytest.raises(TraceError, match="pickled"):
             pickle.dumps(mine)
         assert copy.deepcopy(mine) is mine
+
+
+MODEL: dict[str, tuple[Callable[[Model], Any], str]] = {
+    "an optimisation as a text": (lambda m: m.trace(FRANCE, disabled="early_stop"), "disabled is a list of names"),
+    "no list of optimisations": (lambda m: m.trace(FRANCE, disabled=None), "disabled is a list of names"),
+    "a number as optimisation": (lambda m: m.trace(FRANCE, disabled=[3]), "is a text, not the int 3"),
+    "deterministic as a text": (lambda m: m.trace(FRANCE, deterministic="no"), "True or False, not the str 'no'"),
+    "a negative time": (lambda m: m.trace(FRANCE, timeout_s=-1), "timeout_s is a number from 0 up"),
+    "no time": (lambda m: m.trace(FRANCE, timeout_s=0), "above 0"),
+    "no number of seconds": (lambda m: m.trace(FRANCE, timeout_s=float("nan")), "timeout_s is a number"),
+    "progress that is no function": (lambda m: m.trace(FRANCE, progress=True), "progress is a function"),
+    "prepend_bos as a text": (lambda m: m.trace(FRANCE, prepend_bos="yes"), "prepend_bos is True or False"),
+    "prepend_bos of no input": (lambda m: m.trace(prepend_bos=True), r"give it to t\.run"),
+    "a label that is a number": (lambda m: m.trace().run(FRANCE, label=3), "label is a text"),
+    "a run of nothing": (lambda m: m.trace().run(None), "a run takes a text"),
+    "a run of several kinds": (lambda m: m.trace().run(["a", 3]), "a run takes a text"),
+    "ids beyond the vocabulary": (lambda m: m.trace().run([1, 99]), "token id 99"),
+    "a long text": (lambda m: m.trace().run("a " * 100), "101 tokens"),
+    "tokens of a number": (lambda m: m.tokenize(5), "a text or a list of texts, not the int 5"),
+    "tokens of numbers": (lambda m: m.tokenize([1, 2]), "a text or a list of texts"),
+    "a token of a number": (lambda m: m.to_single_token(5), "is a text, not the int 5"),
+    "a token of two words": (lambda m: m.to_single_token("two words"), "is 2 tokens"),
+    "strings of a text": (lambda m: m.token_strings("Paris"), "a list of token ids"),
+    "strings of one id": (lambda m: m.token_strings(5), "a list of token ids"),
+    "strings of a table": (lambda m: m.token_strings(np.zeros((2, 2), int)), "an array of 2 axes"),
+    "a graph that is none": (lambda m: m.run(3), "run takes a graph"),
+    "a trace for its graph": (lambda m: m.run(m.trace()), r"model\.run\(t\.graph\)"),
+    "an edit that is none": (lambda m: m.edited(3), "an edit is a function of"),
+    "an edit of no run": (lambda m: m.edited(lambda: None), r"called with \(run\)"),
+    "apply: swapped": (lambda m: m.apply(np.zeros((1, 8)), "unembed"), "the module's name is a text"),
+    "generate: no number": (lambda m: run_of(m, max_new_tokens="5"), "max_new_tokens is an integer from 1 up"),
+    "generate: nothing": (lambda m: run_of(m, max_new_tokens=0), "max_new_tokens is an integer from 1 up"),
+    "generate: half a token": (lambda m: run_of(m, max_new_tokens=2.5), "max_new_tokens is an integer"),
+    "generate: yes": (lambda m: run_of(m, max_new_tokens=True), "max_new_tokens is an integer"),
+    "generate: hot": (lambda m: run_of(m, temperature="hot"), "temperature is a number"),
+    "generate: cold": (lambda m: run_of(m, temperature=-1), "temperature is a number from 0 up"),
+    "generate: top_p": (lambda m: run_of(m, top_p=2), "a probability above 0, at most 1"),
+    "generate: top_k": (lambda m: run_of(m, top_k=1.5), "top_k is an integer from 0 up"),
+    "generate: seed": (lambda m: run_of(m, seed="a"), "seed is an integer"),
+    "generate: eos": (lambda m: run_of(m, eos="no"), "eos is True or False"),
+    "generate: stop": (lambda m: run_of(m, stop=1.5), "stop takes texts"),
+    "generate: stop by name": (lambda m: run_of(m, stop={"a": 1}), "stop takes texts"),
+    "generate: misspelt": (lambda m: run_of(m, temprature=1.0), "did you mean 'temperature'"),
+    "a function by name": (lambda m: pb.function("probe"), r"by keyword: @pb\.function\(name='probe'\)"),
+    "a function that is none": (lambda m: pb.function(3), "not the int 3"),
+    "a name that is a number": (lambda m: pb.function(name=3), "name is a text"),
+    "a version that is a number": (lambda m: pb.function(version=2), "version is a text"),
+    "an address that is a port": (lambda m: pb.connect(9000), "address is a text, not the int 9000"),
+    "a model without a name": (lambda m: pb.testing.fake_client().model(None), "the name of a model is a text"),
+}
+
+
+def run_of(model: Model, **how: Any) -> Any:
+    """A generating run."""
+    return model.trace().generate(FRANCE, **{"max_new_tokens": 2, **how})
+
+
+@pytest.mark.parametrize("name", MODEL)
+def test_arguments_are_refused_at_their_line(model: Model, transport: CountingTransport, name: str) -> None:
+    """Of what is asked of a model, of a way of generating, of functions of the package."""
+    use, message = MODEL[name]
+    refused(lambda: use(model), message, TraceError)
+    assert not transport.executed
+
+
+RUN: dict[str, tuple[Callable[[Run], Any], str]] = {
+    "the place of a number": (lambda run: run.position(3), "is a text, not the int 3"),
+    "a place that is not there": (lambda run: run.position("Germany"), "does not stand in"),
+    "the probability of nothing": (lambda run: run.logprob(None), "a continuation is a text"),
+    "an unknown site": (lambda run: run.site("resid_pots"), "has no site"),
+    "an unknown module": (lambda run: run.module("transformer.h.0"), "has no module"),
+    "an unknown callable": (lambda run: run.apply("unembedd", run.embed), "did you mean 'unembed'"),
+    "skip of a run": (lambda run: run.skip(), "no part that can be skipped"),
+    "a constant of text": (lambda run: run.trace.constant("a"), "^constant: str 'a'"),
+    "an axis in the middle": (lambda run: run.embed.softmax(0.5), "axis must be an axis, an integer"),
+    "torch's dim": (lambda run: run.embed.softmax(dim=-1), "dim is called axis here"),
+    "torch's keepdim": (lambda run: run.embed.sum(keepdim=True), "keepdim is called keepdims here"),
+    "concat of two": (lambda run: pb.ops.concat(run.embed, run.embed), r"in one list: pb\.ops\.concat\(\[a, b\]\)"),
+    "einsum backwards": (lambda run: pb.ops.einsum(run.embed, "abc->ab"), "equation comes first"),
+    "a stack of nothing": (lambda run: pb.ops.stack([]), "at least one tensor"),
+    "an unknown dtype": (lambda run: run.embed.astype("float12"), "not one of the dtypes"),
+    "a large integer": (lambda run: run.embed + 2**80, "an integer of 64 bits"),
+    "set_index of an array": (lambda run: pb.ops.set_index(np.zeros(3), 0, 1.0), "works on values of a trace"),
+    "axes of a tensordot": (lambda run: pb.ops.tensordot(run.embed, run.embed, "ab"), "a pair of lists of axes"),
+    "a gradient of a number": (lambda run: pb.grad(3.0, run.embed), "not the float 3.0"),
+    "a gradient by a name": (lambda run: pb.grad(run.logits.sum(), "embed"), "not the str 'embed'"),
+    "a gradient by a block": (lambda run: pb.grad(run.logits.sum(), run.blocks[0]), "group of sites"),
+    "a gradient by nothing": (lambda run: pb.grad(run.logits.sum(), []), "wrt is empty"),
+    "a gradient by None": (lambda run: pb.grad(run.logits.sum(), None), "not None"),
+}
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_calls_in_a_trace_are_refused_at_their_line(run: Run, name: str) -> None:
+    """Of what is asked of runs, values, operations and gradients."""
+    use, message = RUN[name]
+    refused(lambda: use(run), message, PatchbayError)

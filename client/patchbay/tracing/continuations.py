@@ -6,9 +6,10 @@ What was written in the run holds at the run's own positions; the continuation's
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from patchbay.arguments import refused, seen
 from patchbay.core import RunInputs
 from patchbay.errors import TraceError
 from patchbay.ir.card import SEQUENCE_DIMS
@@ -37,6 +38,8 @@ def continuations_of(run: Run, given: Any) -> list[tuple[int, ...]]:
     Raises:
         TraceError: another number of them than there are rows; one without tokens.
     """
+    if not isinstance(given, (str, Iterable)) and not is_ids(given):
+        raise refused(f"a continuation is a text, token ids, Tokens, or a list of such, not {seen(given)}")
     each = [given] * run.rows if isinstance(given, str) or is_ids(given) else list(given)
     if len(each) != run.rows:
         raise TraceError(f"{len(each)} continuations for {run.rows} rows; give one, or one for each row")

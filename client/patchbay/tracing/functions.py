@@ -12,12 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from patchbay.arguments import refused, seen
 from patchbay.errors import DTypeError, GraphError, TraceError
 from patchbay.ir.dtypes import DTYPES, DType
 from patchbay.ir.graph import Attr
 from patchbay.ir.ops import OPS
-from patchbay.ir.ops.spec import REQUIRED, AttrSpec, OpSpec
+from patchbay.ir.ops.spec import KINDS, REQUIRED, AttrSpec, OpSpec
+from patchbay.places import here
 from patchbay.tracing.arrays import as_array, to_data
+from patchbay.tracing.habits import ARGUMENTS
 from patchbay.tracing.proxy import INDEX_OP, Created, Proxy, lift
 
 if TYPE_CHECKING:
@@ -85,7 +88,9 @@ def attribute(spec: OpSpec, declared: AttrSpec, value: object) -> Attr:
     if value is None:
         return None
     if isinstance(value, Proxy):
-        raise TraceError(f"{spec.name}: {declared.name} must be known before the run; it cannot be a proxy")
+        many = f"; it takes its values in one list: pb.ops.{spec.name}([a, b])" if spec.variadic else ""
+        many = f"; {declared.name} comes first" if _equation_first(spec) else many
+        raise refused(f"{spec.name}: {declared.name} must be known before the run; it cannot be a proxy{many}")
     kind = declared.kind
     try:
         if kind in ("int", "axis"):
@@ -109,8 +114,10 @@ def attribute(spec: OpSpec, declared: AttrSpec, value: object) -> Attr:
             return to_data(as_array(value))
     except (TypeError, ValueError, AttributeError) as error:
         if isinstance(error, GraphError):
+            error.location = error.location or here()
             raise
-        raise GraphError(f"{spec.name}: {declared.name} must be {kind}, got {value!r}") from None
+        wanted = KINDS.get(kind, kind)
+        raise GraphError(f"{spec.name}: {declared.name} must be {wanted}, got {value!r}", location=here()) from None
     return value  # type: ignore[return-value]
 
 
@@ -182,7 +189,11 @@ def _make(spec: OpSpec) -> Callable[..., Any]:
             fixed = [given[p] for p in spec.params[:-1]]
             many = given.get(spec.params[-1])
             if not isinstance(many, (list, tuple)):
-                raise GraphError(f"{spec.name} takes a list of tensors first, got {type(many).__name__}")
+                raise GraphError(
+                    f"{spec.name} takes a list of tensors first, got {type(many).__name__}", location=here()
+                )
+            if not many:
+                raise GraphError(f"{spec.name} takes at least one tensor, and the list is empty", location=here())
             return apply(spec, [*fixed, *many], attrs)
         return apply(spec, _drop_missing(spec, [given.get(p) for p in spec.params]), attrs)
 
@@ -228,6 +239,8 @@ def set_index(x: Proxy, index: object, value: object, mode: str = "set") -> Prox
 
     Positions named twice are written once, as in numpy.
     """
+    if not isinstance(x, Proxy):
+        raise _none_of_a_trace("set_index")
     trace = x._trace
     items, arrays = x._parse(index)
     node = trace.builder.add("set_index", (x._node, lift(trace, value), *arrays), {"index": items, "mode": mode})
@@ -240,8 +253,11 @@ def tensordot(x1: object, x2: object, axes: int | tuple[Sequence[int], Sequence[
     if isinstance(axes, int):
         attrs: dict[str, Attr] = {"axes": axes}
     else:
-        left, right = axes
-        attrs = {"axes_x1": tuple(map(operator.index, left)), "axes_x2": tuple(map(operator.index, right))}
+        try:
+            left, right = (tuple(map(operator.index, side)) for side in axes)
+        except (TypeError, ValueError):
+            raise refused(f"tensordot: axes is a number, or a pair of lists of axes, not {seen(axes)}") from None
+        attrs = {"axes_x1": left, "axes_x2": right}
     result: Proxy = apply(spec, (x1, x2), attrs)
     return result
 
@@ -256,7 +272,8 @@ def _bind(
     try:
         return shown.bind(*args, **kwargs).arguments
     except TypeError as error:
-        raise TypeError(f"{spec.name}{shown}: {error}") from None
+        near = next((f"; {torch} is called {own} here" for torch, own in ARGUMENTS.items() if torch in kwargs), "")
+        raise refused(f"{spec.name}{shown}: {error}{near}") from None
 
 
 def _drop_missing(spec: OpSpec, tensors: Sequence[object]) -> Sequence[object]:
@@ -277,7 +294,13 @@ def _trace_of(spec: OpSpec, tensors: Sequence[object]) -> BaseTrace:
     for t in tensors:
         if isinstance(t, Created):
             raise t._alone()
-    raise TraceError(f"pb.ops.{spec.name} works on values of a trace; none of its arguments is one (arrays: numpy)")
+    raise _none_of_a_trace(spec.name)
+
+
+def _none_of_a_trace(name: str) -> TraceError:
+    return TraceError(
+        f"pb.ops.{name} works on values of a trace; none of its arguments is one (arrays: numpy)", location=here()
+    )
 
 
 def install() -> None:

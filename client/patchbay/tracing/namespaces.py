@@ -13,7 +13,7 @@ from patchbay.arguments import nearest, refused, seen
 from patchbay.errors import ArgumentError, GraphError, TraceError, UnknownSiteError
 from patchbay.ir.card import SEQUENCE_DIMS, ModelCard
 from patchbay.ir.sites import MODULE_SIDES, canonical, is_module_site, module_site
-from patchbay.places import here
+from patchbay.places import here, located
 from patchbay.tracing.proxy import Proxy, lift, write_site
 
 if TYPE_CHECKING:
@@ -142,6 +142,7 @@ class SiteNamespace:
             what, how = f"{prefix} is a group of sites, not a value", ", ".join(self._tree)
         return ArgumentError(f"{what}; take a site of it: {how}", location=here())
 
+    @located
     def skip(self, value: object = None, *, rows: object = None) -> None:
         """Leaves this part of the model out: ``run.blocks[3].skip()``, ``.attn.skip()``, ``.mlp.skip()``.
 
@@ -288,6 +289,7 @@ class Callable:
         self._trace = trace
         self._name = name
 
+    @located
     def __call__(self, value: object) -> Proxy:
         """`value` put through the module over its last axis."""
         builder = self._trace.builder

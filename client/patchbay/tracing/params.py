@@ -11,6 +11,7 @@ from patchbay.ir.card import ModelCard
 from patchbay.ir.ops import spec as op_spec
 from patchbay.ir.ops.spec import TensorSpec
 from patchbay.ir.params import RAW, ParamSpec
+from patchbay.places import located
 from patchbay.tracing.proxy import Created, Proxy
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class _Names:
 class ModelParams(_Names):
     """The weights of a model, for use in any of its traces."""
 
+    @located
     def __getitem__(self, name: str) -> Parameter:
         """The parameter called `name`, to stand beside a value of a trace; to index it, take it from ``t.params``.
 
@@ -111,6 +113,7 @@ class TraceParams(_Names):
         super().__init__(trace.builder.card)
         self._trace = trace
 
+    @located
     def __getitem__(self, name: str) -> Proxy:
         """The parameter called `name`.
 
@@ -121,6 +124,7 @@ class TraceParams(_Names):
         spec = self._trace.builder.card.param(name)
         return Proxy(self._trace, self._trace.builder.add("param.read", (), {"name": spec.name}))
 
+    @located
     def folded(self, name: str) -> Proxy:
         """A weight that reads the stream, with the gain and bias of the norm before it folded in.
 

@@ -495,10 +495,10 @@ def lift(trace: BaseTrace, value: object) -> int:
         return trace.builder.scalar(value if type(value) in (bool, int, float) else float(value))
     if isinstance(value, Created):
         return value.add_to(trace)
-    return trace.builder.constant(to_data(_numbers(value)))
+    return trace.builder.constant(to_data(numbers_of(value)))
 
 
-def _numbers(value: object, dtype: DType | None = None, what: str = "") -> NDArray[Any]:
+def numbers_of(value: object, dtype: DType | None = None, what: str = "") -> NDArray[Any]:
     """`as_array`, whose refusals name the user's line and what the array is for."""
     try:
         return as_array(value, dtype)
@@ -570,7 +570,7 @@ def _place_of(trace: BaseTrace, node: int) -> tuple[int | None, str, Any, tuple[
 
 def _lift_for_site(trace: BaseTrace, site: str, value: object) -> int:
     """An array written at a site: integers and masks take the site's dtype, doubles are narrowed to it."""
-    array = _numbers(value, what=f"write at {site}: ")
+    array = numbers_of(value, what=f"write at {site}: ")
     held = trace.builder.card.site(site).dtype
     if held.is_floating and (array.dtype.kind in "biu" or (array.dtype.itemsize == 8 and held.itemsize < 8)):
         array = as_array(array, held)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from patchbay.errors import TraceError
 from patchbay.ir.sites import Address, canonical
+from patchbay.places import located
 from patchbay.tokens import Tokens
 from patchbay.tracing.continuations import appended, continuations_of, predicted
 from patchbay.tracing.namespaces import ModuleSites, SiteNamespace, module_sites, read_site
@@ -105,6 +106,7 @@ class Run(SiteNamespace):
         lengths = np.array([[len(t)] for t in self._row_tokens])
         return np.arange(self.seq)[None, :] >= self.seq - lengths
 
+    @located
     def position(self, substring: str, *, occurrence: int | None = None) -> Any:
         """Where `substring` ends: the last token that overlaps it, counted along the sequence axis.
 
@@ -126,6 +128,7 @@ class Run(SiteNamespace):
 
         return np.array(found, dtype=np.int64)
 
+    @located
     def logprob(self, text: Any, *, occurrence: int | None = None, append: bool | None = None) -> Proxy:
         """How likely the model finds a text of several tokens: the log-probabilities of its tokens, each after all that
         is before it, summed.
@@ -164,6 +167,7 @@ class Run(SiteNamespace):
 
     # --- sites by other means -------------------------------------------------------------------------------------
 
+    @located
     def site(self, address: Address) -> Proxy:
         """The value at a site by name, in any spelling of `patchbay.ir.sites`; assign with ``run.site(name)[...] = v``.
 
@@ -173,6 +177,7 @@ class Run(SiteNamespace):
         card = self._trace.builder.card
         return read_site(self._trace, self._run_index, card.site(canonical(address, card.n_layers)).name)
 
+    @located
     def module(self, path: str) -> ModuleSites:
         """A module by its path in the checkpoint; its sites are ``.output`` and ``.input``.
 

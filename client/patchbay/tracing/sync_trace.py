@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from patchbay.errors import GraphError
 from patchbay.inputs import Text, WithBos
+from patchbay.places import located
 from patchbay.results import Price
 from patchbay.tokens import Tokens
 from patchbay.tracing.generation import (
@@ -37,6 +38,7 @@ class SyncTrace(BaseTrace):
         self._edits = model.edits
         self._model = model
 
+    @located
     def run(self, inputs: Input, *, label: str | None = None, prepend_bos: bool | None = None) -> Run:
         """Adds a forward over `inputs`.
 
@@ -57,6 +59,7 @@ class SyncTrace(BaseTrace):
         given = self._core.known_inputs_of(inputs) or self._model.wait(self._core.inputs_of(inputs))
         return self._add_run(given, label)
 
+    @located
     def generate(
         self, inputs: Input, *, max_new_tokens: int, label: str | None = None, **how: Unpack[How]
     ) -> GeneratingRun:

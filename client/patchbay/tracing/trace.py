@@ -18,7 +18,7 @@ from patchbay.ir.graph import Run as GraphRun
 from patchbay.ir.ops.spec import TensorSpec
 from patchbay.ir.price import price, with_forwards
 from patchbay.ir.verify import verify
-from patchbay.places import here
+from patchbay.places import here, located
 from patchbay.results import Price, Results, RunUsage, map_tree
 from patchbay.tokens import Tokens, label_of
 from patchbay.tracing.arrays import as_array, to_array, to_data
@@ -30,7 +30,7 @@ from patchbay.tracing.generation import (
 from patchbay.tracing.namespaces import Callable as ModelCallable
 from patchbay.tracing.namespaces import ModuleSites, SiteNamespace
 from patchbay.tracing.params import TraceParams
-from patchbay.tracing.proxy import Created, Proxy, lift, not_saved
+from patchbay.tracing.proxy import Created, Proxy, lift, not_saved, numbers_of
 from patchbay.tracing.runs import Run
 
 if TYPE_CHECKING:
@@ -171,6 +171,7 @@ class BaseTrace(abc.ABC):
     def tokens_of(self, text: str) -> Tokens:
         """Tokens of a continuation: of `text` by itself, without special tokens."""
 
+    @located
     def apply(self, name: str, value: object) -> Proxy:
         """`value` put through a module of the model over its last axis.
 
@@ -187,13 +188,15 @@ class BaseTrace(abc.ABC):
             UnknownSiteError: there is no such module; the message names the nearest.
             ShapeError: a last axis of another extent.
         """
+        check_text("apply: the module's name", name)
         return ModelCallable(self, name)(value)
 
     def constant(self, value: object) -> Proxy:
         """A proxy for an array, list or number, for when an operation has no other proxy to begin from."""
         if isinstance(value, (Proxy, Created)):
             return Proxy(self, lift(self, value))
-        array = as_array([value])[0:1].reshape(()) if isinstance(value, (bool, int, float)) else as_array(value)
+        one = isinstance(value, (bool, int, float))
+        array = as_array([value])[0:1].reshape(()) if one else numbers_of(value, what="constant: ")
         return Proxy(self, self.builder.constant(to_data(array)))
 
     def save(self, *unnamed: Never, **trees: Any) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 from patchbay.errors import DTypeError, GraphError, ShapeError
@@ -236,13 +237,29 @@ _HOLDS: Mapping[AttrKind, Callable[[object], bool]] = {
 }
 
 
+#: What an attribute of a kind is, in words.
+KINDS: Mapping[str, str] = MappingProxyType(
+    {
+        "int": "an integer of 64 bits",
+        "float": "a number",
+        "bool": "True or False",
+        "str": "a text",
+        "axis": "an axis, an integer",
+        "axes": "an axis or a tuple of axes",
+        "shape": "a shape, a tuple of integers",
+        "ints": "a tuple of integers",
+        "scalar": "a bool, a float, or an integer of 64 bits",
+    }
+)
+
+
 def check_attr(op: str, spec: AttrSpec, value: object) -> None:
     """Raise GraphError unless `value` is of the kind that `spec` declares; integers must fit into 64 bits."""
     ok = _HOLDS[spec.kind](value)
     if ok and spec.choices:
         ok = value in spec.choices
     if not ok:
-        wanted = f"one of {', '.join(spec.choices)}" if spec.choices else spec.kind
+        wanted = f"one of {', '.join(spec.choices)}" if spec.choices else KINDS.get(spec.kind, spec.kind)
         raise GraphError(f"{op}: attribute {spec.name!r} must be {wanted}, got {value!r}")
 
 
