@@ -191,6 +191,7 @@ MODEL: dict[str, tuple[Callable[[Model], Any], str]] = {
     "generate: stop": (lambda m: run_of(m, stop=1.5), "stop takes texts"),
     "generate: stop by name": (lambda m: run_of(m, stop={"a": 1}), "stop takes texts"),
     "generate: misspelt": (lambda m: run_of(m, temprature=1.0), "did you mean 'temperature'"),
+    "generate: stream": (lambda m: m.generate(FRANCE, max_new_tokens=2, stream=3), "stream is True.*not the int 3"),
     "a function by name": (lambda m: pb.function("probe"), r"by keyword: @pb\.function\(name='probe'\)"),
     "a function that is none": (lambda m: pb.function(3), "not the int 3"),
     "a name that is a number": (lambda m: pb.function(name=3), "name is a text"),

@@ -66,7 +66,7 @@ def listener(stream: Any, core: ModelCore) -> Callable[[int, list[int]], Any] | 
     if stream is True:
         return Printer(core)
     if not callable(stream):
-        raise TraceError(
-            f"stream is True, to print what appears, or a function of a step and its tokens, not {stream!r}"
+        raise refused(
+            f"stream is True, to print what appears, or a function of a step and its tokens, not {seen(stream)}"
         )
     return stream  # type: ignore[no-any-return]
