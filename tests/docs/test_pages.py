@@ -75,6 +75,7 @@ PAGES = [
     Page("artifacts.md", blocks=6),
     Page("generation.md", demo, blocks=7),
     Page("gradients.md", blocks=7),
+    Page("methods.md", demo, blocks=18),
     Page("modules.md", blocks=3),
     Page("sharing.md", remembering, blocks=3),
     Page("weights.md", blocks=2),
