@@ -454,6 +454,54 @@ def test_a_map_over_a_data_set_is_reduced_where_the_model_is(served: Served, mod
     np.testing.assert_array_equal(resumed["top"].rows, found["top"].rows)
 
 
+def test_pairs_and_generation_in_a_map(model: Model, tmp_path: Path) -> None:
+    """Rows of two prompts and an answer, patched and generated from: a loop of traces' numbers; broken off, resumed."""
+    pairs = [("the cat", "a dog", "mat"), ("paris is a", "rome is a", "city"), ("the dog sat", "the cat is", "the")]
+    rows = [{"clean": a, "corrupt": b, "answer": c} for a, b, c in pairs] * 5
+
+    def look(t, rows):
+        clean, corrupt = t.run(rows["clean"]), t.run(rows["corrupt"])
+        said = t.generate(rows["corrupt"], max_new_tokens=3, temperature=1.5, seed=11)
+        for run in (corrupt, said.prefill):
+            run.blocks[1].resid_post[:, -1] = clean.blocks[1].resid_post[:, -1]
+        answer = rows["answer"].to_single_token()[:, None]
+        logit = pb.ops.take_along_axis(corrupt.logits[:, -1], answer, axis=-1)[:, 0]
+        steps = said.all_steps.blocks[2].resid_post.swapaxes(0, 1)
+        return {
+            "logit": logit,
+            "mean": pb.reduce.mean(logit),
+            "ids": said.generated,
+            "text": said.text,
+            "steps": pb.reduce.mean(steps, over="steps"),
+        }
+
+    class StopError(Exception):
+        pass
+
+    def stop(progress):
+        if progress.rows >= 8:
+            raise StopError
+
+    how = {"batch": 2, "window": 4, "lanes": 2}
+    found = model.map(rows, look, **how)
+    with pytest.raises(StopError):
+        model.map(rows, look, resume=tmp_path / "state.json", progress=stop, **how)
+    resumed = model.map(rows, look, resume=tmp_path / "state.json", **how)
+    for name in found:
+        np.testing.assert_array_equal(resumed[name], found[name], err_msg=name)
+    for i in (0, 4, 14):
+        with model.trace() as t:
+            clean, corrupt = t.run(rows[i]["clean"]), t.run(rows[i]["corrupt"])
+            said = t.generate(rows[i]["corrupt"], max_new_tokens=3, temperature=1.5, seed=11 + i)
+            for run in (corrupt, said.prefill):
+                run.blocks[1].resid_post[:, -1] = clean.blocks[1].resid_post[:, -1]
+            t.save(logit=corrupt.logits[0, -1, model.to_single_token(rows[i]["answer"])])
+        np.testing.assert_allclose(found["logit"][i], t.results["logit"], atol=1e-4)
+        assert [int(j) for j in found["ids"][i] if j >= 0] == list(said.output.ids)
+        assert found["text"][i] == said.text
+    np.testing.assert_allclose(found["mean"], found["logit"].astype(np.float64).mean(), rtol=1e-6)
+
+
 def test_loops_run_where_the_model_is(model: Model) -> None:
     """Descent on activations, a choice and a map are the same over every transport; what goes wrong names the line."""
     with model.trace(FRANCE) as run:

@@ -337,6 +337,10 @@ class BatchTrace(BaseTrace):
         del remote
         return self._local_estimate()
 
+    def __repr__(self) -> str:
+        size = f"{len(self.builder.runs)} runs, {len(self.builder.nodes)} nodes"
+        return f"<trace of {len(self.batch.rows)} rows of the data set: {size}>"
+
 
 class _OverRows:
     """What is known of the rows that a run is made over, as values of the trace."""

@@ -9,22 +9,25 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
+from patchbay.arguments import check_callback, check_names, check_timeout, flag, integer, real, refused, seen
+from patchbay.arguments import options as execute_options
 from patchbay.datasets.calls import Host, blocking_host, direct_host
 from patchbay.datasets.locking import held
 from patchbay.datasets.mapping import Mapper
 from patchbay.datasets.plan import Plan
 from patchbay.datasets.progress import MapProgress, TerminalLine
 from patchbay.errors import TraceError
-from patchbay.ir.events import ExecuteOptions
 
 if TYPE_CHECKING:
     from patchbay.datasets.results import MapResults
+    from patchbay.ir.card import ModelCard
     from patchbay.model import AsyncModel, Model
 
 
 #: Batches fill a forward by themselves. Sharing one with whatever else waits, or going on from what an earlier request
 #: computed, would make their last bits depend on it.
 NOT_SHARED = ("cobatch", "continuous_batching", "prefix_cache")
+_MAY_BE_NONE = frozenset({"window", "prepend_bos", "to", "resume"})
 #: How long a map that is given up may take to put its files in order.
 _END_S = 30.0
 
@@ -49,7 +52,7 @@ class MapHow(TypedDict, total=False):
 
 def map_blocking(model: Model, dataset: Any, function: Callable[..., Any], how: MapHow) -> MapResults:
     """`Model.map`: the data set is read, the function traced and progress shown in the calling thread."""
-    plan, progress = _planned(how)
+    plan, progress = _planned(how, model.core.card)
     with_rows = _takes_rows(function)
     shown = TerminalLine() if progress is None else progress
 
@@ -86,7 +89,7 @@ def map_blocking(model: Model, dataset: Any, function: Callable[..., Any], how: 
 
 async def map_awaited(model: AsyncModel, dataset: Any, function: Callable[..., Any], how: MapHow) -> MapResults:
     """`AsyncModel.map`: all in the event loop."""
-    plan, progress = _planned(how)
+    plan, progress = _planned(how, model.core.card)
     with_rows = _takes_rows(function)
     shown = TerminalLine() if progress is None else progress
     try:
@@ -109,6 +112,8 @@ def _takes_rows(function: Callable[..., Any]) -> bool:
     Raises:
         TraceError: it takes neither one nor two arguments.
     """
+    if not callable(function):
+        raise refused(f"map takes a data set and a function of a run, not {seen(function)} as the function")
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # not a function of Python's
@@ -123,16 +128,26 @@ def _takes_rows(function: Callable[..., Any]) -> bool:
     return len(needed) == 2
 
 
-def _planned(how: MapHow) -> tuple[Plan, Callable[[MapProgress], Any] | None]:
+def _planned(how: MapHow, card: ModelCard) -> tuple[Plan, Callable[[MapProgress], Any] | None]:
     given: dict[str, Any] = {**how}
-    unknown = sorted(set(given) - set(MapHow.__annotations__))
-    if unknown:
-        raise TypeError(f"map takes no {unknown[0]!r}; it takes: {', '.join(MapHow.__annotations__)}")
+    check_names("map", given, MapHow.__annotations__)
     progress = cast("Callable[[MapProgress], Any] | None", given.pop("progress", None))
-    options = ExecuteOptions(given.pop("deterministic", False), tuple(given.pop("disabled", NOT_SHARED)))
-    for name in ("to", "resume"):
-        if given.get(name) is not None:
+    check_callback("progress", progress)
+    options = execute_options(given.pop("deterministic", False), given.pop("disabled", NOT_SHARED), card.attributes)
+    check_timeout(given.get("timeout_s"))
+    for name in ("batch", "max_tokens", "lanes", "window", "patience_s", "keep", "prepend_bos", "to", "resume"):
+        if name not in given or (given[name] is None and name in _MAY_BE_NONE):
+            continue
+        if name in ("to", "resume"):
+            if not isinstance(given[name], (str, os.PathLike)):
+                raise refused(f"map: {name} is a path, not {seen(given[name])}")
             given[name] = Path(given[name])
+        elif name in ("keep", "prepend_bos"):
+            flag(f"map: {name}", given[name])
+        elif name == "patience_s":
+            real(f"map: {name}", given[name], least=0)
+        else:
+            given[name] = integer(f"map: {name}", given[name], least=1)
     if given.get("resume") is not None and given["resume"].is_dir():
         raise TraceError(f"map: resume is a file, and {given['resume']} is a folder")
     return Plan(options=options, **given), progress
