@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -122,6 +122,12 @@ class LimitsConfig(_Section):
     max_concurrent_per_account: int = Field(
         default=32, ge=1, description="Requests of one account that may wait or run in one replica at a time."
     )
+    max_unread_bytes_per_account: int = Field(
+        default=4 * 2**30,
+        ge=1,
+        description="Bytes of one account's results in one replica that its clients have not read yet, those of running"
+        " requests included; a request that is the account's only one may have more.",
+    )
     deadline_s: float = Field(
         default=600.0, gt=0, description="Seconds after which a request is given up, waiting included."
     )
@@ -129,6 +135,11 @@ class LimitsConfig(_Section):
     def graph_limits(self) -> Limits:
         """The part that a single graph is held to, as the verifier takes it."""
         return Limits(**{name: getattr(self, name) for name in Limits.__dataclass_fields__})
+
+
+#: As `patchbay_server.store.keys.ACCOUNT`.
+AccountName = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._@-]{0,62}[A-Za-z0-9])?$")]
+Weight = Annotated[float, Field(ge=0.001, le=1000.0)]
 
 
 class SchedulingConfig(_Section):
@@ -146,9 +157,21 @@ class SchedulingConfig(_Section):
         ge=1,
         description="Token positions of one forward shared by several requests. Default: 512 on a CPU, 16384 on a GPU.",
     )
+    max_pass_tokens: int = Field(
+        default=16_384,
+        ge=1,
+        description="Token positions after which the runs of one request go on in a further forward; others get their "
+        "turn in between. A single run is never split.",
+    )
     fairness: Literal["virtual-tokens", "round-robin"] = Field(
         default="virtual-tokens",
         description="Whose turn it is: the account that had least put through, or accounts one request each.",
+    )
+    account_weights: dict[AccountName, Weight] = Field(
+        default={},
+        description="Shares of accounts that are not 1, by name: while both wait, an account of weight 2 has twice as "
+        "much put through as one of weight 1.",
+        json_schema_extra={"additionalProperties": False},
     )
     prefix_cache_bytes: int = Field(
         default=512 * 2**20,
@@ -156,6 +179,12 @@ class SchedulingConfig(_Section):
         description="Bytes on each model's device for what recent prompts left to go on from, at most a quarter of them"
         " for one account; 0: none.",
     )
+
+    @model_validator(mode="after")
+    def _weights_are_used(self) -> SchedulingConfig:
+        if self.account_weights and self.fairness != "virtual-tokens":
+            raise ValueError(f"account_weights needs `fairness: virtual-tokens`, not {self.fairness}")
+        return self
 
 
 class ArtifactsConfig(_Section):
@@ -216,6 +245,49 @@ class TlsConfig(_Section):
     private_key_file: Path = Field(description="PEM private key.")
 
 
+class ConnectionsConfig(_Section):
+    """What strangers and clients may keep open at the plain server. Under Ray Serve the ingress sees to it."""
+
+    max_connections: int = Field(default=1024, ge=1, le=2**20, description="Connections to the plain server at a time.")
+    max_calls: int = Field(
+        default=256, ge=1, le=2**20, description="Calls at a time on one connection; further ones wait in the client."
+    )
+    max_idle_s: float = Field(
+        default=900.0,
+        gt=0,
+        le=7 * 24 * 3600.0,
+        description="Seconds after which a connection without calls is closed; clients open a new one by themselves.",
+    )
+    max_age_s: float = Field(
+        default=3600.0,
+        gt=0,
+        le=7 * 24 * 3600.0,
+        description="Seconds (a tenth more or less) after which a connection takes no new calls.",
+    )
+    age_grace_s: float | None = Field(
+        default=None,
+        ge=0,
+        le=7 * 24 * 3600.0,
+        description="Seconds that the calls on such a connection get to end. Default: `limits.deadline_s`, and five"
+        " minutes for reading the results.",
+    )
+    keepalive_s: float = Field(
+        default=60.0,
+        ge=1,
+        le=24 * 3600.0,
+        description="Seconds of silence after which a client is asked whether it is still there.",
+    )
+    keepalive_timeout_s: float = Field(
+        default=20.0, gt=0, le=3600.0, description="Seconds that it has to answer; then the connection is closed."
+    )
+    min_ping_interval_s: float = Field(
+        default=10.0,
+        gt=0,
+        le=3600.0,
+        description="Seconds between two pings of a client; one that asks more often is disconnected.",
+    )
+
+
 class RayConfig(_Section):
     """The Ray node that `patchbay serve` starts for itself."""
 
@@ -253,6 +325,7 @@ class Config(_Section):
     artifacts: ArtifactsConfig = ArtifactsConfig()
     keys: KeysConfig = KeysConfig()
     tls: TlsConfig | None = None
+    connections: ConnectionsConfig = ConnectionsConfig()
     ray: RayConfig = RayConfig()
 
     @field_validator("models")
@@ -328,6 +401,7 @@ def _walk(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str
         "artifacts": ArtifactsConfig,
         "keys": KeysConfig,
         "tls": TlsConfig,
+        "connections": ConnectionsConfig,
         "ray": RayConfig,
         "models": ModelConfig,
     }
@@ -397,6 +471,8 @@ def _fault(error: Any) -> str:
     """One line for one of pydantic's errors: the key, what is wrong, what was seen."""
     where = ""
     for part in error["loc"]:
+        if part == "[key]":  # pydantic's word for the name of the entry just named
+            continue
         where += f"[{part}]" if isinstance(part, int) else f".{part}" if where else str(part)
     where = where or "top level"
     if error["type"] == "extra_forbidden":
@@ -420,6 +496,7 @@ def _known_keys(path: tuple[Any, ...]) -> list[str]:
         "artifacts": ArtifactsConfig,
         "keys": KeysConfig,
         "tls": TlsConfig,
+        "connections": ConnectionsConfig,
         "ray": RayConfig,
     }
     section = sections.get(str(path[0]), Config) if path else Config

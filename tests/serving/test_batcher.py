@@ -251,6 +251,39 @@ def test_backlogged_accounts_are_put_through_alike(sizes: list[tuple[int, int]])
         assert abs(had["a"] - had["b"]) <= 2 * budget.tokens
 
 
+@given(
+    st.sampled_from([0.5, 1.0, 2.0, 3.0, 8.0]),
+    st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3)), min_size=20, max_size=40),
+    st.sampled_from([8, 64, 512]),
+)
+def test_backlogged_accounts_are_put_through_by_weight(
+    weight: float, sizes: list[tuple[int, int]], tokens: int
+) -> None:
+    """Of two accounts that always wait, what each had by its weight differs by no more than two full forwards."""
+    batcher = Batcher(Budget(tokens=tokens, filled=0.0, free_tokens=0), weights={"a": weight})
+    for account in "ab":
+        batcher.enter(account)
+    had: dict[str, float] = defaultdict(float)
+    for _ in range(20):
+        calls = [call("a", rows=16 * a, seq=1, depth=1, since=i) for i, (a, _) in enumerate(sizes)]
+        calls += [call("b", rows=16 * b, seq=1, depth=1, since=i) for i, (_, b) in enumerate(sizes)]
+        for i in batcher.pick(calls):
+            had[calls[i].account] += calls[i].work
+        assert abs(had["a"] / weight - had["b"]) <= 2 * max(tokens, 48) / min(weight, 1.0)
+
+
+def test_a_shared_forward_is_divided_by_weight() -> None:
+    """Of two floods, the account of weight 3 gets three quarters of a forward, whoever's turn it is."""
+    for first in ("big", "small"):
+        batcher = Batcher(Budget(tokens=512), weights={"big": 3.0})
+        for account in ("big", "small"):
+            batcher.enter(account)
+        batcher.tokens.charge("small" if first == "big" else "big", 1.0)
+        calls = [call(account, rows=1, seq=32) for account in ("big", "small") for _ in range(32)]
+        chosen = [calls[i].account for i in batcher.pick(calls)]
+        assert (chosen[0], chosen.count("big"), chosen.count("small")) == (first, 12, 4)
+
+
 def test_shallow_rows_do_not_run_deep() -> None:
     """Calls that stop early share a forward of their own; so do the deep ones."""
     batcher = Batcher()

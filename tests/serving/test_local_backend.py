@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -104,12 +104,13 @@ class Engine:
         self.script: Callable[[Callable[[Event], None], Callable[[], bool]], None] = self.value
         self.prepare_error: Exception | None = None
         self.prepared_on: int | None = None
+        self.cost = Cost(flops=7)
 
     def prepare(self, graph: Graph, options: ExecuteOptions, *, account: str | None = None) -> Plan:
         self.prepared_on = threading.get_ident()
         if self.prepare_error is not None:
             raise self.prepare_error
-        return Plan(self.script)
+        return Plan(self.script, self.cost)
 
     def open(self, plan: Plan, emit: Callable[[Event], None], cancelled: Callable[[], bool]) -> Execution:
         return Execution(plan, emit, cancelled)
@@ -331,14 +332,52 @@ async def test_full_queue(make: Callable[..., LocalBackend], engine: Engine) -> 
     await collect(first)
 
 
+async def test_a_reader_that_stalls_keeps_its_account_from_more(
+    make: Callable[..., LocalBackend], engine: Engine
+) -> None:
+    """Results that wait to be read count against their account alone, until they are read or their client is gone."""
+    backend = make(max_unread_bytes_per_account=12)
+    engine.cost = Cost(flops=7, result_bytes=8)
+    stalled = backend.execute(graph(), OPTIONS, account="a")
+    assert await anext(stalled) == Started()  # and then it asks for nothing
+    with pytest.raises(ResourceExhaustedError) as caught:
+        await collect(backend.execute(graph(), OPTIONS, account="a"))
+    assert caught.value.reason == "RESULTS_NOT_READ"
+    assert caught.value.retry_after_s is not None
+    assert isinstance((await collect(backend.execute(graph(), OPTIONS, account="b")))[-1], Done)
+    while not isinstance(await anext(stalled), TensorValue):
+        pass
+    with pytest.raises(ResourceExhaustedError):  # the value is on its way to the client
+        await collect(backend.execute(graph(), OPTIONS, account="a"))
+    assert isinstance(await anext(stalled), Done)  # it arrived
+    assert isinstance((await collect(backend.execute(graph(), OPTIONS, account="a")))[-1], Done)
+    await collect(stalled)
+    gone = backend.execute(graph(), OPTIONS, account="a")
+    await anext(gone)
+    await cast(Any, gone).aclose()
+    assert backend.scheduler.unread("a") == 0
+
+
+async def test_asking_for_the_price_makes_no_room(make: Callable[..., LocalBackend], engine: Engine) -> None:
+    """A dry run gives no results, so that it is answered whatever waits to be read."""
+    backend = make(max_unread_bytes_per_account=12)
+    engine.cost = Cost(flops=7, result_bytes=8)
+    stalled = backend.execute(graph(), OPTIONS, account="a")
+    await anext(stalled)
+    (done,) = await collect(backend.execute(graph(), ExecuteOptions(dry_run=True), account="a"))
+    assert isinstance(done, Done)
+    await collect(stalled)
+
+
 class AcceleratorError(RuntimeError):
     """Stands for torch.AcceleratorError, which only a device can raise."""
 
 
 async def test_device_failure_ends_the_replica(make: Callable[..., LocalBackend], engine: Engine) -> None:
     """After a sticky device error everybody is told to try again, the owner ends the process, nothing more is taken."""
-    ended: list[BaseException] = []
-    backend = make(on_device_failure=ended.append)
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[BaseException] = loop.create_future()
+    backend = make(on_device_failure=lambda error: loop.call_soon_threadsafe(ended.set_result, error))
     first = await held(backend, engine)
     engine.script = engine.value
     second = backend.execute(graph(), OPTIONS, account="b")
@@ -360,7 +399,8 @@ async def test_device_failure_ends_the_replica(make: Callable[..., LocalBackend]
         await collect(backend.execute(graph(), OPTIONS, account="d"))
     with pytest.raises(UnavailableError):
         backend.check()
-    assert [type(e) for e in ended] == [AcceleratorError]
+    # The owner is told last, by the engine's thread.
+    assert type(await ended) is AcceleratorError
 
 
 def test_what_counts_as_a_device_failure() -> None:

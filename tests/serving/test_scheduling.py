@@ -147,6 +147,36 @@ def test_leaving_gives_the_place_back_once() -> None:
     assert desk.scheduler.admitted("a") == 1
 
 
+def test_results_that_nobody_reads_are_bounded() -> None:
+    """An account is refused more results while too many of its own wait to be read; other accounts are not."""
+    desk = Desk(max_unread_bytes_per_account=100)
+    first, second, other = desk.arrive("x", "a"), desk.arrive("y", "a"), desk.arrive("z", "b")
+    desk.scheduler.expect(first, 90)
+    desk.scheduler.expect(other, 90)
+    desk.scheduler.release(first, run_s=3.0)  # it ran, and nobody read what it gave
+    with pytest.raises(ResourceExhaustedError, match="max_unread_bytes_per_account") as caught:
+        desk.scheduler.expect(second, 11)
+    assert caught.value.reason == "RESULTS_NOT_READ"
+    assert caught.value.metadata == {"limit": "max_unread_bytes_per_account", "allowed": "100"}
+    assert caught.value.retry_after_s is not None
+    desk.scheduler.read(first, 1)
+    desk.scheduler.expect(second, 11)
+    assert desk.scheduler.unread("a") == 100
+    desk.scheduler.leave(first)
+    desk.scheduler.read(second, 50)  # more than it has
+    desk.scheduler.leave(second)
+    assert desk.scheduler.unread("a") == 0
+
+
+def test_an_accounts_only_request_may_have_more_than_may_wait() -> None:
+    """What `max_result_bytes` allows one request is not taken away by the bound on all of them."""
+    desk = Desk(max_unread_bytes_per_account=100)
+    alone = desk.arrive("x")
+    desk.scheduler.expect(alone, 1_000)
+    with pytest.raises(ResourceExhaustedError):
+        desk.scheduler.expect(desk.arrive("y"), 1)
+
+
 def test_slots_bound_what_runs() -> None:
     """With two slots two requests run; releasing one that never ran changes nothing."""
     desk = Desk(slots=2)

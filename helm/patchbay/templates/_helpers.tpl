@@ -124,6 +124,9 @@ applications:
 {{- if .Values.config.tls -}}
 {{- fail "config.tls is for the plain server; on Kubernetes TLS ends at the gateway or the ingress" -}}
 {{- end -}}
+{{- if .Values.config.connections -}}
+{{- fail "config.connections is for the plain server; on Kubernetes the ingress of Ray Serve holds the connections" -}}
+{{- end -}}
 {{- $cpus := 0.0 -}}
 {{- $gpus := 0.0 -}}
 {{- range .Values.config.models -}}

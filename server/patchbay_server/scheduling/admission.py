@@ -1,7 +1,8 @@
 """Admission and dispatch: which requests may enter, which runs next, and what the waiting ones are told.
 
-A request is a `Ticket`. `Scheduler.enter` admits it or refuses with ResourceExhaustedError; `Scheduler.submit` starts
-it at once when a slot of the engine is free, or queues it; `Scheduler.release` gives the slot back and starts the next.
+A request is a `Ticket`. `Scheduler.enter` admits it or refuses with ResourceExhaustedError, `Scheduler.expect` does so
+again once the size of its results is known; `Scheduler.submit` starts it at once when a slot of the engine is free, or
+queues it; `Scheduler.release` gives the slot back and starts the next.
 Every method may be called from any thread; the callbacks of a ticket run in the caller's thread, outside the lock, and
 must not block.
 """
@@ -30,11 +31,14 @@ class AdmissionLimits:
         max_concurrent_per_account: requests of one account that are admitted and not yet finished.
         slots: requests that the engine holds open at a time. An account that holds none need not wait for one: up to
             as many again may be open for such accounts.
+        max_unread_bytes_per_account: results of one account's admitted requests that its clients have not read yet; one
+            request alone may have more.
     """
 
     max_queue_length: int = 256
     max_concurrent_per_account: int = 32
     slots: int = 1
+    max_unread_bytes_per_account: int = 1 << 32
 
 
 @dataclass(eq=False, slots=True)
@@ -48,6 +52,7 @@ class Ticket:
         cost: what it is expected to take, in any one unit (FLOPs, say).
         position: the number last told, or None before it waited.
         holds_slot: whether it occupies a slot of the engine.
+        unread: bytes of its results that its client has not read yet, those to come included.
     """
 
     account: str
@@ -56,6 +61,7 @@ class Ticket:
     cost: float = 1.0
     position: int | None = None
     holds_slot: bool = False
+    unread: int = 0
     _open: bool = field(default=False)
     _entering: bool = field(default=False)
     _charged: bool = field(default=False)
@@ -70,6 +76,7 @@ class Scheduler:
         self._lock = threading.Lock()
         self._concurrent: dict[str, int] = {}
         self._held: Counter[str] = Counter()  # slots by account
+        self._unread: Counter[str] = Counter()  # bytes of results by account
         self._running = 0
         self._entering = 0  # admitted, not yet submitted: they will need a place in the queue
         self._mean_run_s = 0.0
@@ -88,6 +95,10 @@ class Scheduler:
         """How many requests of the account are admitted and not yet left."""
         return self._concurrent.get(account, 0)
 
+    def unread(self, account: str) -> int:
+        """Bytes of the account's results that nobody has read yet, those to come included."""
+        return self._unread[account]
+
     def enter(self, ticket: Ticket) -> None:
         """Count the request in.
 
@@ -97,7 +108,7 @@ class Scheduler:
         with self._lock:
             limits, account = self._limits, ticket.account
             count = self._concurrent.get(account, 0)
-            retry_s = max(_MIN_RETRY_S, self._mean_run_s * (len(self._queue) + 1) / limits.slots)
+            retry_s = self._retry_s()
             if count >= limits.max_concurrent_per_account:
                 raise ResourceExhaustedError(
                     f"this account has {count} requests waiting or running; the limit is "
@@ -121,6 +132,30 @@ class Scheduler:
             self._concurrent[account] = count + 1
             self._entering += 1
             ticket._open = ticket._entering = True
+
+    def expect(self, ticket: Ticket, nbytes: int) -> None:
+        """Make room for the results of an entered request. What a client does not read stays in memory here.
+
+        Raises:
+            ResourceExhaustedError: the account has too much that waits to be read; says when to retry.
+        """
+        with self._lock:
+            unread, most = self._unread[ticket.account], self._limits.max_unread_bytes_per_account
+            if unread and unread + nbytes > most:
+                raise ResourceExhaustedError(
+                    f"results of this account's other requests, {unread:,} bytes, have not been read yet; with the "
+                    f"{nbytes:,} of this one they would be more than {most:,} (limits.max_unread_bytes_per_account). "
+                    "Read them, or end those requests",
+                    reason="RESULTS_NOT_READ",
+                    metadata={"limit": "max_unread_bytes_per_account", "allowed": str(most)},
+                    retry_after_s=self._retry_s(),
+                )
+            self._add_unread(ticket, nbytes)
+
+    def read(self, ticket: Ticket, nbytes: int) -> None:
+        """The client of a request has read so many bytes of its results."""
+        with self._lock:
+            self._add_unread(ticket, -min(nbytes, ticket.unread))
 
     def submit(self, ticket: Ticket) -> None:
         """Start an entered request, or put it in the queue and tell it its position."""
@@ -176,6 +211,7 @@ class Scheduler:
                 return
             ticket._open = False
             self._entered(ticket)
+            self._add_unread(ticket, -ticket.unread)
             left = self._concurrent[ticket.account] - 1
             if left:
                 self._concurrent[ticket.account] = left
@@ -184,6 +220,15 @@ class Scheduler:
             moved = self._moved() if self._queue.remove(ticket.account, ticket) else []
         for other in moved:
             _tell(other)
+
+    def _retry_s(self) -> float:
+        return max(_MIN_RETRY_S, self._mean_run_s * (len(self._queue) + 1) / self._limits.slots)
+
+    def _add_unread(self, ticket: Ticket, nbytes: int) -> None:
+        ticket.unread += nbytes
+        self._unread[ticket.account] += nbytes
+        if not self._unread[ticket.account]:
+            del self._unread[ticket.account]
 
     def _has_room(self, account: str) -> bool:
         """Whether a request of the account may start now: slots are free, or it has none and the spare ones are."""

@@ -14,7 +14,7 @@ from patchbay_server.scheduling.virtual_tokens import VirtualTokens
 
 #: An account with so many times the waiting calls of the one whose turn it is counts as a flood.
 _FLOOD = 2
-#: Positions of an account that is no flood may always join, up to so many.
+#: Positions of an account that is no flood may join one that has nothing more waiting, up to so many.
 _PEER_TOKENS = 64
 
 
@@ -73,11 +73,14 @@ class Batcher:
     Args:
         budget: what one forward is held to.
         fair: whether the account that has had least goes first; else whoever has waited longest.
+        weights: shares of accounts that are not 1, where it is fair.
     """
 
-    def __init__(self, budget: Budget | None = None, *, fair: bool = True) -> None:
+    def __init__(
+        self, budget: Budget | None = None, *, fair: bool = True, weights: Mapping[str, float] | None = None
+    ) -> None:
         self.budget = Budget() if budget is None else budget
-        self.tokens = VirtualTokens()
+        self.tokens = VirtualTokens(weights)
         self._fair = fair
 
     def enter(self, account: str) -> None:
@@ -123,20 +126,25 @@ class Batcher:
             account: [i for i in line if i != head and waiting[i].together == first.together and not waiting[i].bound]
             for account, line in lines.items()
         }
-        several = sum(map(bool, partners.values())) + (not partners[first.account]) > 1
-        share = budget.tokens // 2 if several and self._fair else budget.tokens
+        mine, theirs = self.tokens.weight(first.account), [a for a in partners if partners[a] and a != first.account]
+        share = float(budget.tokens)
+        if theirs and self._fair:  # room is left for one other, as its weight is to this one's
+            share *= mine / (mine + max(map(self.tokens.weight, theirs)))
         had = first.rows * first.seq
-        for i in partners.pop(first.account):
+        own = partners.pop(first.account)
+        for i in own:
             size = waiting[i].rows * waiting[i].seq
             if had + size <= share and forward.takes(waiting[i], budget):
                 chosen.append(i)
                 had += size
-        # Nobody's account gets more of this forward than the one whose turn it is, and one that has many more waiting
-        # gets next to nothing, so that somebody else's flood does not make it long.
+        least = _PEER_TOKENS if len(chosen) > len(own) else 0  # with more of its own waiting, weights alone decide
+        # No account gets more of this forward, by its weight, than the one whose turn it is, and one that has many more
+        # waiting gets next to nothing, so that somebody else's flood does not make it long.
         allowances: dict[str, int] = {}
         for account in partners:
             flood = len(lines[account]) > _FLOOD * len(lines[first.account])
-            most = budget.free_tokens if flood else max(had, budget.free_tokens, _PEER_TOKENS)
+            fitting = max(int(had * self.tokens.weight(account) / mine), least)
+            most = budget.free_tokens if flood else max(fitting, budget.free_tokens)
             allowances[account] = most if self._fair else budget.tokens
         for i in _in_turn(partners, self.tokens, waiting, allowances):
             if forward.takes(waiting[i], budget):

@@ -58,9 +58,13 @@ class VirtualTokens:
         """Something was put through for the account; a negative amount corrects what was charged before."""
         self._counters[account] = self.of(account) + self.share(account, amount)
 
+    def weight(self, account: str) -> float:
+        """The account's share, where 1 is everybody's."""
+        return self._weights.get(account, 1.0)
+
     def share(self, account: str, amount: float) -> float:
         """By how much `amount` raises the account's counter."""
-        return amount / self._weights.get(account, 1.0)
+        return amount / self.weight(account)
 
     def _forget(self, floor: float) -> None:
         """Accounts that would start at the lowest busy counter anyway need no counter of their own."""
@@ -73,6 +77,9 @@ class VirtualTokenQueue(Generic[T]):
 
     An item's cost is charged when it is popped, so that several pops in a row alternate; `charge` corrects it by what
     the item turned out to cost.
+
+    Args:
+        weights: as those of `VirtualTokens`.
     """
 
     def __init__(self, weights: Mapping[str, float] | None = None) -> None:

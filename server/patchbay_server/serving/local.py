@@ -84,7 +84,7 @@ STUCK_AFTER_S = 60.0
 
 
 class _Channel:
-    """Events from the engine thread to one coroutine; unbounded, since `max_result_bytes` bounds what it emits.
+    """Events from the engine thread to one coroutine; as large as the results, which `Scheduler.expect` bounds.
 
     A request that is over in a moment crosses back once: what is small waits for its end, but never for longer than
     `GATHER_S` after the request came. Waking the loop for each event costs a quick request more than its events do.
@@ -160,13 +160,19 @@ class LocalBackend:
         on_device_failure: Callable[[BaseException], None] | None = None,
     ) -> None:
         limits = LimitsConfig() if limits is None else limits
+        shared = SchedulingConfig() if scheduling is None else scheduling
         if engine is None:
             from patchbay_server.engine import Engine, TrunkCache
             from patchbay_server.engine.constants import ConstantCache
 
-            room = (SchedulingConfig() if scheduling is None else scheduling).prefix_cache_bytes
             constants = ConstantCache(artifact_cache_bytes) if artifacts is not None and artifact_cache_bytes else None
-            engine = Engine(cast(Any, hosted), limits.graph_limits(), trunks=TrunkCache(room), constants=constants)
+            engine = Engine(
+                cast(Any, hosted),
+                limits.graph_limits(),
+                max_pass_tokens=shared.max_pass_tokens,
+                trunks=TrunkCache(shared.prefix_cache_bytes),
+                constants=constants,
+            )
         self._hosted = hosted
         # The limits that hold here, so that clients check graphs against them before sending.
         self._card = replace(hosted.card, limits=limits.graph_limits())
@@ -175,14 +181,15 @@ class LocalBackend:
         self._deadline_s = limits.deadline_s
         self._torch_threads = torch_threads
         self._on_device_failure = on_device_failure
-        shared = SchedulingConfig() if scheduling is None else scheduling
         fair = shared.fairness == "virtual-tokens"
-        waiting: FairQueue[Ticket] = VirtualTokenQueue[Ticket]() if fair else RoundRobinQueue[Ticket]()
+        weights = shared.account_weights
+        waiting: FairQueue[Ticket] = VirtualTokenQueue[Ticket](weights) if fair else RoundRobinQueue[Ticket]()
         self._scheduler = Scheduler(
             AdmissionLimits(
                 max_queue_length=limits.max_queue_length,
                 max_concurrent_per_account=limits.max_concurrent_per_account,
                 slots=shared.max_open_requests,
+                max_unread_bytes_per_account=limits.max_unread_bytes_per_account,
             ),
             waiting,
         )
@@ -191,7 +198,7 @@ class LocalBackend:
         self._failure: BaseException | None = None
         self._closed = False
         budget = budget_of(hosted, shared)
-        self._loop = WorkLoop(engine, Batcher(budget, fair=fair), self._inbox, self._ended)
+        self._loop = WorkLoop(engine, Batcher(budget, fair=fair, weights=weights), self._inbox, self._ended)
         self._beside = ThreadPoolExecutor(1, thread_name_prefix=f"patchbay-prepare-{hosted.card.name}")
         self._thread = threading.Thread(target=self._work, name=f"patchbay-engine-{hosted.card.name}", daemon=True)
         self._thread.start()
@@ -270,6 +277,7 @@ class LocalBackend:
             if options.dry_run:
                 yield Done(Usage(nodes=len(graph.nodes), bytes_in=bytes_in, cost=plan.cost))
                 return
+            self._scheduler.expect(ticket, plan.cost.result_bytes)
             kept = frozenset(output.name for output in graph.outputs if output.keep)
             if kept and self._artifacts is not None:
                 await asyncio.to_thread(self._artifacts.check_room, account, plan.cost.kept_bytes)
@@ -285,8 +293,11 @@ class LocalBackend:
                 if isinstance(event, TensorValue) and event.name in kept and self._artifacts is not None:
                     event = await asyncio.to_thread(leave, self._artifacts, account, event)
                 yield event
-                if isinstance(event, Done):
+                if isinstance(event, TensorValue):
+                    self._scheduler.read(ticket, event.value.nbytes)
+                elif isinstance(event, Done):
                     return
+                del event  # it should not be held while the next is awaited
         finally:
             channel.close()
             if deadline is not None:
@@ -436,7 +447,8 @@ def local_servicer(
     from patchbay_server.transport.servicer import Servicer
 
     hosted = host(hf_model, tokenizer, name=name, example=example).with_weights(DOWNLOADABLE)
-    limits, store = LimitsConfig(), TemporaryArtifacts()
+    # The results are in the caller's own process: only what one request may have is bounded.
+    limits, store = LimitsConfig(max_unread_bytes_per_account=2**62), TemporaryArtifacts()
     scheduling = SchedulingConfig(prefix_cache_bytes=prefix_cache_bytes)
     backend = LocalBackend(hosted, limits, scheduling=scheduling, artifacts=store)
 

@@ -33,9 +33,13 @@ class CallContext(Protocol):
 
 def bearer_key(context: CallContext) -> str | None:
     """The key in ``authorization: Bearer <key>``, or None when there is none or more than one."""
+    return key_among(context.invocation_metadata() or ())
+
+
+def key_among(metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
+    """The key among a call's metadata, as `bearer_key` finds it."""
     found: list[str] = []
-    pairs: Iterable[tuple[str, str | bytes]] = context.invocation_metadata() or ()
-    for key, value in pairs:
+    for key, value in metadata:
         if key.lower() == "authorization":
             scheme, _, rest = str(value).partition(" ")
             if scheme.lower() == "bearer" and isinstance(value, str):

@@ -79,6 +79,9 @@ class Servicer:
         request_limits: what requests and graphs are held to; `patchbay_server.config.LimitsConfig` fits.
         artifacts: where tensors that stay on the server are kept; None where none are.
         on_close: what `close` calls: lets go of the models, where they are this servicer's alone.
+
+    Attributes:
+        authenticator: as given; servers that can, ask it before they take a request's message.
     """
 
     def __init__(
@@ -94,7 +97,7 @@ class Servicer:
         self._artifacts = ArtifactCalls(artifacts)
         self._recurring = RecurringGraphs()
         self._catalog = catalog
-        self._authenticator = authenticator
+        self.authenticator = authenticator
         self._limits: RequestLimits = FixedLimits() if request_limits is None else request_limits
 
     # --- the RPCs ---------------------------------------------------------------------------------------------------
@@ -155,7 +158,7 @@ class Servicer:
     ) -> artifact_pb2.PutArtifactResponse:
         """Store a tensor under its digest."""
         try:
-            account = self._authenticator.account_for(bearer_key(context))
+            account = self.authenticator.account_for(bearer_key(context))
             return await self._artifacts.put(requests, account)
         except Exception as error:  # noqa: BLE001 - whatever happened, the client is told in its own terms
             set_error(context, _public(error, "PutArtifact"))
@@ -239,7 +242,7 @@ class Servicer:
 
     async def _admit(self, request: Request[M], context: CallContext, request_type: type[M]) -> tuple[str, M, int]:
         """Account, message and size of a request. Strangers are turned away before anything is parsed."""
-        account = self._authenticator.account_for(bearer_key(context))
+        account = self.authenticator.account_for(bearer_key(context))
         size = len(request) if isinstance(request, bytes) else request.ByteSize()
         check_request_size(size, self._limits)
         if not isinstance(request, bytes):
