@@ -1,4 +1,4 @@
-"""Places every node of a graph at a time, then cuts time into what happens at each site of each forward."""
+"""Cuts the time in which a graph's nodes happen into what happens at each site of each forward."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any
 
 from patchbay.ir.card import LOGITS, ModelCard
 from patchbay.ir.events import ExecuteOptions
+from patchbay.ir.facts import Facts
 from patchbay.ir.graph import Graph, Node, TensorData
 from patchbay.ir.ops import spec as op_spec
-from patchbay.ir.schedule import BEFORE, Schedule, is_read, positions, span
+from patchbay.ir.schedule import BEFORE, Schedule, is_access, positions, span
+from patchbay_server.engine.direct import direct
+from patchbay_server.engine.optimize import differentiated
 from patchbay_server.engine.prefix import Group
 from patchbay_server.engine.steps import (
     Actions,
@@ -30,21 +33,20 @@ from patchbay_server.engine.steps import (
     Write,
 )
 from patchbay_server.engine.switches import EARLY_STOP, LIVENESS
+from patchbay_server.engine.timing import Time, Timing
 from patchbay_server.engine.windows import Windows, item_at, moved, position_axis, window_of
 from patchbay_server.kernels import kernel
 from patchbay_server.models.continuation import EMBEDDING, Continuation
 from patchbay_server.models.narrowing import Unembedding
 
-#: When something happens: index of the pass, order of the site in it (BEFORE: before it begins).
-Time: TypeAlias = "tuple[int, int]"
-
 
 class Builder:
-    """Places every node at a time, then cuts time into moments."""
+    """Cuts time into moments."""
 
     def __init__(
         self,
         graph: Graph,
+        facts: Sequence[Facts],
         card: ModelCard,
         timeline: Schedule,
         groups: Sequence[Group],
@@ -55,26 +57,22 @@ class Builder:
         columns: tuple[int, ...] | None,
         least: int | None = None,
     ) -> None:
-        self.graph, self.card, self.timeline, self.groups, self.options = graph, card, timeline, groups, options
+        self.graph, self.facts, self.card, self.groups, self.options = graph, facts, card, groups, options
         self.how, self.unembedding, self.windows, self.columns = how, unembedding, windows, columns
         #: Positions that the last layer must be able to leave out for that to be worth a call; None to leave out none.
         self.least = least
-        self.kernels: dict[str, Callable[..., Any] | None] = {}
-        #: Attributes with defaults filled in, by operation and identity: most nodes share theirs with others.
-        self.filled: dict[tuple[str, int], Mapping[str, Any]] = {}
-        self.order = positions(graph, card)
+        #: What nodes apply to their values, by what is known of them and their attributes: most nodes share both.
+        self.hows: dict[tuple[int, int], tuple[Callable[..., Any] | None, Mapping[str, Any]]] = {}
         self.slots = [self._slots(group) for group in groups]
         #: Of every forward that computes some logits only: each run's slot in them.
         self.flat: dict[int, dict[int, Slot]] = {}
         self.logits: dict[int, tuple[tuple[int, int, int], ...]] = {}
         #: Values that a gradient is taken with respect to.
-        self.differentiated = {a for n in graph.nodes if n.op == "grad" for a in n.args[1:]}
-        #: Forwards after the first in which a differentiated read must be put back, by node.
-        self.resumed: dict[int, tuple[Time, ...]] = {}
-        self.times: list[tuple[Time, ...]] = []
-        self.names: dict[int, list[str]] = defaultdict(list)
+        self.differentiated = differentiated(graph)
+        self.timing = Timing(graph, timeline, groups, positions(graph, card), self.differentiated)
+        self.names: dict[int, tuple[str, ...]] = {}
         for output in graph.outputs:
-            self.names[output.node].append(output.name)
+            self.names[output.node] = (*self.names.get(output.node, ()), output.name)
 
     def _slots(self, group: Group) -> dict[int, Slot]:
         slots, start = {}, 0
@@ -85,17 +83,9 @@ class Builder:
         return slots
 
     def build(self) -> tuple[tuple[Pass, ...], Actions]:
-        self.times = times = self._times()
         self._choose_logits()
-        last_use = self._last_uses(times)
-        dying = self._dying(last_use)
-        events: dict[Time, list[int]] = defaultdict(list)
-        for i, when in enumerate(times):
-            for time in (*when, *self.resumed.get(i, ())):
-                events[time].append(i)
-        moments = {
-            time: self._actions(time, sorted(nodes), last_use, dying.get(time, {})) for time, nodes in events.items()
-        }
+        timing = self.timing
+        moments = {timing.place(time): self._actions(time, nodes) for time, nodes in timing.events().items()}
         site_at = self.card.names_by_order
         visited: dict[int, list[int]] = defaultdict(list)
         for p, order in moments:
@@ -151,7 +141,7 @@ class Builder:
         for p, group in enumerate(self.groups):
             if group.goes_on and not any(self.graph.runs[run].ragged for run in group.runs):
                 found[p] = max(self.graph.runs[run].seq for run in group.runs)
-        for i, when in enumerate(self.times):
+        for i in self.graph.in_runs:
             node = self.graph.nodes[i]
             if node.op not in ("site.read", "site.write"):
                 continue
@@ -160,7 +150,7 @@ class Builder:
             if reach is None or reach.through < end or site in self.how.ending.entrance:
                 continue
             first = self._first_seen(i, node, site) if reach.after == end else 0
-            for p, _ in when:
+            for p, _ in self.timing.of(i):
                 if p in found:
                     found[p] = min(found[p], first)
         rows = {p: sum(self.graph.runs[run].rows for run in self.groups[p].runs) for p in found}
@@ -201,10 +191,10 @@ class Builder:
         if self.unembedding is None:
             return
         ends: dict[int, set[tuple[str, int]]] = defaultdict(set)
-        for i, when in enumerate(self.times):
+        for i in self.graph.in_runs:
             node = self.graph.nodes[i]
             if node.op in ("site.read", "site.write") and node.run is not None:
-                for p, order in (*when, *self.resumed.get(i, ())):
+                for p, order in (*self.timing.of(i), *self.timing.resumed(i)):
                     if order >= self.unembedding.order:
                         ends[p].add((str(node.attrs["site"]), node.run))
         for p, there in ends.items():
@@ -230,11 +220,14 @@ class Builder:
         self, p: int, index: int, moments: Mapping[Time, Actions], site_at: Mapping[int, str], at: Sequence[int]
     ) -> Pass:
         run, width = self.graph.runs[index], span(self.card)
-        steps = []
-        for step in range(1 + at[-1] // width):
-            orders = [order for order in at if order // width == step and order % width]
-            sites = {site_at[order % width - 1]: moments[p, order] for order in orders}
-            steps.append(Forward(moments.get((p, step * width), Actions()), MappingProxyType(sites)))
+        sites: list[dict[str, Actions]] = [{} for _ in range(1 + at[-1] // width)]
+        for order in at:
+            if order % width:
+                sites[order // width][site_at[order % width - 1]] = moments[p, order]
+        steps = [
+            Forward(moments.get((p, step * width), Actions()), MappingProxyType(there))
+            for step, there in enumerate(sites)
+        ]
         return Pass(
             slots=tuple(self.slots[p].values()),
             rows=run.rows,
@@ -255,119 +248,49 @@ class Builder:
                 inputs[name].append(value)
         return {name: tuple(values) for name, values in inputs.items()}
 
-    def _times(self) -> list[tuple[Time, ...]]:
-        """When each node happens: once, but for writes, which happen in every forward of their run that shows them."""
-        end: Time = (len(self.groups), BEFORE)
-        pass_of = {(group.level, run): p for p, group in enumerate(self.groups) for run in group.runs}
-        passes_of: dict[int, list[int]] = defaultdict(list)
-        for (_, run), p in pass_of.items():
-            passes_of[run].append(p)
-        last_read: dict[tuple[int, int], int] = {}
-        for i, node in enumerate(self.graph.nodes):
-            if is_read(node):
-                assert node.run is not None
-                key = (pass_of[self.timeline.moments[i].level, node.run], node.run)
-                last_read[key] = max(last_read.get(key, BEFORE), self.order[i])
-        start: tuple[Time, ...] = ((0, BEFORE),)
-        times: list[tuple[Time, ...]] = [()] * len(self.graph.nodes)
-        for i in self.timeline.order:
-            node = self.graph.nodes[i]
-            level = self.timeline.moments[i].level
-            if is_read(node):
-                assert node.run is not None
-                first = pass_of[level, node.run]
-                times[i] = ((first, self.order[i]),)
-                if i in self.differentiated:
-                    self.resumed[i] = tuple(
-                        (p, self.order[i])
-                        for p in passes_of[node.run]
-                        if p > first and self.order[i] <= last_read[p, node.run]
-                    )
-            elif node.op == "site.write":
-                assert node.run is not None
-                times[i] = tuple(
-                    (p, self.order[i])
-                    for p in passes_of[node.run]
-                    if self.groups[p].level >= level and self.order[i] <= last_read.get((p, node.run), BEFORE)
-                )
-            elif node.op != "const":
-                latest = start
-                for a in node.args:
-                    at = times[a]
-                    if at is not latest and at:
-                        at = at if len(at) == 1 else (max(at),)
-                        latest = at if at > latest else latest
-                times[i] = latest
-        # Constants are made when they are first needed, so that none lies about.
-        first_use = {i: end for i, node in enumerate(self.graph.nodes) if node.op == "const"}
-        used = set()
-        for i, node in enumerate(self.graph.nodes):
-            for a in node.args:
-                if a in first_use and times[i]:
-                    first_use[a] = min(first_use[a], min(times[i]))
-                    used.add(a)
-        for i, time in first_use.items():
-            times[i] = (time,) if i in used else start
-        return times
-
-    def _last_uses(self, times: Sequence[tuple[Time, ...]]) -> dict[int, tuple[Time, int]]:
-        """For every node, the time and node of its last use (itself, when nothing uses it)."""
-        last: dict[int, tuple[Time, int]] = {}
-        for i, node in enumerate(self.graph.nodes):
-            when = times[i]
-            if not when:
-                continue
-            latest = when[0] if len(when) == 1 else max(when)
-            use = (latest, i)
-            last[i] = use if i not in self.resumed else (max((latest, *self.resumed[i])), i)
-            for a in node.args:
-                if last[a] < use:
-                    last[a] = use
-        return last
-
-    def _dying(self, last_use: Mapping[int, tuple[Time, int]]) -> Mapping[Time, Mapping[int, list[int]]]:
-        """The values that are used for the last time: at each time, by each node."""
-        dying: dict[Time, dict[int, list[int]]] = {}
-        if LIVENESS not in self.options.disabled:
-            for i, (when, user) in last_use.items():
-                if self.graph.nodes[i].op != "site.write":
-                    dying.setdefault(when, {}).setdefault(user, []).append(i)
-        return dying
-
-    def _actions(
-        self,
-        time: Time,
-        nodes: Sequence[int],
-        last_use: Mapping[int, tuple[Time, int]],
-        dying: Mapping[int, list[int]],
-    ) -> Actions:
+    def _actions(self, time: int, nodes: Sequence[int]) -> Actions:
+        graph, timing, place = self.graph, self.timing, self.timing.place(time)
         keep_all = LIVENESS in self.options.disabled
         steps: list[Step] = []
         for i in nodes:
-            steps.extend(self._steps(i, time, tuple(dying.get(i, ()))))
-        made = [i for i in nodes if self.graph.nodes[i].op not in ("site.write", "const")]
-        survivors = tuple(i for i in made if keep_all or last_use[i][0] > time)
-        return Actions(tuple(steps), survivors)
+            node = graph.nodes[i]
+            free = () if keep_all else timing.dying(i, time)
+            if node.run is not None and is_access(node):
+                steps += self._access(i, node, place, free)
+                continue
+            alike = (id(self.facts[i]), id(node.attrs))
+            how = self.hows.get(alike)
+            if how is None:
+                how = self.hows[alike] = self._how(i, node)
+            names = self.names.get(i, ())
+            steps.append(Compute(i, node.op, how[0], node.args, how[1], names, free, i in self.differentiated))
+        survivors = [
+            i
+            for i in nodes
+            if (keep_all or timing.outlives(i, time)) and graph.nodes[i].op not in ("site.write", "const")
+        ]
+        return Actions(tuple(steps), tuple(survivors))
 
-    def _steps(self, i: int, time: Time, free: tuple[int, ...]) -> list[Step]:
-        node = self.graph.nodes[i]
-        names = tuple(self.names[i]) if i in self.names else ()
-        if is_read(node):
-            if time in self.resumed.get(i, ()):
-                return [Resume(i, self._slot(time, node), free)]
-            read: Step = Generated(i)
-            if node.op == "site.read":
-                slot = self._slot(time, node)
-                read = Read(i, slot, i in self.differentiated, self._part(i, node, slot), self._columns(node, slot))
-            return [read, Emit(i, names, free)] if names or free else [read]
-        attrs = self.filled.get((node.op, id(node.attrs)))
-        if attrs is None:
-            attrs = self.filled[node.op, id(node.attrs)] = op_spec(node.op).filled(node.attrs)
+    def _how(self, i: int, node: Node) -> tuple[Callable[..., Any] | None, Mapping[str, Any]]:
+        """What a node applies to its values, and its attributes with defaults filled in."""
+        op = op_spec(node.op)
+        attrs = op.filled(node.attrs)
+        if op.structural:
+            return None, attrs
+        args, result = [self.facts[a].spec for a in node.args], self.facts[i].spec
+        return direct(node.op, attrs, args, result) or kernel(op), attrs
+
+    def _access(self, i: int, node: Node, time: Time, free: tuple[int, ...]) -> list[Step]:
         if node.op == "site.write":
-            return [self._write(i, node, self._slot(time, node), attrs, free)]
-        if node.op not in self.kernels:
-            self.kernels[node.op] = None if op_spec(node.op).structural else kernel(op_spec(node.op))
-        return [Compute(i, node.op, self.kernels[node.op], node.args, attrs, names, free, i in self.differentiated)]
+            return [self._write(i, node, self._slot(time, node), op_spec(node.op).filled(node.attrs), free)]
+        if time in self.timing.resumed(i):
+            return [Resume(i, self._slot(time, node), free)]
+        read: Step = Generated(i)
+        if node.op == "site.read":
+            slot = self._slot(time, node)
+            read = Read(i, slot, i in self.differentiated, self._part(i, node, slot), self._columns(node, slot))
+        names = self.names.get(i, ())
+        return [read, Emit(i, names, free)] if names or free else [read]
 
     def _slot(self, time: Time, node: Node) -> Slot:
         assert node.run is not None

@@ -6,15 +6,13 @@ waits for its metric. What one gradient used up is let go unless a later one goe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from patchbay.ir.card import ModelCard
 from patchbay.ir.graph import Graph
 from patchbay.ir.schedule import dependents, is_access
-
-#: When something happens: index of the pass, order of the site in it.
-_Time = tuple[int, int]
+from patchbay_server.engine.timing import Time
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,32 +32,32 @@ class Gradient:
     needed: frozenset[int] = frozenset()
 
 
-def plan_gradients(graph: Graph, card: ModelCard, times: Sequence[tuple[_Time, ...]]) -> Mapping[int, Gradient]:
+def plan_gradients(graph: Graph, card: ModelCard, times: Callable[[int], tuple[Time, ...]]) -> Mapping[int, Gradient]:
     """How each gradient of `graph` is taken.
 
     Args:
         graph: a verified graph, generating runs written out.
         card: the model's.
-        times: for every node, when it happens.
+        times: of a node: when it happens.
     """
-    grads = [i for i, node in enumerate(graph.nodes) if node.op == "grad" and times[i]]
-    if not grads:
+    if "grad" not in graph.ops:
         return {}
-    grads.sort(key=lambda i: (max(times[i]), i))
+    grads = [i for i, node in enumerate(graph.nodes) if node.op == "grad"]
+    grads.sort(key=lambda i: (max(times(i)), i))
     users = dependents(graph, card)
     sources: list[list[int]] = [[] for _ in graph.nodes]
     for i, following in enumerate(users):
         for user in following:
             sources[user].append(i)
     ways = {i: _between(users, sources, graph.nodes[i].args[1:], graph.nodes[i].args[0]) for i in grads}
-    passes = {i: {time[0] for n in ways[i] if is_access(graph.nodes[n]) for time in times[n]} for i in grads}
+    passes = {i: {time[0] for n in ways[i] if is_access(graph.nodes[n]) for time in times(n)} for i in grads}
     found: dict[int, Gradient] = {}
     later_values: set[int] = set()
     later_passes: set[int] = set()
     later_grads: set[int] = set()  # on the way back of a later one
-    begins: list[_Time] = []
+    begins: list[Time] = []
     for i in reversed(grads):
-        when = max(times[i])
+        when = max(times(i))
         found[i] = Gradient(
             twice=i in later_grads,
             shared=bool(passes[i] & later_passes) or bool(ways[i] & later_values),
@@ -69,7 +67,7 @@ def plan_gradients(graph: Graph, card: ModelCard, times: Sequence[tuple[_Time, .
         later_values |= ways[i]
         later_passes |= passes[i]
         later_grads |= {n for n in ways[i] if graph.nodes[n].op == "grad"}
-        begins += [min(times[value]) for value in graph.nodes[i].args[1:]]
+        begins += [min(times(value)) for value in graph.nodes[i].args[1:]]
     return found
 
 

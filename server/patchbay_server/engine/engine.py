@@ -16,7 +16,7 @@ from patchbay_server.engine.decoding import DecodeBatches
 from patchbay_server.engine.executor import Execution
 from patchbay_server.engine.forwards import ForwardCall, run_forward
 from patchbay_server.engine.generate import check_generates, check_sites
-from patchbay_server.engine.memory import held_to
+from patchbay_server.engine.memory import held_to, with_peak
 from patchbay_server.engine.plan import OPTIMISATIONS, PREFIX_CACHE, Means, Plan, make_plan
 from patchbay_server.engine.prefix import LAYER_COST_CPU, LAYER_COST_GPU, WORTHWHILE
 from patchbay_server.engine.prompts import Prompts, within
@@ -231,4 +231,5 @@ class Engine:
         alone = make_plan(
             plan.source, self.hosted.card, self.limits, replace(plan.options, deterministic=True), max_pass_tokens=0
         )
-        return replace(alone, origin=tuple(plan.source_origin[o] for o in alone.origin), received=plan.received)
+        origin = [plan.source_origin[o] for o in alone.origin]
+        return with_peak(replace(alone, origin=origin, received=plan.received))

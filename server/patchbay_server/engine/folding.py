@@ -7,7 +7,7 @@ requests, and indices made of it are known before anything runs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,6 +15,7 @@ from patchbay.errors import GraphError
 from patchbay.ir.graph import Graph, Node, TensorData
 from patchbay.ir.ops import spec as op_spec
 from patchbay.ir.ops.spec import TensorSpec, ValueSpec
+from patchbay_server.engine.optimize import differentiated
 from patchbay_server.kernels import from_torch_dtype, kernel, to_data, to_tensor
 
 FOLD_CONSTANTS = "fold_constants"
@@ -23,6 +24,16 @@ FOLD_CONSTANTS = "fold_constants"
 MAX_ELEMENTS = 4_096
 #: Operations of one node at most.
 MAX_FLOPS = 1_000_000
+#: Elements and operations of all nodes of a graph at most: a plan keeps its constants, and may itself be kept.
+MAX_ALL_ELEMENTS, MAX_ALL_FLOPS = 1_000_000, 20_000_000
+
+
+@dataclass
+class _Room:
+    """What may still be folded."""
+
+    elements: int = MAX_ALL_ELEMENTS
+    flops: int = MAX_ALL_FLOPS
 
 
 def fold_constants(graph: Graph, specs: Sequence[ValueSpec]) -> tuple[Graph, int]:
@@ -35,31 +46,37 @@ def fold_constants(graph: Graph, specs: Sequence[ValueSpec]) -> tuple[Graph, int
         graph: a verified graph, generating runs written out.
         specs: shape and dtype of every node's value.
     """
-    wrt = {a for node in graph.nodes if node.op == "grad" for a in node.args[1:]}
+    wrt = differentiated(graph)
     known: dict[int, torch.Tensor | bool | int | float] = {}
     nodes: dict[int, Node] = {}
-    used = {a for node in graph.nodes for a in node.args} | {output.node for output in graph.outputs}
+    used: set[int] | None = None
+    room = _Room()
     for i, node in enumerate(graph.nodes):
-        if i in wrt:
+        args = node.args
+        # Most nodes are told by their first argument.
+        if args and (args[0] not in known or not all(a in known for a in args)):
+            continue
+        if i in wrt or not _small(specs[i]):
             continue
         if node.op == "const":
             scalar, value = node.attrs.get("scalar"), node.attrs.get("value")
             if isinstance(value, TensorData):
-                if _small(specs[i]):
-                    known[i] = to_tensor(value, torch.device("cpu"))
+                known[i] = to_tensor(value, torch.device("cpu"))
             elif isinstance(scalar, (bool, int, float)):
                 known[i] = scalar
             continue
-        if i not in used or not _small(specs[i]) or not all(a in known for a in node.args):
+        if used is None:
+            used = {a for other in graph.nodes for a in other.args} | {output.node for output in graph.outputs}
+        if i not in used:
             continue
-        folded = _value(node, [known[a] for a in node.args], [specs[a] for a in node.args], specs[i])
+        folded = _value(node, [known[a] for a in args], [specs[a] for a in args], specs[i], room)
         if folded is not None:
             data = to_data(folded)
             known[i] = folded
             nodes[i] = Node("const", (), {"value": TensorData(data.dtype, data.shape, bytes(data.data))})
     if not nodes:
         return graph, 0
-    return replace(graph, nodes=tuple(nodes.get(i, node) for i, node in enumerate(graph.nodes))), len(nodes)
+    return replace(graph, nodes=tuple([nodes.get(i, node) for i, node in enumerate(graph.nodes)])), len(nodes)
 
 
 def _small(spec: ValueSpec) -> bool:
@@ -71,15 +88,21 @@ def _value(
     args: Sequence[torch.Tensor | bool | int | float],
     specs: Sequence[ValueSpec],
     result: ValueSpec,
+    room: _Room,
 ) -> torch.Tensor | None:
-    """What `node` computes; None where that is left to the run."""
+    """What `node` computes, taken from `room`; None where that is left to the run."""
     op = op_spec(node.op)
     if op.structural or not isinstance(result, TensorSpec) or result.scalar is not None:
         return None
     attrs = op.fill(node.attrs)
     tensors = [spec for spec in specs if isinstance(spec, TensorSpec)]
-    if op.flops(tensors, result, attrs) > MAX_FLOPS or op.workspace(tensors, result, attrs) > 16 * MAX_ELEMENTS:
+    flops = op.flops(tensors, result, attrs)
+    if flops > min(MAX_FLOPS, room.flops) or result.size > room.elements:
         return None
+    if op.workspace(tensors, result, attrs) > 16 * MAX_ELEMENTS:
+        return None
+    room.flops -= flops
+    room.elements -= result.size
     try:
         value = kernel(op)(*args, **attrs)
     except (GraphError, RuntimeError):

@@ -22,7 +22,8 @@ def held_to(plan: Plan, limits: Limits) -> Plan:
     Raises:
         LimitExceededError: more than the limit allows.
     """
-    peak = _peak_bytes(plan)
+    plan = with_peak(plan)
+    peak = plan.cost.peak_bytes
     if peak > limits.max_peak_bytes:
         raise LimitExceededError(
             f"the graph needs {peak:,} bytes at its peak, because values that are made early wait for sites that come"
@@ -32,29 +33,34 @@ def held_to(plan: Plan, limits: Limits) -> Plan:
             allowed=limits.max_peak_bytes,
             requested=peak,
         )
-    return replace(plan, cost=replace(plan.cost, peak_bytes=peak))
+    return plan
+
+
+def with_peak(plan: Plan) -> Plan:
+    """`plan`, its cost's ``peak_bytes`` as it will run."""
+    return replace(plan, cost=replace(plan.cost, peak_bytes=_peak_bytes(plan)))
 
 
 def _peak_bytes(plan: Plan) -> int:
-    kept = {output.node for output in plan.graph.outputs}
     facts = plan.facts
-    alive: dict[int, int] = {}
+    kept = {output.node for output in plan.graph.outputs}
+    held = [0] * len(facts)  # bytes of each value that is there
     live = peak = 0
     for step in _steps(plan):
-        workspace = 0
         if isinstance(step, (Compute, Read, Generated)):
             node = step.node
-            live += facts[node].nbytes - alive.get(node, 0)
-            alive[node] = facts[node].nbytes
+            known = facts[node]
+            live += known.nbytes - held[node]
+            held[node] = known.nbytes
             if not isinstance(step, Compute):
                 peak = max(peak, live)
                 continue
-            workspace = facts[node].workspace
-        if live + workspace > peak:
-            peak = live + workspace
+            if live + known.workspace > peak:
+                peak = live + known.workspace
         for freed in step.free:
             if freed not in kept:
-                live -= alive.pop(freed, 0)
+                live -= held[freed]
+                held[freed] = 0
     return peak + plan.trunk_bytes + recorded_bytes(plan.graph, plan.specs)
 
 

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import TypeVar
 
 from patchbay.ir.card import ModelCard
 from patchbay.ir.events import Cost, ExecuteOptions
@@ -13,14 +14,14 @@ from patchbay.ir.facts import Facts
 from patchbay.ir.graph import Graph, Run
 from patchbay.ir.limits import Limits
 from patchbay.ir.ops.spec import ValueSpec
-from patchbay.ir.price import price, value_bytes, with_forwards
+from patchbay.ir.price import totals, value_bytes, with_forwards
 from patchbay.ir.schedule import Schedule, is_read, schedule
 from patchbay.ir.verify import verify
 from patchbay_server.engine.building import Builder
 from patchbay_server.engine.columns import find_columns, renumbered
 from patchbay_server.engine.differentiation import Gradient, plan_gradients
 from patchbay_server.engine.folding import FOLD_CONSTANTS, fold_constants
-from patchbay_server.engine.optimize import MERGE_RUNS, optimize
+from patchbay_server.engine.optimize import MERGE_RUNS, differentiated, optimize
 from patchbay_server.engine.prefix import LAYER_COST_CPU, WORTHWHILE, Group, Planner, Sharing, bucketed
 from patchbay_server.engine.prompts import with_beginnings
 from patchbay_server.engine.steps import (
@@ -41,6 +42,8 @@ from patchbay_server.engine.trunks import trunk_bytes
 from patchbay_server.engine.windows import Windows, find_windows, narrowed
 from patchbay_server.models.continuation import Continuation, Trunk
 from patchbay_server.models.narrowing import Unembedding
+
+_T = TypeVar("_T")
 
 _NO_WINDOWS = Windows(MappingProxyType({}), MappingProxyType({}))
 
@@ -78,7 +81,7 @@ class Plan:
         facts: for every node of it, what else is known of it.
         passes: forwards, in order.
         after: what is left to compute when the last has ended.
-        cost: the price.
+        cost: the price; its peak is found by `patchbay_server.engine.memory`, which needs the plan.
         saved: what each rewrite saved.
         received: number of nodes received, those of every generated step counted.
         options: as requested.
@@ -90,9 +93,9 @@ class Plan:
     """
 
     graph: Graph
-    origin: tuple[int, ...]
-    specs: tuple[ValueSpec, ...]
-    facts: tuple[Facts, ...]
+    origin: Sequence[int]
+    specs: Sequence[ValueSpec]
+    facts: Sequence[Facts]
     passes: tuple[Pass, ...]
     after: Actions
     cost: Cost
@@ -101,7 +104,7 @@ class Plan:
     options: ExecuteOptions
     gradients: Mapping[int, Gradient]
     source: Graph
-    source_origin: tuple[int, ...]
+    source_origin: Sequence[int]
     trunks: Mapping[int, Trunk] = field(default_factory=lambda: MappingProxyType({}))
     trunk_bytes: int = 0
     account: str | None = None
@@ -141,21 +144,21 @@ def make_plan(
     flat, folded = (verified.flat, 0) if FOLD_CONSTANTS in off else fold_constants(verified.flat, verified.flat_specs)
     rewritten = optimize(flat, card, tuple(off))
     source, origin = rewritten.graph, rewritten.origin
-    specs = tuple(verified.flat_specs[o] for o in origin)
-    differentiated = frozenset(a for n in source.nodes if n.op == "grad" for a in n.args[1:])
+    specs = _at(verified.flat_specs, origin)
+    wrt = differentiated(source)
     unembedding = means.unembedding if NARROW_LOGITS not in off else None
 
     def windows_of(graph: Graph, specs: Sequence[ValueSpec], uses: Mapping[int, tuple[int, int]]) -> Windows:
         if WINDOWS in off:
             return _NO_WINDOWS
-        return find_windows(graph, card, specs, differentiated, logits=unembedding is not None, uses=uses)
+        return find_windows(graph, card, specs, wrt, logits=unembedding is not None, uses=uses)
 
     small, columns = source, None
     if unembedding is not None and unembedding.columns and not {WINDOWS, LOGIT_COLUMNS} & off:
-        columns = find_columns(source, card, differentiated)
+        columns = find_columns(source, card, wrt)
         if columns is not None:
             small, specs, origin = renumbered(source, specs, origin, columns, card.d_vocab)
-            differentiated = frozenset(a for n in small.nodes if n.op == "grad" for a in n.args[1:])
+            wrt = differentiated(small)
     windows = windows_of(small, specs, {})
     sharing: Sharing | None = None
     if means.continuation is not None and SHARED_PREFIX not in off:
@@ -184,17 +187,15 @@ def make_plan(
     timeline = schedule(small, card, joint=joint)
     groups = _group_runs(small, card, timeline, max_pass_tokens if together else 0, sharing, means)
     least = None if LAST_LAYER in off else means.layer_cost
-    builder = Builder(small, card, timeline, groups, options, means.continuation, unembedding, windows, columns, least)
+    facts = _facts(verified.facts, origin, specs)
+    builder = Builder(
+        small, facts, card, timeline, groups, options, means.continuation, unembedding, windows, columns, least
+    )
     passes, after = builder.build()
     if means.continuation is not None and not {SHARED_PREFIX, PREFIX_CACHE} & off:
         passes = with_beginnings(passes, small, card, specs, means.continuation)
-    facts = tuple(verified.facts[o] for o in origin)
-    facts = tuple(
-        known if known.spec is spec or known.spec == spec else replace(known, spec=spec, nbytes=value_bytes(spec))
-        for known, spec in zip(facts, specs, strict=True)
-    )
     tokens, forwards = sum(p.positions for p in passes), sum(p.forwards for p in passes)
-    cost = with_forwards(replace(price(small, specs, facts), tokens=tokens, passes=forwards), card)
+    cost = with_forwards(replace(totals(small, facts), tokens=tokens, passes=forwards), card)
     saved = {FOLD_CONSTANTS: folded, **rewritten.saved, WINDOWS: len(windows.reads)}
     if unembedding is not None:
         saved[NARROW_LOGITS] = sum(
@@ -207,18 +208,18 @@ def make_plan(
         saved[LAST_LAYER] = sum(_left_out(p) for p in passes)
     return Plan(
         graph=small,
-        origin=tuple(verified.origin[o] for o in origin),
+        origin=_at(verified.origin, origin),
         passes=passes,
         after=after,
         cost=cost,
         saved=saved,
         received=len(verified.flat.nodes),
         options=options,
-        gradients=plan_gradients(small, card, builder.times),
+        gradients=plan_gradients(small, card, builder.timing.of),
         specs=specs,
         facts=facts,
         source=source,
-        source_origin=tuple(verified.origin[o] for o in rewritten.origin),
+        source_origin=_at(verified.origin, rewritten.origin),
         trunks={} if sharing is None else sharing.trunks,
         trunk_bytes=sum(trunk_bytes(card, small.runs[run]) for p in passes for run in (slot.run for slot in p.keeps)),
     )
@@ -230,12 +231,26 @@ def _left_out(each: Pass) -> int:
     return 0 if start is None or start.last is None else each.rows * (start.last - start.first)
 
 
+def _at(values: Sequence[_T], places: Sequence[int]) -> Sequence[_T]:
+    """The values at some places; the very same sequence where those are all of them, in order."""
+    return values if places == range(len(values)) else [values[place] for place in places]
+
+
+def _facts(known: Sequence[Facts], origin: Sequence[int], specs: Sequence[ValueSpec]) -> Sequence[Facts]:
+    """What is known of nodes that come from others and whose values may have become smaller."""
+    return [
+        facts if facts.spec is spec or facts.spec == spec else replace(facts, spec=spec, nbytes=value_bytes(spec))
+        for facts, spec in zip(_at(known, origin), specs, strict=True)
+    ]
+
+
 def _group_runs(
     graph: Graph, card: ModelCard, timeline: Schedule, budget: int, sharing: Sharing | None, means: Means
 ) -> list[Group]:
     """Runs that share a forward, in the order of the forwards; a budget of 0 gives every run its own."""
     needed: dict[int, set[int]] = defaultdict(set)
-    for i, node in enumerate(graph.nodes):
+    for i in graph.in_runs:
+        node = graph.nodes[i]
         if is_read(node):
             assert node.run is not None
             needed[timeline.moments[i].level].add(node.run)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from patchbay.ir.graph import Generation, TensorData
 
@@ -126,9 +126,19 @@ class Write:
     moved: tuple[tuple[int, int, int], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Compute:
-    """Apply a kernel to values. `function` is None for constants, ``item`` and ``call``, which the executor knows."""
+class Compute(NamedTuple):
+    """Apply an operation to values; a tuple, since a plan may hold tens of thousands.
+
+    Attributes:
+        node: the node.
+        op: its operation.
+        function: what is applied; None for constants, ``item``, ``call`` and the like, which the executor knows.
+        args: nodes whose values it takes.
+        attrs: what it takes beside them, by name.
+        outputs: names under which the value is sent.
+        free: values to forget afterwards.
+        differentiated: whether a gradient is taken with respect to the value.
+    """
 
     node: int
     op: str
