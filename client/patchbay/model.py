@@ -354,6 +354,7 @@ class Model(BaseModel["Trace", "RunTrace", "GenerateTrace"]):
             result = trace.apply(name, value).save()
         return result.value
 
+    @located
     def map(
         self, dataset: Iterable[Any], function: Callable[[BatchRun], Mapping[str, Any]], **how: Unpack[MapHow]
     ) -> MapResults:

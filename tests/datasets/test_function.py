@@ -9,7 +9,7 @@ import pytest
 
 import patchbay as pb
 from patchbay import ops, reduce
-from patchbay.errors import GraphError, LimitExceededError, TraceError
+from patchbay.errors import ArgumentError, GraphError, LimitExceededError, TraceError
 from patchbay.model import AsyncModel
 from tests.datasets.common import data_set, fetched, local_model, token_rows
 from tests.e2e.served import tokenizer
@@ -197,10 +197,24 @@ def test_data_sets_that_are_none() -> None:
     ]:
         with pytest.raises(TraceError, match=said):
             model.map(wrong, look)
-    with pytest.raises(TraceError, match="batch is at least 1"):
-        model.map(ROWS, look, batch=0)
-    with pytest.raises(TypeError, match="map takes no 'batches'"):
-        model.map(ROWS, look, batches=3)
+    how: list[tuple[dict[str, Any], str]] = [
+        ({"batch": 0}, "batch is an integer from 1 up"),
+        ({"max_tokens": "many"}, "max_tokens is an integer from 1 up"),
+        ({"lanes": 1.5}, "lanes is an integer"),
+        ({"batches": 3}, "did you mean 'batch'"),
+        ({"patience_s": "long"}, "patience_s is a number"),
+        ({"timeout_s": -1}, "timeout_s is a number"),
+        ({"keep": "yes"}, "keep is True or False"),
+        ({"to": 3}, "to is a path"),
+        ({"progress": 3}, "progress is a function"),
+        ({"disabled": "cobatch"}, "disabled is a list of names"),
+    ]
+    for given, said in how:
+        with pytest.raises(ArgumentError, match=said) as caught:
+            model.map(ROWS, look, **given)
+        assert "test_function.py:" in str(caught.value)
+    with pytest.raises(ArgumentError, match="not the int 3 as the function"):
+        model.map(ROWS, 3)
 
 
 def test_an_exception_of_the_users_code_ends_the_map() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from patchbay.errors import InvalidRequestError, TraceError
+from patchbay.arguments import check_function, refused, seen
+from patchbay.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from patchbay.core import ModelCore
@@ -59,7 +60,7 @@ def listener(stream: Any, core: ModelCore) -> Callable[[int, list[int]], Any] | 
     """What is to hear of a generating run's tokens.
 
     Raises:
-        TraceError: `stream` is neither True nor a function.
+        ArgumentError: `stream` is neither True nor a function.
     """
     if stream is None or stream is False:
         return None
@@ -69,4 +70,5 @@ def listener(stream: Any, core: ModelCore) -> Callable[[int, list[int]], Any] | 
         raise refused(
             f"stream is True, to print what appears, or a function of a step and its tokens, not {seen(stream)}"
         )
+    check_function("stream", stream, "step", "ids")
     return stream  # type: ignore[no-any-return]
