@@ -46,6 +46,7 @@ from patchbay_server.engine.switches import (
     CONTINUOUS_BATCHING,
     FAST_PRODUCTS,
     FUSE_WRITES,
+    ONE_KERNEL,
     SKIP_LAYERS,
 )
 from patchbay_server.kernels import index_get, index_put, to_tensor, to_torch_dtype
@@ -78,7 +79,7 @@ class Execution:
         self._constants, self._not_copied = constants, 0
         self._prompts, self._known = prompts, 0
         self._layers_run = self._layers_compiled = self._layers_shared = self._layers_bypassed = 0
-        self._fused = self._fast = 0
+        self._fused = self._fast = self._in_one = 0
         #: Memory of the model's own tensors while one of its sites is visited; nothing that outlives the visit may
         #: share it.
         self._borrowed: set[int] = set()
@@ -134,6 +135,8 @@ class Execution:
             saved[FUSE_WRITES] = self._fused
         if self._fast:
             saved[FAST_PRODUCTS] = self._fast
+        if self._in_one:
+            saved[ONE_KERNEL] = self._in_one
         if self._known:
             saved[KNOWN_PROMPTS] = self._known
         if self._not_copied:
@@ -177,6 +180,7 @@ class Execution:
             logits=each.logits,
             columns=each.columns,
             fast=going is not None and FAST_PRODUCTS not in self._plan.options.disabled,
+            one_kernel=going is not None and ONE_KERNEL not in self._plan.options.disabled,
             twice=self._twice,
             bypass=frozenset() if SKIP_LAYERS in self._plan.options.disabled else unseen_layers(self._hosted, each),
         )
@@ -221,6 +225,7 @@ class Execution:
         self._layers_bypassed += call.layers_bypassed
         self._fused += call.fused
         self._fast += call.fast_positions
+        self._in_one += call.kernel_elements
         if call.error is not None:
             raise call.error
         if call.stop_at is None or call.stop_at not in call.reached:

@@ -21,6 +21,7 @@ from patchbay_server.engine.bypass import bypassing
 from patchbay_server.engine.decoding import DecodeBatches, choose, prompt_logits
 from patchbay_server.engine.fusing import ConstantWrite, write_all
 from patchbay_server.kernels import to_tensor
+from patchbay_server.models.activations import one_kernel
 from patchbay_server.models.continuation import Trunk, continuing, keeping, places, watched_streams
 from patchbay_server.models.hosted import HostedModel
 from patchbay_server.models.inputs import forward
@@ -98,6 +99,7 @@ class ForwardCall:
         going: what its rows go on from, whose tokens `tokens` then are; None for whole rows. Such a call is `alone`.
         leaving: what others go on from. Such a call is `alone`.
         fast: whether products may be left to the library that does them faster.
+        one_kernel: whether activations may be done by one kernel each.
         logits: the only positions at which it needs logits: row, first position, number of positions.
         columns: the only tokens whose logits it needs, in order, where `logits` is given; None for all.
         shown: the tokens whose logits are there when `narrowed`; None for all.
@@ -108,6 +110,7 @@ class ForwardCall:
         layers_compiled: how many of the model's layers were there as torch compiled them.
         fused: its writes that another call's took along.
         fast_positions: positions that modules were given whose products were left to the faster library.
+        kernel_elements: elements of activations that one kernel did.
         error: what ended the call early.
     """
 
@@ -127,6 +130,7 @@ class ForwardCall:
     going: GoingOn | None = None
     leaving: Leaving | None = None
     fast: bool = False
+    one_kernel: bool = False
     logits: tuple[tuple[int, int, int], ...] | None = None
     columns: tuple[int, ...] | None = None
     shown: tuple[int, ...] | None = None
@@ -137,6 +141,7 @@ class ForwardCall:
     layers_compiled: int = 0
     fused: int = 0
     fast_positions: int = 0
+    kernel_elements: int = 0
     error: BaseException | None = None
 
     @property
@@ -199,7 +204,7 @@ def _plain(hosted: HostedModel, calls: Sequence[ForwardCall]) -> None:
         stack.enter_context(_compiled_layers(hosted, calls))
         stack.enter_context(_differentiable(calls))
         stack.enter_context(bypassing(hosted, sorted(_bypassed(calls))))
-        stack.enter_context(_fast_products(hosted, calls))
+        stack.enter_context(_faster(hosted, calls))
         if first.decoding is not None:
             first.decoding.advance()
         elif first.going is not None:
@@ -352,17 +357,19 @@ def _attached(hosted: HostedModel, calls: Sequence[ForwardCall], starts: Sequenc
 
 
 @contextmanager
-def _fast_products(hosted: HostedModel, calls: Sequence[ForwardCall]) -> Iterator[None]:
-    """Products are left to the faster library, where every call allows it."""
-    if hosted.products is None or not all(call.fast for call in calls):
-        yield
-        return
-    with hosted.products.in_use(hosted.model) as done:
+def _faster(hosted: HostedModel, calls: Sequence[ForwardCall]) -> Iterator[None]:
+    """Products and activations are done by faster means, where every call allows it."""
+    products = hosted.products if all(call.fast for call in calls) else None
+    activations = hosted.activations if all(call.one_kernel for call in calls) else {}
+    with (
+        nullcontext([0]) if products is None else products.in_use(hosted.model) as positions,
+        one_kernel(hosted.model, activations) as elements,
+    ):
         try:
             yield
         finally:
             for call in calls:
-                call.fast_positions = done[0]
+                call.fast_positions, call.kernel_elements = positions[0], elements[0]
 
 
 def _bypassed(calls: Sequence[ForwardCall]) -> frozenset[int]:

@@ -43,6 +43,7 @@ class HostedModel:
         continuation: how forwards go on from earlier ones, as proved at load; None where they do not.
         unembedding: what makes the logits, where it was seen to make those of some positions alone.
         products: the modules whose products another library does faster, as measured at load; None for none.
+        activations: the modules that one kernel of torch's does, and which (`patchbay_server.models.activations`).
     """
 
     model: torch.nn.Module
@@ -59,6 +60,7 @@ class HostedModel:
     continuation: Continuation | None = None
     unembedding: Unembedding | None = None
     products: Products | None = None
+    activations: Mapping[str, int] = field(default_factory=dict)
     _tokenizer_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property

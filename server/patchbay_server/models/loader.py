@@ -14,6 +14,7 @@ import torch
 from patchbay.errors import FailedPreconditionError
 from patchbay.ir.params import USED_IN_GRAPH
 from patchbay_server.models import attention
+from patchbay_server.models.activations import find_activations
 from patchbay_server.models.applicable import find_applicable
 from patchbay_server.models.binding import Binding, derive
 from patchbay_server.models.cards import module_taps, write_card
@@ -165,6 +166,7 @@ def host(
         row_independent=sharing.holds,
         decodes_together=decoding.holds,
         continuation=going_on.how,
+        activations={} if going_on.how is None else find_activations(model, binding.layers),
         products=None if going_on.how is None else find_products(model, binding.layers),
         unembedding=find_unembedding(model, binding.unembed or output_embeddings(model), offered, card, probes[0]),
     )
