@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 _OPEN_WINDOWS = 3
 #: How long the end of a map waits for what it kept to be deleted.
 _LAST_CHORES_S = 10.0
+#: A map that breaks off looks twice for what it left: a request that was just cancelled may still be writing.
+_SWEEPS_S = (0.0, 0.1)
 
 
 @dataclass
@@ -228,8 +230,12 @@ class Ledger:
             await asyncio.wait(self._chores, timeout=_LAST_CHORES_S)
 
     async def _sweep(self, needed: set[str]) -> None:
-        found = [handle.info for handle in await self._stored.list()]
-        self._forget([i.digest for i in found if i.name.endswith(self.tag) and i.digest not in needed])
+        for pause_s in _SWEEPS_S:
+            await asyncio.sleep(pause_s)
+            found = [handle.info for handle in await self._stored.list()]
+            self._forget([i.digest for i in found if i.name.endswith(self.tag) and i.digest not in needed])
+            if self._chores:
+                await asyncio.wait(self._chores)
 
 
 def _named(state: State) -> set[str]:
