@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from bisect import bisect_right
 from collections.abc import Callable
 from functools import lru_cache, wraps
 from typing import TYPE_CHECKING, ParamSpec, TypeAlias, TypeVar
@@ -18,7 +19,8 @@ R = TypeVar("R")
 
 #: Where the client's own code lies.
 PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
-#: Code object and line, made into text only when somebody asks.
+#: Code object and instruction, made into text only when somebody asks: a frame's own line number is found by counting
+#: from the beginning of its function, which in a long script takes longer than everything else about a node.
 Place: TypeAlias = "tuple[CodeType, int] | None"
 
 
@@ -27,7 +29,7 @@ def users_place() -> Place:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename.startswith(PACKAGE):
         frame = frame.f_back
-    return None if frame is None else (frame.f_code, frame.f_lineno)
+    return None if frame is None else (frame.f_code, frame.f_lasti)
 
 
 def here() -> str | None:
@@ -53,8 +55,19 @@ def show_place(place: Place) -> str | None:
     """A place as ``file:line``."""
     if place is None:
         return None
-    name = place[0].co_filename
-    return f"{name if name.startswith('<') else _relative(name)}:{place[1]}"
+    code, instruction = place
+    name = code.co_filename
+    starts, lines = _lines(id(code), code)
+    line = lines[max(0, bisect_right(starts, instruction) - 1)]
+    return f"{name if name.startswith('<') else _relative(name)}:{line}"
+
+
+@lru_cache(maxsize=64)
+def _lines(identity: int, code: CodeType) -> tuple[list[int], list[int]]:
+    """Where the instructions of each line begin, and the lines."""
+    del identity  # codes that differ in nothing but their lines may be equal
+    found = [(start, code.co_firstlineno if line is None else line) for start, _, line in code.co_lines()]
+    return [start for start, _ in found], [line for _, line in found]
 
 
 @lru_cache(maxsize=1024)

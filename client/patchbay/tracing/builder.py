@@ -155,7 +155,7 @@ class GraphBuilder:
         """
         if self.closed is not None:
             self._check_open()
-        node = Node(op, args, attrs if op == "const" else self._attrs.shared(attrs), run)
+        node = Node(op, args, self._attrs.shared(attrs) if attrs and op != "const" else attrs or NO_ATTRS, run)
         try:
             if self._scopes is not None:
                 self._scopes.check(op, args)
@@ -172,7 +172,7 @@ class GraphBuilder:
         frame = sys._getframe(1)
         while frame is not None and frame.f_code.co_filename.startswith(PACKAGE):
             frame = frame.f_back  # type: ignore[assignment]
-        self._places.append(None if frame is None else (frame.f_code, frame.f_lineno))
+        self._places.append(None if frame is None else (frame.f_code, frame.f_lasti))
         self._fragments.append(self._fragment)
         if self._scopes is not None:
             self._scopes.own(position, op)
