@@ -8,11 +8,9 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from patchbay.errors import ArgumentError
+from patchbay.ir.card import OPTIMISATIONS
 from patchbay.ir.events import ExecuteOptions
 from patchbay.places import here
-
-#: Under this name a model's card lists the optimisations that its server can leave out, joined by ", ".
-OPTIMISATIONS = "optimisations"
 
 
 def refused(message: str) -> ArgumentError:

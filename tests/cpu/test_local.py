@@ -8,9 +8,11 @@ import weakref
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 import patchbay as pb
+from patchbay.errors import ArgumentError
 from tests.tiny import build
 
 
@@ -69,3 +71,19 @@ def _by_hand(hf: Any, ids: list[list[int]]) -> np.ndarray:
         logits = hf(input_ids=torch.tensor(ids), use_cache=False).logits[:, -1]
     handle.remove()
     return logits.numpy()
+
+
+def test_what_cannot_be_disabled_is_refused_by_the_client() -> None:
+    """The card lists the optimisations; a misspelt one is refused at its line, with the nearest name."""
+    model = pb.local(build("llama"))
+    for use in (
+        lambda: model.trace([1, 2], disabled=["early_stopp"]),
+        lambda: model.generate([1, 2], max_new_tokens=2, disabled=["early_stopp"]),
+        lambda: model.map([[1, 2]], lambda run: {"x": run.logits[:, -1]}, disabled=["early_stopp"]),
+    ):
+        with pytest.raises(ArgumentError, match="did you mean 'early_stop'") as caught:
+            use()
+        assert "test_local.py:" in str(caught.value)
+    with model.trace([1, 2], disabled=["early_stop", "windows"]) as run:
+        h = run.logits[:, -1].save()
+    assert h.value.shape == (1, 32)

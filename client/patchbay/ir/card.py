@@ -26,6 +26,8 @@ Dim: TypeAlias = "int | str"
 
 ROWS = "rows"
 LOGITS = "logits"
+#: Under this name a card's attributes list the optimisations that its server can leave out, joined by ", ".
+OPTIMISATIONS = "optimisations"
 #: Symbolic extents that stand for a run's length, and so hold padding in ragged runs.
 SEQUENCE_DIMS = frozenset({"seq", "query", "key"})
 #: Every symbolic extent, and the one whose number it shares. ``dec_*`` are of the decoder's own tokens, in models that

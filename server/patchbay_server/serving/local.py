@@ -29,7 +29,7 @@ from patchbay.errors import (
     PatchbayError,
     UnavailableError,
 )
-from patchbay.ir.card import ModelCard
+from patchbay.ir.card import OPTIMISATIONS, ModelCard
 from patchbay.ir.events import (
     ChatMessage,
     Done,
@@ -161,10 +161,13 @@ class LocalBackend:
     ) -> None:
         limits = LimitsConfig() if limits is None else limits
         shared = SchedulingConfig() if scheduling is None else scheduling
+        attributes = dict(hosted.card.attributes)
         if engine is None:
             from patchbay_server.engine import Engine, TrunkCache
             from patchbay_server.engine.constants import ConstantCache
+            from patchbay_server.engine.plan import OPTIMISATIONS as KNOWN
 
+            attributes[OPTIMISATIONS] = ", ".join(KNOWN)
             constants = ConstantCache(artifact_cache_bytes) if artifacts is not None and artifact_cache_bytes else None
             engine = Engine(
                 cast(Any, hosted),
@@ -174,8 +177,8 @@ class LocalBackend:
                 constants=constants,
             )
         self._hosted = hosted
-        # The limits that hold here, so that clients check graphs against them before sending.
-        self._card = replace(hosted.card, limits=limits.graph_limits())
+        # The limits that hold here and what can be left out, so that clients check their requests before sending.
+        self._card = replace(hosted.card, limits=limits.graph_limits(), attributes=attributes)
         self._engine = engine
         self._artifacts = artifacts
         self._deadline_s = limits.deadline_s
