@@ -58,6 +58,10 @@ class Results(Mapping[str, Any]):
         return "Results(\n" + "\n".join(lines) + "\n)"
 
 
+#: Entries of a list that are described one by one.
+_SHOWN = 12
+
+
 def describe(value: object) -> str:
     """A value or tree in a few words: dtypes and shapes instead of numbers."""
     if hasattr(value, "dtype") and hasattr(value, "shape"):
@@ -68,7 +72,9 @@ def describe(value: object) -> str:
         shown = ", ".join(f"{k}={describe(v)}" for k, v in zip(value._fields, value, strict=True))
         return f"{type(value).__name__}({shown})"
     if isinstance(value, (list, tuple)):
-        inside = ", ".join(map(describe, value))
+        inside = ", ".join(map(describe, value[:_SHOWN]))
+        if len(value) > _SHOWN:
+            inside += f", ... {len(value):,} in all"
         return f"[{inside}]" if isinstance(value, list) else f"({inside})"
     return repr(value)
 
