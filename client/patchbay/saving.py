@@ -90,6 +90,7 @@ def save_graph(
     if not graph.outputs:
         raise TraceError("the graph asks for no value: save one (t.save(...)) before saving the graph")
     model, revision = getattr(graph, "model", ""), getattr(graph, "revision", "")
+    graph = getattr(getattr(what, "trace", what), "whole_graph", graph)
     if inline:
         graph = _with_artifacts(graph, what if inline is True else inline)
     _write(Path(path), encode_file(graph, model=model, revision=revision))

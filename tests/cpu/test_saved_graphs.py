@@ -132,6 +132,21 @@ def test_a_trace_is_saved_with_its_model(family: str, tmp_path: Path) -> None:
     assert results.usage.passes == t.usage.passes
 
 
+def test_a_value_has_all_its_names_in_a_file(tmp_path: Path) -> None:
+    """What was saved under several names is sent once, and a file gives it under each; trees come back flat."""
+    model = model_of("gpt2")
+    with model.trace() as t:
+        run = t.generate([1, 5, 9], max_new_tokens=3, eos=False)
+        last = run.steps[2].logits
+        t.save(tokens=run.generated, tree={"a": [last, last]}, again=last)
+    assert len(t.graph.outputs) == 2
+    pb.save_graph(t, tmp_path / "graph.pb")
+    found = model.run(pb.load_graph(tmp_path / "graph.pb"))
+    assert set(found) == {"run0.generated", "tokens", "tree.a.0", "tree.a.1", "again"}
+    np.testing.assert_array_equal(found["tokens"], t.results["tokens"])
+    np.testing.assert_allclose(found["again"], t.results["tree"]["a"][1], atol=1e-5)
+
+
 def test_another_revision_is_said(tmp_path: Path) -> None:
     """A graph runs on other weights where its sites exist, with a warning; where they do not, it is refused."""
     with model_of("llama").trace([1, 5]) as run:

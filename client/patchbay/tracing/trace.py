@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from patchbay.arguments import check_text, nearest, refused, seen
 from patchbay.errors import GraphError, MissingAttributeError, ProtocolError, TraceError, ValueNotReadyError
 from patchbay.ir.events import Event, ExecuteOptions, Usage
-from patchbay.ir.graph import Output
+from patchbay.ir.graph import Graph, Output
 from patchbay.ir.graph import Run as GraphRun
 from patchbay.ir.ops.spec import TensorSpec
 from patchbay.ir.price import price, with_forwards
@@ -118,6 +118,8 @@ class BaseTrace(abc.ABC):
         self._entered = False
         self._trees: dict[str, Any] = {}
         self._outputs: dict[int, str] = {}
+        #: Further names of what is sent once: a file of the graph has them all.
+        self._aliases: list[Output] = []
         self._kept: dict[int, tuple[str, Artifact]] = {}
         self._output_names: set[str] = set()
         self._arrays: dict[int, NDArray[Any]] = {}
@@ -316,8 +318,9 @@ class BaseTrace(abc.ABC):
 
     def _want(self, node: int, name: str) -> None:
         self.builder.check_visible(node)
-        if node in self._outputs:
-            return  # sent once; every name gets an array of its own
+        if node in self._outputs:  # sent once; every name gets an array of its own
+            self._aliases.append(Output(self._unique(name), node))
+            return
         self._outputs[node] = self._unique(name)
 
     # --- looking, without running ---------------------------------------------------------------------------------
@@ -328,6 +331,12 @@ class BaseTrace(abc.ABC):
         outputs = [Output(name, node) for node, name in self._outputs.items()]
         outputs += [Output(name, node, keep=True) for node, (name, _) in self._kept.items()]
         return self.builder.finish(outputs)
+
+    @property
+    def whole_graph(self) -> Graph:
+        """`graph` with an output for every name under which a value was saved, as files have it."""
+        graph = self.graph
+        return Graph(graph.runs, graph.nodes, (*graph.outputs, *self._aliases), graph.bodies)
 
     def validate(self) -> None:
         """Checks every rule and limit, as the server will.
