@@ -71,7 +71,7 @@ class Page:
 
 PAGES = [
     Page("control.md", blocks=6),
-    Page("datasets.md", demo, blocks=6),
+    Page("datasets.md", demo, blocks=9),
     Page("artifacts.md", blocks=6),
     Page("generation.md", demo, blocks=7),
     Page("gradients.md", blocks=7),
