@@ -28,6 +28,9 @@ class MapResults(Results):
     sent_bytes: int = 0
     received_bytes: int = 0
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MapResults, (self._values, self.nonfinite, self.usage), vars(self)
+
     def __repr__(self) -> str:
         return super().__repr__().replace("Results(", f"MapResults(of {self.rows:,} rows", 1)
 
