@@ -248,12 +248,11 @@ def steering(model: pb.Model, book: plots.Logbook) -> None:
         [[f"{scale:g}", f"{a:.1%}", f"{b:.1%}"] for scale, (a, b) in zip(scales, shares, strict=True)],
     )
 
-    stop = model.token_id(".")
-    plain, steered = (
-        model.token_strings(methods.continue_greedily(model, prompt, 12, change, stop=stop, on_trace=traces.append))
-        for change in (None, steer)
-    )
-    before, after = " ".join(plain), " ".join(steered)
+    with model.trace() as t:
+        plain, steered = (t.generate(prompt, max_new_tokens=12, stop=".") for _ in range(2))
+        steered.prefill.blocks[layer].resid_post[:, end] += direction
+    traces.append(t)
+    before, after = plain.text, steered.text
     book.table(["", f"{prompt} ..."], [["as it is", before], ["steered", after]])
     book.usage(*traces)
     by_scale = dict(zip(scales, shares, strict=True))
@@ -261,7 +260,7 @@ def steering(model: pb.Model, book: plots.Logbook) -> None:
         f"Left alone the model goes on {before!r}; steered it goes on {after!r}. The probability of a glad word rises "
         f"from {by_scale[0.0][0]:.1%} to {by_scale[1.0][0]:.1%}, that of a sad one falls from {by_scale[0.0][1]:.1%} "
         f"to {by_scale[1.0][1]:.1%}.",
-        passed=plain[0] in SAD and steered[0] in GLAD,
+        passed=plain.output.strings[0] in SAD and steered.output.strings[0] in GLAD,
     )
 
 
