@@ -148,10 +148,9 @@ class StoredArtifacts:
 
             tensors = await asyncio.to_thread(read_safetensors, Path(value))
             return {key: await self._put(tensor, f"{name}{key}") for key, tensor in tensors.items()}
-        from patchbay.tracing.arrays import as_array
-        from patchbay.wire.tensors import from_numpy
+        from patchbay.arrays import as_array, shared_data
 
-        return await self._put(from_numpy(as_array(value)), name)
+        return await self._put(shared_data(as_array(value)), name)
 
     def _handle(self, info: ArtifactInfo) -> Artifact:
         from patchbay.tracing.artifacts import Artifact
@@ -210,7 +209,7 @@ class StoredArtifacts:
         info, tensor = await transport.get_artifact(digest)
         if await asyncio.to_thread(digest_of, tensor) != digest:
             raise ProtocolError(f"what the server sent is not {digest}")
-        from patchbay.tracing.arrays import to_array
+        from patchbay.arrays import to_array
 
         array = to_array(tensor)
         if path is None:

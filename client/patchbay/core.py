@@ -211,7 +211,7 @@ class ModelCore:
     def _named_input(self, name: str, value: object) -> TensorData:
         import numpy as np
 
-        from patchbay.tracing.arrays import numpy_dtype, to_data
+        from patchbay.arrays import numpy_dtype, to_data
 
         spec = next((s for s in self.card.inputs if s.name == name), None)
         if spec is None:
@@ -318,8 +318,8 @@ class ModelCore:
         on_event: Callable[[Event], Any] | None = None,
     ) -> Results:
         """Runs a graph that no trace of this process made; see `Model.run`."""
+        from patchbay.arrays import to_array
         from patchbay.ir.verify import verify
-        from patchbay.tracing.arrays import to_array
         from patchbay.tracing.artifacts import Artifact
 
         revision = getattr(graph, "revision", "")

@@ -98,7 +98,7 @@ def save_graph(
 
 def _with_artifacts(graph: Graph, source: object) -> Graph:
     """`graph` with the elements of its artifacts in it."""
-    from patchbay.tracing.arrays import to_data
+    from patchbay.arrays import to_data
 
     named = {i: str(node.attrs["artifact"]) for i, node in enumerate(graph.nodes) if "artifact" in node.attrs}
     if not named:
@@ -211,14 +211,14 @@ def safetensors_parts(arrays: Mapping[str, Any]) -> list[bytes | memoryview]:
 
     The elements are not copied where an array's layout allows.
     """
-    from patchbay.wire.tensors import from_numpy
+    from patchbay.arrays import shared_data
 
     header: dict[str, object] = {}
     parts: list[bytes | memoryview] = []
     offset = 0
     # Wider elements first, so that every tensor is aligned to its element size.
     for name, array in sorted(arrays.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
-        data = from_numpy(array).data
+        data = shared_data(array).data
         end = offset + len(data)
         kind = SAFETENSORS_NAMES[array.dtype.name]
         header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [offset, end]}

@@ -138,9 +138,9 @@ class FakeModel:
         Raises:
             GraphError: as a server would raise it.
         """
+        from patchbay.arrays import shared_data
         from patchbay.ir.price import price
         from patchbay.ir.verify import verify
-        from patchbay.wire.tensors import from_numpy
 
         if any(run.generation for run in graph.runs):
             raise GraphError("the fake model generates no tokens")
@@ -162,7 +162,7 @@ class FakeModel:
             import numpy as np
 
             array = np.asarray(values[output.node])
-            tensor = from_numpy(array)
+            tensor = shared_data(array)
             finite = bool(np.isfinite(array.astype(np.float64)).all())
             if output.keep:
                 yield Kept(output.name, self.store(tensor, output.name), finite)
@@ -306,13 +306,13 @@ class _Evaluation:
 
     def _value(self, node: Node, args: list[Any]) -> Any:
         from patchbay import reference
+        from patchbay.arrays import view_of
         from patchbay.ir.ops import spec
-        from patchbay.wire.tensors import to_numpy
 
         match node.op:
             case "const":
                 value = node.attrs.get("value")
-                return to_numpy(value) if isinstance(value, TensorData) else node.attrs["scalar"]
+                return view_of(value) if isinstance(value, TensorData) else node.attrs["scalar"]
             case "site.read":
                 return self._site(node).copy()
             case "site.write":

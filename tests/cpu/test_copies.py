@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from patchbay.arrays import view_of
 from patchbay.ir.events import Event, TensorValue
-from patchbay.wire.tensors import to_numpy
 from patchbay_server.engine.copies import Arrival, HostCopies
 
 
@@ -72,4 +72,4 @@ def test_a_value_of_the_host_is_sent_as_the_memory_that_it_is() -> None:
     (event,) = events
     assert isinstance(event, TensorValue)
     assert event.finite
-    assert np.shares_memory(to_numpy(event.value), value.numpy())
+    assert np.shares_memory(view_of(event.value), value.numpy())

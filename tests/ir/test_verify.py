@@ -146,7 +146,13 @@ BROKEN: list[tuple[str, type[GraphError], str, int | None, tuple[Node, ...]]] = 
         0,
         (Node("const", (), {"value": TensorData(float32, (-1,), b"")}),),
     ),
-    ("a scalar too large", GraphError, "must be a bool, a float, or an integer", 0, (Node("const", (), {"scalar": 2**64}),)),
+    (
+        "a scalar too large",
+        GraphError,
+        "must be a bool, a float, or an integer",
+        0,
+        (Node("const", (), {"scalar": 2**64}),),
+    ),
     (
         "a scalar where a tensor belongs",
         DTypeError,

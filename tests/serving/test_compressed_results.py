@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from patchbay.arrays import view_of
 from patchbay.ir.events import COMPRESSION, Done, ExecuteOptions, TensorValue
 from patchbay.ir.graph import Graph, Node, Output
 from patchbay.transport import calls
@@ -16,7 +17,6 @@ from patchbay.transport.local import LocalContext
 from patchbay.v1 import tensor_pb2
 from patchbay.wire.events import EventDecoder
 from patchbay.wire.parse import serialize
-from patchbay.wire.tensors import to_numpy
 from patchbay_server.serving.local import local_servicer
 from patchbay_server.transport import compressing
 from patchbay_server.transport.servicer import Servicer
@@ -50,7 +50,7 @@ def _results(servicer: Servicer, *disabled: str, compress: bool) -> tuple[int, n
                     declared = response.tensor.header.compression
                 event = decoder.feed_bytes(data)
                 if isinstance(event, TensorValue):
-                    value = to_numpy(event.value)
+                    value = view_of(event.value)
                 elif isinstance(event, Done):
                     saved = event.usage.saved.get(COMPRESSION, 0)
         return declared, value, sent, saved

@@ -11,9 +11,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from patchbay.arrays import view_of
 from patchbay.errors import ProtocolError
 from patchbay.saving import read_safetensors, save_results
-from patchbay.wire.tensors import to_numpy
 
 
 def write(path: Path, header: Any, data: bytes = bytes(16), *, length: int | None = None) -> Path:
@@ -38,7 +38,7 @@ def test_what_is_saved_is_read(tmp_path: Path) -> None:
         "transposed": np.arange(6, dtype=np.int32).reshape(2, 3).T,
     }
     save_results(arrays, tmp_path / "a.safetensors")
-    back = {name: to_numpy(tensor) for name, tensor in read_safetensors(tmp_path / "a.safetensors").items()}
+    back = {name: view_of(tensor) for name, tensor in read_safetensors(tmp_path / "a.safetensors").items()}
     assert back.keys() == arrays.keys()
     for name, array in arrays.items():
         assert back[name].dtype == array.dtype

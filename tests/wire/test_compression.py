@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import zstandard
 
+from patchbay.arrays import shared_data, view_of
 from patchbay.errors import ProtocolError
 from patchbay.ir.events import COMPRESSION, Done, Event, TensorValue, Usage
 from patchbay.transport.grpc import is_loopback
@@ -18,7 +19,6 @@ from patchbay.wire.checksum import crc32
 from patchbay.wire.chunks import ChunkFrame
 from patchbay.wire.events import EventDecoder, encode_event
 from patchbay.wire.parse import serialize
-from patchbay.wire.tensors import from_numpy, to_numpy
 from patchbay_server.transport.compressing import MEASURED_CHUNKS, Chooser, CompressedStream
 
 #: Smooth enough to compress, as activations are.
@@ -52,7 +52,7 @@ def _chunk(data: bytes, size: int) -> service_pb2.ExecuteResponse:
 
 def test_a_compressed_chunk_that_nobody_announced_is_refused() -> None:
     """Only a header that names the compression allows compressed chunks, and only within what is still to come."""
-    value = from_numpy(VALUES[: 2**16])
+    value = shared_data(VALUES[: 2**16])
     packed = compression.compress(memoryview(value.data), 4)
     plain, announced = (next(iter(encode_event(TensorValue("x", value)))) for _ in range(2))
     assert isinstance(announced, service_pb2.ExecuteResponse) and isinstance(plain, service_pb2.ExecuteResponse)
@@ -67,7 +67,7 @@ def test_a_compressed_chunk_that_nobody_announced_is_refused() -> None:
         decoder.feed(_chunk(packed, 2**18 + 4))
     event = decoder.feed_bytes(serialize(_chunk(packed, 2**18)))
     assert isinstance(event, TensorValue)
-    np.testing.assert_array_equal(to_numpy(event.value), VALUES[: 2**16])
+    np.testing.assert_array_equal(view_of(event.value), VALUES[: 2**16])
 
 
 class _Link:
@@ -98,7 +98,7 @@ def _through(link: _Link, pack: Callable[[memoryview, int], bytes] | None = None
     async def run() -> list[Event]:
         stream, decoder = CompressedStream(clock=link.clock, pack=pack or link.pack), EventDecoder()
         found = []
-        for event in (TensorValue("x", from_numpy(VALUES)), Done(Usage())):
+        for event in (TensorValue("x", shared_data(VALUES)), Done(Usage())):
             async for message in stream.messages(event):
                 found.append(decoder.feed_bytes(link.carry(message)))
         decoder.finish()
@@ -117,7 +117,7 @@ def test_chunks_are_compressed_where_that_sends_them_sooner(
     link = _Link(bytes_per_s, packed_per_s)
     value, done = _through(link)
     assert isinstance(value, TensorValue) and isinstance(done, Done)
-    np.testing.assert_array_equal(to_numpy(value.value), VALUES)
+    np.testing.assert_array_equal(view_of(value.value), VALUES)
     assert (link.compressed_chunks > 1) is compresses
     saved = done.usage.saved[COMPRESSION]
     assert (saved > VALUES.nbytes // 20) is compresses
@@ -129,7 +129,7 @@ def test_what_does_not_compress_is_sent_as_it_is() -> None:
     link = _Link(10e6)
     value, done = _through(link, lambda data, itemsize: bytes(len(data) + 1))
     assert isinstance(value, TensorValue) and isinstance(done, Done)
-    np.testing.assert_array_equal(to_numpy(value.value), VALUES)
+    np.testing.assert_array_equal(view_of(value.value), VALUES)
     assert (link.compressed_chunks, done.usage.saved[COMPRESSION]) == (0, 0)
 
 

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from patchbay.arrays import shared_data, view_of
 from patchbay.errors import ProtocolError
 from patchbay.ir.dtypes import bfloat16, float32
 from patchbay.ir.events import TensorValue
 from patchbay.ir.graph import TensorData
 from patchbay.wire.events import EventDecoder, encode_event
 from patchbay.wire.memory import KEPT_ABOVE_BYTES, MAX_SLACK, ResultMemory
-from patchbay.wire.tensors import from_numpy, to_numpy
 
 SIZE = KEPT_ABOVE_BYTES
 
@@ -35,7 +35,7 @@ def address(array: Any) -> int:
 
 def messages_of(values: Any) -> list[bytes]:
     """What says that a result is `values`."""
-    event = TensorValue("x", from_numpy(values))
+    event = TensorValue("x", shared_data(values))
     return [message.SerializeToString(deterministic=True) for message in encode_event(event)]
 
 
@@ -44,7 +44,7 @@ def received(messages: list[bytes], memory: ResultMemory | None) -> Any:
     decoder = EventDecoder(memory=memory)
     (event,) = [event for message in messages if (event := decoder.feed_bytes(message)) is not None]
     assert isinstance(event, TensorValue)
-    return to_numpy(event.value)
+    return view_of(event.value)
 
 
 def test_a_result_lies_where_one_lay_that_is_gone() -> None:
@@ -65,7 +65,7 @@ def test_a_result_lies_where_one_lay_that_is_gone() -> None:
         lambda data: np.frombuffer(data, np.uint8)[7:9],
         lambda data: np.frombuffer(data, np.float32).reshape(2, -1).T,
         lambda data: np.frombuffer(data, np.float32).reshape(-1, 2)[:, 0].view(np.int32),
-        lambda data: to_numpy(TensorData(bfloat16, (SIZE // 2,), data))[:2],
+        lambda data: view_of(TensorData(bfloat16, (SIZE // 2,), data))[:2],
         lambda data: data[3:].cast("B"),
         lambda data: np.frombuffer(data, np.uint8).data,
         lambda data: np.asarray(data),
@@ -209,5 +209,5 @@ def test_a_result_in_new_memory_takes_no_more_than_itself() -> None:
     values = np.arange(SIZE // 4, dtype=np.float32)
     found = received(messages_of(values), ResultMemory())
     assert found.nbytes == SIZE
-    assert from_numpy(found).dtype == float32
+    assert shared_data(found).dtype == float32
     np.testing.assert_array_equal(found, values)

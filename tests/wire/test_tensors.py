@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
+from patchbay.arrays import numpy_dtype, shared_data, view_of
 from patchbay.errors import DTypeError, LimitExceededError, ProtocolError
 from patchbay.ir.dtypes import DTYPES, DType, bool_, float32, int16
 from patchbay.ir.events import TensorValue
@@ -23,9 +24,6 @@ from patchbay.wire.tensors import (
     chunk_offsets,
     encode_header,
     fill_chunk,
-    from_numpy,
-    numpy_dtype,
-    to_numpy,
 )
 from tests.wire import strategies as wire
 
@@ -33,10 +31,10 @@ from tests.wire import strategies as wire
 @given(wire.tensors())
 def test_numpy_round_trip(tensor: TensorData) -> None:
     """A tensor becomes an array of its shape and dtype and comes back as the same bytes."""
-    array = to_numpy(tensor)
+    array = view_of(tensor)
     assert array.shape == tensor.shape
     assert array.dtype.name == tensor.dtype.name
-    assert from_numpy(array) == tensor
+    assert shared_data(array) == tensor
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
@@ -44,17 +42,17 @@ def test_numpy_dtypes_keep_values(dtype: DType) -> None:
     """Every element type has a numpy dtype of the same width, and values survive in it."""
     array = np.array([0, 1, 1, 0]).astype(numpy_dtype(dtype))
     assert array.itemsize == dtype.itemsize
-    np.testing.assert_array_equal(to_numpy(from_numpy(array)), array)
+    np.testing.assert_array_equal(view_of(shared_data(array)), array)
 
 
 def test_contiguous_arrays_are_not_copied() -> None:
     """Encoding a contiguous array, and decoding a received buffer, share its memory."""
     array = np.arange(6, dtype=np.float32)
-    tensor = from_numpy(array)
+    tensor = shared_data(array)
     array[0] = 42
-    assert to_numpy(tensor)[0] == 42
+    assert view_of(tensor)[0] == 42
     buffer = bytearray(24)
-    result = to_numpy(TensorData(float32, (6,), memoryview(buffer)))
+    result = view_of(TensorData(float32, (6,), memoryview(buffer)))
     result[1] = 1
     assert any(buffer)
 
@@ -72,24 +70,24 @@ def test_contiguous_arrays_are_not_copied() -> None:
 )
 def test_awkward_layouts(array: np.ndarray) -> None:
     """Transposed, strided, big-endian, 0-d and empty arrays arrive with the same values."""
-    tensor = from_numpy(array)
+    tensor = shared_data(array)
     assert tensor.dtype == int16
-    back = to_numpy(tensor)
+    back = view_of(tensor)
     assert back.shape == array.shape
     np.testing.assert_array_equal(back, array)
 
 
 def test_unsupported_dtype_is_refused_with_advice() -> None:
     """An array of a dtype that is not carried says what to cast to."""
-    with pytest.raises(DTypeError, match="complex64 cannot be sent; cast to one of"):
-        from_numpy(np.zeros(2, np.complex64))
+    with pytest.raises(DTypeError, match=r"complex64 cannot be part of a graph; convert with \.astype to one of"):
+        shared_data(np.zeros(2, np.complex64))
 
 
 def test_low_precision_floats_stay_as_they_are() -> None:
     """bfloat16 and float8 travel as their own bytes, NaN payloads included."""
     for dtype in (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2):
         array = np.array([1.5, -2.0, np.nan, 0.0], dtype=dtype)
-        assert bytes(from_numpy(array).data) == array.tobytes()
+        assert bytes(shared_data(array).data) == array.tobytes()
 
 
 # --- chunks -------------------------------------------------------------------------------------------------------
@@ -218,7 +216,7 @@ def test_whatever_is_no_chunk_is_left_to_the_parser() -> None:
 def test_chunks_are_taken_from_a_tensor_without_a_copy_and_put_into_one_buffer() -> None:
     """What is sent looks at the tensor's own memory; what is received is written to the array that the user gets."""
     values = np.arange(300_000, dtype=np.float32)
-    tensor = from_numpy(values)
+    tensor = shared_data(values)
     for frame in frames_of(tensor, 2**18):
         assert np.shares_memory(np.frombuffer(frame.chunk.data, np.uint8), values)
     decoder, found = EventDecoder(), []
@@ -227,7 +225,7 @@ def test_chunks_are_taken_from_a_tensor_without_a_copy_and_put_into_one_buffer()
         found += [] if event is None else [event]
     (event,) = found
     assert isinstance(event, TensorValue)
-    array = to_numpy(event.value)
+    array = view_of(event.value)
     assert array.flags.writeable
     assert np.shares_memory(array, np.frombuffer(event.value.data, np.uint8))
     np.testing.assert_array_equal(array, values)
@@ -237,7 +235,7 @@ def test_receiving_allocates_the_result_and_little_else() -> None:
     """Decoding a tensor of 8 MiB from its messages takes its own memory, not a multiple of it."""
     import tracemalloc
 
-    tensor = from_numpy(np.arange(2**21, dtype=np.float32))
+    tensor = shared_data(np.arange(2**21, dtype=np.float32))
     messages = [m.SerializeToString(deterministic=True) for m in encode_event(TensorValue("x", tensor))]
     decoder = EventDecoder()
     decoder.feed_bytes(messages[0])
@@ -251,9 +249,9 @@ def test_receiving_allocates_the_result_and_little_else() -> None:
 
 def test_a_damaged_chunk_is_refused_as_bytes_too() -> None:
     """A byte of the data that changed on the way is found by the checksum."""
-    frame = bytearray(frames_of(from_numpy(np.arange(40_000, dtype=np.float32)), 2**17)[0].SerializeToString())
+    frame = bytearray(frames_of(shared_data(np.arange(40_000, dtype=np.float32)), 2**17)[0].SerializeToString())
     frame[100] ^= 1
     decoder = EventDecoder()
-    decoder.feed(next(encode_event(TensorValue("x", from_numpy(np.arange(40_000, dtype=np.float32))))))
+    decoder.feed(next(encode_event(TensorValue("x", shared_data(np.arange(40_000, dtype=np.float32))))))
     with pytest.raises(ProtocolError, match="damaged"):
         decoder.feed_bytes(bytes(frame))

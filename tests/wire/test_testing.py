@@ -9,11 +9,11 @@ import sys
 import numpy as np
 import pytest
 
+from patchbay.arrays import view_of
 from patchbay.errors import NotFoundError, ShapeError, UnavailableError, UnknownSiteError
 from patchbay.ir.events import Done, ExecuteOptions, TensorValue
 from patchbay.ir.graph import Graph, Node, Output, Run
 from patchbay.testing import FakeTransport, fake_card, fake_client
-from patchbay.wire.tensors import to_numpy
 
 OPTIONS = ExecuteOptions()
 
@@ -114,7 +114,7 @@ async def test_transport() -> None:
     graph = Graph((Run((row.ids,)),), (Node("site.read", attrs={"site": "logits"}, run=0),), (Output("x", 0),))
     events = [e async for e in transport.execute("mine", graph, OPTIONS)]
     (value,) = (e for e in events if isinstance(e, TensorValue))
-    assert to_numpy(value.value).shape == (1, 3, 16)
+    assert view_of(value.value).shape == (1, 3, 16)
     assert isinstance(events[-1], Done)
     assert transport.bytes_received == value.value.nbytes == events[-1].usage.bytes_out
     dry = [e async for e in transport.execute("mine", graph, ExecuteOptions(dry_run=True))]

@@ -24,7 +24,7 @@ from patchbay.ir.graph import Generation
 from patchbay.ir.graph import Run as GraphRun
 from patchbay.results import Price
 from patchbay.tokens import Tokens
-from patchbay.tracing.arrays import to_data
+from patchbay.arrays import to_data
 from patchbay.tracing.generation import GeneratingRun, How, settled, stop_texts
 from patchbay.tracing.proxy import Proxy
 from patchbay.tracing.runs import Run

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from patchbay.arrays import to_array
 from patchbay.datasets.results import KeptRows
 from patchbay.datasets.shards import Shards, joined, layout_of, write_index
 from patchbay.datasets.state import Lane, lost
@@ -16,7 +17,6 @@ from patchbay.ir.artifacts import ArtifactInfo
 from patchbay.ir.dtypes import DTYPES
 from patchbay.ir.events import ExecuteOptions
 from patchbay.results import map_tree
-from patchbay.tracing.arrays import to_array
 from patchbay.tracing.artifacts import Artifact
 
 if TYPE_CHECKING:

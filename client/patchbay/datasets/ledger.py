@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from patchbay.arrays import to_array
 from patchbay.datasets.calls import to_its_end
 from patchbay.datasets.shards import layout_of, write_shard
 from patchbay.datasets.state import Lane, State, save_state
 from patchbay.errors import ServiceError
-from patchbay.tracing.arrays import to_array
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

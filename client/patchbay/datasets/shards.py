@@ -211,9 +211,9 @@ def read_safetensors(path: Path) -> dict[str, NDArray[Any]]:
         ProtocolError: the file is damaged.
     """
     from patchbay import saving
-    from patchbay.wire.tensors import to_numpy
+    from patchbay.arrays import view_of
 
     try:
-        return {name: to_numpy(tensor) for name, tensor in saving.read_safetensors(path).items()}
+        return {name: view_of(tensor) for name, tensor in saving.read_safetensors(path).items()}
     except ProtocolError as error:
         raise ProtocolError(f"{path} is damaged: {error}") from None

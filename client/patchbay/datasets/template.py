@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from patchbay.arrays import to_data
 from patchbay.datasets.axes import Axes, Growth, axes_of, growth_of, known, settle, wider
 from patchbay.datasets.batch_trace import BatchTrace, GeneratedText, Over, graph_run
 from patchbay.datasets.batching import Asked, Batch, Key, Row, Span
@@ -15,7 +16,6 @@ from patchbay.datasets.reducers import HEADER, Parts, Reduction, layout_of, pack
 from patchbay.errors import GraphError, TraceError
 from patchbay.ir.graph import Graph, Node, Output, TensorData
 from patchbay.results import map_tree
-from patchbay.tracing.arrays import to_data
 from patchbay.tracing.builder import GraphBuilder, TracedGraph
 from patchbay.tracing.proxy import Created, Proxy
 

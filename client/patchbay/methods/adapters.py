@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from patchbay.arrays import as_array, to_array, to_data
 from patchbay.errors import TraceError
-from patchbay.tracing.arrays import as_array, to_array, to_data
 from patchbay.tracing.fragments import Function
 
 if TYPE_CHECKING:

@@ -1,7 +1,6 @@
 """What a researcher touches: traces, runs and proxies that write an intervention graph down while ordinary Python runs.
 
 builder.py     appends nodes, each checked and located at once; joins the user's lines to errors
-arrays.py      numpy arrays, lists and numbers <-> constants
 indexing.py    ``x[...]`` as data
 proxy.py       the value that stands for one still to be computed
 gradients.py   `patchbay.grad`

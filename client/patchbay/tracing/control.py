@@ -11,11 +11,11 @@ from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 from patchbay.arguments import check_function, integer, refused, seen
+from patchbay.arrays import as_array, to_data
 from patchbay.errors import DTypeError, GraphError, ShapeError, TraceError
 from patchbay.ir.dtypes import DType, bool_, promote_scalar, scalar_kind
 from patchbay.ir.ops.spec import TensorSpec
 from patchbay.places import here
-from patchbay.tracing.arrays import as_array, to_data
 from patchbay.tracing.fragments import trace_of
 from patchbay.tracing.proxy import Proxy, lift
 from patchbay.tracing.trees import flatten, flatten_like, kind_of, unflatten

@@ -13,13 +13,13 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from patchbay.arguments import refused, seen
+from patchbay.arrays import as_array, to_data
 from patchbay.errors import DTypeError, GraphError, TraceError
 from patchbay.ir.dtypes import DTYPES, DType
 from patchbay.ir.graph import Attr
 from patchbay.ir.ops import OPS
 from patchbay.ir.ops.spec import KINDS, REQUIRED, AttrSpec, OpSpec
 from patchbay.places import here
-from patchbay.tracing.arrays import as_array, to_data
 from patchbay.tracing.habits import ARGUMENTS
 from patchbay.tracing.proxy import INDEX_OP, Created, Proxy, lift
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from patchbay.arguments import check_names, flag, integer, real, refused, seen
+from patchbay.arrays import to_array
 from patchbay.errors import IndexOutOfRangeError, InvalidRequestError, TraceError
 from patchbay.inputs import Text
 from patchbay.ir.events import Event, TensorValue
 from patchbay.ir.graph import Generation
 from patchbay.ir.sites import Address, canonical
-from patchbay.tracing.arrays import to_array
 from patchbay.tracing.namespaces import ALL_STEPS, ModuleSites, SiteNamespace, Step, module_sites, read_site
 from patchbay.tracing.proxy import Proxy, lift
 from patchbay.tracing.runs import OWN, Run

@@ -6,10 +6,10 @@ import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from patchbay.arrays import as_array
 from patchbay.errors import DTypeError, GraphError, IndexOutOfRangeError, ShapeError, TraceError
 from patchbay.ir.dtypes import int64
 from patchbay.ir.indexing import IndexItem, expand_ellipsis
-from patchbay.tracing.arrays import as_array
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -10,6 +10,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from patchbay.arrays import as_array, to_data
 from patchbay.errors import (
     ArgumentError,
     DTypeError,
@@ -23,7 +24,6 @@ from patchbay.ir.dtypes import DType
 from patchbay.ir.ops.spec import TensorSpec
 from patchbay.places import here
 from patchbay.tracing import habits
-from patchbay.tracing.arrays import as_array, to_data
 from patchbay.tracing.indexing import parse_index
 
 if TYPE_CHECKING:

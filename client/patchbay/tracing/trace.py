@@ -21,7 +21,7 @@ from patchbay.ir.verify import verify
 from patchbay.places import here, located
 from patchbay.results import Price, Results, RunUsage, map_tree
 from patchbay.tokens import Tokens, label_of
-from patchbay.tracing.arrays import as_array, to_array, to_data
+from patchbay.arrays import as_array, to_array, to_data
 from patchbay.tracing.artifacts import Artifact
 from patchbay.tracing.builder import GraphBuilder, TracedGraph
 from patchbay.tracing.generation import (

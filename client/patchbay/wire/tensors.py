@@ -1,18 +1,13 @@
-"""Tensors between three forms: the IR's `TensorData`, numpy arrays, and messages.
-
-numpy, and ml_dtypes for bfloat16 and the 8-bit floats, are imported when first needed. Conversions to and from numpy
-copy nothing when the array is C-contiguous and little-endian.
-"""
+"""Tensors between two forms: the IR's `TensorData` and messages. Their bytes are copied once, if at all."""
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
-from patchbay.errors import DTypeError, LimitExceededError, ProtocolError
+from patchbay.errors import LimitExceededError, ProtocolError
 from patchbay.ir.dtypes import DTYPES, DType
 from patchbay.ir.graph import TensorData
 from patchbay.ir.limits import MAX_DIMS, MAX_TENSOR_SPAN
@@ -24,8 +19,7 @@ from patchbay.wire.compression import decompress, is_available
 from patchbay.wire.memory import ResultMemory
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    pass
 
 
 def _element_type(dtype: str) -> tensor_pb2.ElementType:
@@ -35,49 +29,6 @@ def _element_type(dtype: str) -> tensor_pb2.ElementType:
 
 _ELEMENT_TYPES: Mapping[str, tensor_pb2.ElementType] = MappingProxyType({name: _element_type(name) for name in DTYPES})
 _DTYPES: Mapping[int, DType] = MappingProxyType({number: DTYPES[name] for name, number in _ELEMENT_TYPES.items()})
-
-_ML_DTYPES = frozenset({"bfloat16", "float8_e4m3fn", "float8_e5m2"})
-
-
-# --- numpy --------------------------------------------------------------------------------------------------------
-
-
-def numpy_dtype(dtype: DType) -> np.dtype[Any]:
-    """The little-endian numpy dtype for `dtype`."""
-    import numpy as np
-
-    if dtype.name in _ML_DTYPES:
-        import ml_dtypes
-
-        found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, dtype.name))
-    else:
-        found = np.dtype(dtype.name).newbyteorder("<")
-    return found
-
-
-def to_numpy(tensor: TensorData) -> NDArray[Any]:
-    """`tensor` as an array over the same memory (read-only where that is)."""
-    import numpy as np
-
-    return np.frombuffer(tensor.data, dtype=numpy_dtype(tensor.dtype)).reshape(tensor.shape)
-
-
-def from_numpy(array: NDArray[Any]) -> TensorData:
-    """`array` as a tensor over the same memory, or a copy where its layout or byte order must change.
-
-    Raises:
-        DTypeError: an element type that Patchbay does not carry.
-    """
-    import numpy as np
-
-    dtype = DTYPES.get(array.dtype.name)
-    if dtype is None:
-        raise DTypeError(f"arrays of {array.dtype} cannot be sent; cast to one of {', '.join(DTYPES)}")
-    swapped = array.dtype.byteorder == ">" or (array.dtype.byteorder == "=" and sys.byteorder == "big")
-    little = array.astype(array.dtype.newbyteorder("<")) if swapped else array
-    flat = np.ascontiguousarray(little).reshape(-1).view(np.uint8)
-    return TensorData(dtype, tuple(array.shape), flat.data)
-
 
 # --- messages -----------------------------------------------------------------------------------------------------
 

@@ -1,10 +1,11 @@
-"""numpy arrays, nested lists and numbers as constants of a graph, and results as numpy arrays.
+"""numpy arrays and the graph's tensors: what users hand in as constants and inputs, and what comes back.
 
-numpy is imported on first use: `import patchbay` must not pay for it.
+numpy, and ml_dtypes for bfloat16 and the 8-bit floats, load on first use: `import patchbay` must not pay for them.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ _ML_DTYPES = frozenset({"bfloat16", "float8_e4m3fn", "float8_e5m2"})
 
 @cache
 def numpy_dtype(dtype: DType) -> np.dtype[Any]:
-    """The numpy dtype of `dtype`; bfloat16 and the 8-bit floats come from ml_dtypes."""
+    """The little-endian numpy dtype of `dtype`; bfloat16 and the 8-bit floats come from ml_dtypes."""
     import numpy as np
 
     if dtype.name in _ML_DTYPES:
@@ -30,7 +31,8 @@ def numpy_dtype(dtype: DType) -> np.dtype[Any]:
 
         extended: np.dtype[Any] = np.dtype(getattr(ml_dtypes, dtype.name))
         return extended
-    return np.dtype(dtype.name)
+    plain: np.dtype[Any] = np.dtype(dtype.name)
+    return plain.newbyteorder("<")
 
 
 def dtype_of(array: NDArray[Any]) -> DType:
@@ -42,7 +44,7 @@ def dtype_of(array: NDArray[Any]) -> DType:
     found = DTYPES.get(array.dtype.name)
     if found is None:
         raise DTypeError(
-            f"arrays of dtype {array.dtype} cannot be constants of a graph; convert with .astype to one of: "
+            f"arrays of dtype {array.dtype} cannot be part of a graph; convert with .astype to one of: "
             + ", ".join(DTYPES)
         )
     return found
@@ -69,32 +71,50 @@ def as_array(value: object, dtype: DType | None = None) -> NDArray[Any]:
         array = array.astype(np.float32)
     if dtype is not None:
         array = array.astype(numpy_dtype(dtype), copy=False)
-    if sys.byteorder == "little" and array.dtype.byteorder == ">":
-        array = array.astype(array.dtype.newbyteorder("<"))
+    array = little_endian(array)
     return np.ascontiguousarray(array).reshape(array.shape)  # ascontiguousarray makes 0-d arrays 1-d
 
 
+def little_endian(array: NDArray[Any]) -> NDArray[Any]:
+    """`array` with the byte order in which tensors travel; itself where it has that already."""
+    swapped = array.dtype.byteorder == ">" or (array.dtype.byteorder == "=" and sys.byteorder == "big")
+    return array.astype(array.dtype.newbyteorder("<")) if swapped else array
+
+
 def to_data(array: NDArray[Any]) -> TensorData:
-    """A snapshot of `array` (C-ordered, little-endian) as bytes: what the user does to it later changes nothing."""
-    return TensorData(dtype_of(array), tuple(array.shape), array.tobytes())
+    """A snapshot of `array` as bytes: what the user does to it later changes nothing."""
+    return TensorData(dtype_of(array), tuple(array.shape), little_endian(array).tobytes())
 
 
-def to_array(data: TensorData) -> NDArray[Any]:
-    """`data` as a numpy array that can be written to; without a copy where its buffer can be.
+def shared_data(array: NDArray[Any]) -> TensorData:
+    """`array` as a tensor over the same memory, or a copy where its layout or byte order must change."""
+    import numpy as np
+
+    flat = np.ascontiguousarray(little_endian(array)).reshape(-1).view(np.uint8)
+    return TensorData(dtype_of(array), tuple(array.shape), flat.data)
+
+
+def view_of(data: TensorData) -> NDArray[Any]:
+    """`data` as an array over the same memory, read-only where that is.
 
     Raises:
         ProtocolError: the bytes do not fill the shape.
     """
     import numpy as np
 
-    dtype = numpy_dtype(data.dtype)
-    count = 1
-    for extent in data.shape:
-        count *= extent
-    if count * dtype.itemsize != data.nbytes:
+    dtype, size = numpy_dtype(data.dtype), math.prod(data.shape)
+    if min(data.shape, default=0) < 0 or size * dtype.itemsize != data.nbytes:
         raise ProtocolError(f"{data.nbytes} bytes do not hold a {data.dtype}{list(data.shape)}")
-    array = np.frombuffer(data.data, dtype=dtype, count=count) if count else np.empty(0, dtype)
-    array = array.reshape(data.shape)
+    return np.frombuffer(data.data, dtype=dtype).reshape(data.shape) if size else np.empty(data.shape, dtype)
+
+
+def to_array(data: TensorData) -> NDArray[Any]:
+    """`data` as an array that can be written to; without a copy where its buffer can be.
+
+    Raises:
+        ProtocolError: the bytes do not fill the shape.
+    """
+    array = view_of(data)
     return array if array.flags.writeable else array.copy()
 
 
