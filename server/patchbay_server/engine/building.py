@@ -252,11 +252,13 @@ class Builder:
         graph, timing, place = self.graph, self.timing, self.timing.place(time)
         keep_all = LIVENESS in self.options.disabled
         steps: list[Step] = []
+        writes = False
         for i in nodes:
             node = graph.nodes[i]
             free = () if keep_all else timing.dying(i, time)
             if node.run is not None and is_access(node):
                 steps += self._access(i, node, place, free)
+                writes = writes or node.op == "site.write" or i in self.differentiated
                 continue
             alike = (id(self.facts[i]), id(node.attrs))
             how = self.hows.get(alike)
@@ -269,7 +271,7 @@ class Builder:
             for i in nodes
             if (keep_all or timing.outlives(i, time)) and graph.nodes[i].op not in ("site.write", "const")
         ]
-        return Actions(tuple(steps), tuple(survivors))
+        return Actions(tuple(steps), tuple(survivors), writes)
 
     def _how(self, i: int, node: Node) -> tuple[Callable[..., Any] | None, Mapping[str, Any]]:
         """What a node applies to its values, and its attributes with defaults filled in."""

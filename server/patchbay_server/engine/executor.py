@@ -37,7 +37,6 @@ from patchbay_server.engine.steps import (
     Read,
     Resume,
     Slot,
-    Step,
     Write,
 )
 from patchbay_server.engine.switches import (
@@ -233,10 +232,9 @@ class Execution:
 
     def _site_call(self, site: str, moment: Actions, rows: int) -> SiteCall:
         axes = self._hosted.card.site(site).sequence_axes
-        writes = any(map(_changes_the_model, moment.steps))
         return SiteCall(
             lambda value: self._happen_at(value, axes, moment),
-            writes,
+            moment.writes,
             self._constant_write(site, moment, rows, newest=False),
         )
 
@@ -264,7 +262,6 @@ class Execution:
             for step in before:
                 assert isinstance(step, Compute)
                 self._compute(step)
-                self._forget(step.free)
             made: torch.Tensor = self._values[write.value]
             return made
 
@@ -318,7 +315,7 @@ class Execution:
         axes = tuple(i for i in self._hosted.card.site(site).sequence_axes if decoding.step == 0 or dims[i] != "key")
         handler = decoding.seen_through(site, dims, self._fitting(decoding, site, axes, moment))
         constant = self._constant_write(site, moment, decoding.rows, newest=decoding.step > 0)
-        return SiteCall(handler, any(map(_changes_the_model, moment.steps)), constant)
+        return SiteCall(handler, moment.writes, constant)
 
     def _fitting(
         self, decoding: Decoding, site: str, axes: Sequence[int], moment: Actions
@@ -370,25 +367,30 @@ class Execution:
 
     def _check_cancelled(self) -> None:
         if self._cancelled():
-            raise RequestCancelledError("the request was cancelled")
+            raise _cancelled()
 
     # --- one moment
 
     def _happen(self, moment: Actions) -> None:
         for step in moment.steps:
-            if isinstance(step, Generated):
+            if isinstance(step, Compute):
+                self._compute(step)
+            elif isinstance(step, Generated):
                 assert self._decoding is not None
                 self._values[step.node] = self._decoding.so_far.to(self._hosted.device, copy=True)
-                continue
-            assert isinstance(step, (Compute, Emit))
-            self._compute(step) if isinstance(step, Compute) else self._send(step.node, step.outputs)
-            self._forget(step.free)
+            else:
+                assert isinstance(step, Emit)
+                self._send(step.node, step.outputs)
+                self._forget(step.free)
 
     def _happen_at(self, value: torch.Tensor, axes: Sequence[int], moment: Actions) -> torch.Tensor | None:
         """Everything at one site; returns its new value when something was written."""
         current, owned = value, False
         self._borrowed = {_storage(value)}
         for step in moment.steps:
+            if isinstance(step, Compute):  # nearly all of them, in a graph that does much
+                self._compute(step)
+                continue
             if isinstance(step, Read):
                 seen = seen_rows(current, axes, step.slot)
                 if step.part is not None:
@@ -414,8 +416,6 @@ class Execution:
                     raise self._named(error, step.node) from None
                 owned = True
                 self._borrowed.add(_storage(current))
-            elif isinstance(step, Compute):
-                self._compute(step)
             else:
                 assert isinstance(step, Emit)
                 self._send(step.node, step.outputs)
@@ -504,27 +504,33 @@ class Execution:
         return parts
 
     def _compute(self, step: Compute) -> None:
-        self._check_cancelled()  # a graph may hold far more work than the model's own layers
+        if self._cancelled():  # a graph may hold far more work than the model's own layers
+            raise _cancelled()
+        node, op, function, args, attrs, outputs, free, differentiated = step
         values = self._values
         try:
-            if step.function is not None and not step.args:
-                with self._hosted.device:  # operations without arguments make tensors on torch's default device
-                    values[step.node] = step.function(**step.attrs)
-            elif step.function is not None:
-                values[step.node] = step.function(*[values[a] for a in step.args], **step.attrs)
+            if function is None:
+                values[node] = self._structural(step)
+            elif len(args) == 2 and not attrs:
+                values[node] = function(values[args[0]], values[args[1]])
+            elif args:
+                values[node] = function(*[values[a] for a in args], **attrs)
             else:
-                values[step.node] = self._structural(step)
+                with self._hosted.device:  # operations without arguments make tensors on torch's default device
+                    values[node] = function(**attrs)
         except GraphError as error:
-            raise self._named(error, step.node) from None
+            raise self._named(error, node) from None
         except (torch.OutOfMemoryError, torch.AcceleratorError):  # of the device, not of this graph
             raise
         except RuntimeError as error:  # what a kernel can only find out from the data: a singular matrix, say
             reason = str(error).partition("\n")[0]
-            raise self._named(GraphError(f"{step.op} failed: {reason}"), step.node) from error
-        if step.differentiated:
-            values[step.node] = self._begin_gradients(values[step.node])
-        if step.outputs:
-            self._send(step.node, step.outputs)
+            raise self._named(GraphError(f"{op} failed: {reason}"), node) from error
+        if differentiated:
+            values[node] = self._begin_gradients(values[node])
+        if outputs:
+            self._send(node, outputs)
+        for each in free:
+            values.pop(each, None)
 
     def _constant(self, value: TensorData) -> torch.Tensor:
         kept = self._constants
@@ -591,9 +597,8 @@ def _frozen_parameters(model: torch.nn.Module, needed: bool) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _changes_the_model(step: Step) -> bool:
-    """Whether the model goes on with something else than its own tensor after `step`."""
-    return isinstance(step, (Write, Resume)) or (isinstance(step, Read) and step.differentiated)
+def _cancelled() -> RequestCancelledError:
+    return RequestCancelledError("the request was cancelled")
 
 
 def _meet(current: torch.Tensor, new: Any, mode: str) -> torch.Tensor:

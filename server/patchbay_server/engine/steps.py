@@ -176,10 +176,12 @@ class Actions:
     Attributes:
         steps: in program order.
         survivors: values made here that are needed later, and so must not share memory with the model's tensors.
+        writes: whether the model goes on with something else than its own tensor.
     """
 
     steps: tuple[Step, ...] = ()
     survivors: tuple[int, ...] = ()
+    writes: bool = False
 
 
 @dataclass(frozen=True)
