@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import re
 from collections import OrderedDict
-from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, overload
 
 from patchbay import arguments
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
     from patchbay.artifacts import Artifacts
-    from patchbay.datasets.batch_trace import BatchRun
-    from patchbay.datasets.entry import MapHow
+    from patchbay.datasets.entry import MapFunction, MapHow
     from patchbay.datasets.results import MapResults
     from patchbay.ir.graph import Graph
     from patchbay.portal import Portal
@@ -355,25 +354,25 @@ class Model(BaseModel["Trace", "RunTrace", "GenerateTrace"]):
         return result.value
 
     @located
-    def map(
-        self, dataset: Iterable[Any], function: Callable[[BatchRun], Mapping[str, Any]], **how: Unpack[MapHow]
-    ) -> MapResults:
+    def map(self, dataset: Iterable[Any], function: MapFunction, **how: Unpack[MapHow]) -> MapResults:
         """Runs one graph over every row of a data set, in batches, and gives what the function makes of all of them.
 
         Args:
-            dataset: texts, token ids, conversations, or dicts with one of these under ``"text"`` and further fields;
-                any iterable, a generator too, which is read as it is needed.
-            function: takes a run over a batch (`patchbay.datasets.BatchRun`) and returns a dict (of dicts, lists) of
-                reductions (`patchbay.reduce`), which are folded over all rows on the server, and values, rows first,
-                which come back for every row. It is called once for each shape of batch.
+            dataset: texts, token ids, conversations; or rows of several columns (dicts, named tuples, tuples), prompts
+                and numbers; any iterable, a generator too, which is read as it is needed.
+            function: takes a run over the column ``"text"`` of a batch (`patchbay.datasets.BatchRun`), or a trace and
+                the batch's rows (`patchbay.datasets.BatchTrace`, `BatchRows`) to make runs of its own, ``t.run(
+                rows["clean"])`` and ``t.generate(...)``. It returns a dict (of dicts, lists) of reductions
+                (`patchbay.reduce`), which are folded over all rows on the server, and values, rows first, which come
+                back for every row. It is called once for each shape of batch.
             how: batch: rows that go through the model together, at most (32). max_tokens: positions of a batch, padding
                 included, at most (16384). window: rows that are sorted by length together, make one shard, and after
                 which progress is saved (8 batches). lanes: batches in flight (4). prepend_bos: as for `trace`. to: a
                 folder to write values of rows to. keep: leave them on the server as artifacts. resume: a file that
                 records what is done; the same call goes on from there. progress: called with a `MapProgress` after each
                 batch; left out, a terminal shows a line. deterministic, disabled, timeout_s: as for `trace`, of each
-                batch; left out, only the sharing of forwards with other requests is disabled, so that the same call
-                gives the same bits. patience_s: how long to wait for a server that is away or full (300).
+                batch; left out, only what makes the last bits depend on other requests is disabled, so that the same
+                call gives the same bits. patience_s: how long to wait for a server that is away or full (300).
 
         Returns:
             The same tree with numbers. A value of rows is an array where all rows have one shape, else an array for
@@ -464,7 +463,7 @@ class AsyncModel(BaseModel["AsyncTrace", "AsyncRunTrace", "AsyncGenerateTrace"])
     async def map(
         self,
         dataset: Iterable[Any] | AsyncIterable[Any],
-        function: Callable[[BatchRun], Mapping[str, Any]],
+        function: MapFunction,
         **how: Unpack[MapHow],
     ) -> MapResults:
         """Runs one graph over every row of a data set; see `Model.map`. Asynchronous iterables are taken too."""

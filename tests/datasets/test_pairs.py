@@ -329,7 +329,7 @@ ROWS = pairs(12)
         ({}, lambda t, rows: {"a": t.run(rows["clean"]).embed.save()}, "in a map return"),
         ({}, lambda t, rows: t.save(a=t.run(rows["clean"]).embed), "in a map return .*'a'"),
         ({}, lambda t, rows: t.keep("a", t.run(rows["clean"]).embed), "keep=True"),
-        ({}, lambda t, rows, more: {}, "takes a run, or a trace and its rows"),
+        ({}, lambda t, rows, more: {}, "the function takes a run, or a trace and its rows"),
         ({}, lambda run: {"a": run.embed}, "row 0 of the data set has no 'text'"),
     ],
 )
@@ -338,8 +338,9 @@ def test_mistakes_are_named_with_their_row(change: dict[int, Any], make: Any, sa
     rows = [*ROWS]
     for i, columns in change.items():
         rows[i] = columns if set(columns) == {"clean"} and i == 5 and len(columns["clean"]) == 1 else rows[i] | columns
-    with pytest.raises((TraceError, GraphError), match=said):
+    with pytest.raises((TraceError, GraphError), match=said) as error:
         local_model().map(rows, make, batch=3, window=3)
+    assert "test_pairs.py:" in str(error.value)
 
 
 def test_tables_by_column_are_refused_with_the_way_out() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from patchbay.arrays import to_data
 from patchbay.core import TOKENS
 from patchbay.datasets import cells
 from patchbay.datasets.axes import StepsOf, TokensOf
@@ -22,10 +23,10 @@ from patchbay.inputs import Text
 from patchbay.ir.events import ExecuteOptions
 from patchbay.ir.graph import Generation
 from patchbay.ir.graph import Run as GraphRun
+from patchbay.places import located
 from patchbay.results import Price
 from patchbay.tokens import Tokens
-from patchbay.arrays import to_data
-from patchbay.tracing.generation import GeneratingRun, How, settled, stop_texts
+from patchbay.tracing.generation import GeneratingRun, How, check_how, settled, stop_texts
 from patchbay.tracing.proxy import Proxy
 from patchbay.tracing.runs import Run
 from patchbay.tracing.trace import BaseTrace
@@ -122,6 +123,7 @@ class BatchTrace(BaseTrace):
 
     # --- what the function calls --------------------------------------------------------------------------------------
 
+    @located
     def run(self, inputs: Any, *, label: str | None = None) -> Run:
         """Adds a forward over the rows.
 
@@ -136,6 +138,7 @@ class BatchTrace(BaseTrace):
         over = self._over(inputs)
         return self._fixed(inputs, label) if over is None else self.run_over(over, label)
 
+    @located
     def generate(
         self, inputs: Any, *, max_new_tokens: int, label: str | None = None, **how: Unpack[How]
     ) -> GeneratingRun:
@@ -146,6 +149,7 @@ class BatchTrace(BaseTrace):
         Raises:
             TraceError: tokens are to be drawn, and there is no seed.
         """
+        check_how(max_new_tokens, how)
         if how.get("temperature") and how.get("seed") is None:
             raise TraceError(
                 "generate in a map draws tokens (temperature) and has no seed: give seed=, so that every row draws the"
@@ -165,16 +169,19 @@ class BatchTrace(BaseTrace):
         assert isinstance(made, GeneratingRun)
         return made
 
+    @located
     def save(self, *unnamed: Any, **trees: Any) -> None:
         """Not in a map: what the function returns is what comes back."""
         shown = ", ".join(f"{name!r}: ..." for name in trees) or "'name': ..."
         raise TraceError(f"in a map return what you want from the function: return {{{shown}}}")
 
+    @located
     def save_proxy(self, proxy: Proxy, name: str | None) -> None:
         """Not in a map either."""
         del proxy
         raise TraceError(f"in a map return what you want from the function: return {{{name or 'name'!r}: value}}")
 
+    @located
     def keep(self, name: str, tree: Any) -> Any:
         """Not in a map: `keep=True` leaves what the function returns on the server."""
         raise TraceError(f"in a map return {{{name!r}: value}} from the function, and call map(..., keep=True)")
@@ -357,16 +364,19 @@ class _OverRows:
         return self._trace.over[self._run_index].key
 
     @property
+    @located
     def mask(self) -> Any:
         """True at tokens, False at the padding on the left of shorter rows: bool [rows, seq]."""
         return self._trace.mask_of(self._key)
 
     @property
+    @located
     def ids(self) -> Proxy:
         """Token ids, int64 [rows, seq]; 0 at padding."""
         return self._trace.ids_of(self._key)
 
     @property
+    @located
     def lengths(self) -> Proxy:
         """Tokens of each row, int64 [rows]."""
         return self._trace.lengths_of(self._key)
@@ -376,6 +386,7 @@ class _OverRows:
         """Places of the rows in the data set, from 0, int64 [rows]."""
         return self._trace.row_numbers
 
+    @located
     def column(self, name: Key, values: Sequence[Any] | None = None) -> Any:
         """A column of the rows; see `BatchRows.column`."""
         return BatchRows(self._trace).column(name, values)
@@ -392,6 +403,7 @@ class _OverRows:
         self._trace.concrete = True
         return self._row_tokens
 
+    @located
     def position(self, substring: Any, *, occurrence: int | None = None) -> Any:
         """Where a text ends in each row, counted along the sequence axis, int64 [rows]; see `Run.position`.
 
@@ -415,6 +427,7 @@ class BatchRun(_OverRows, Run):
     if TYPE_CHECKING:
         _trace: BatchTrace  # type: ignore[assignment]
 
+    @located
     def logprob(self, text: Any, *, occurrence: int | None = None, append: bool | None = None) -> Proxy:
         """How likely the model finds a text in each row, [rows]; see `Run.logprob`. Traced for each batch anew.
 
@@ -445,6 +458,7 @@ class BatchGeneratingRun(_OverRows, GeneratingRun):
         return GeneratedText(self.generated)
 
     @property
+    @located
     def output(self) -> Any:
         """Not in a map."""
         raise TraceError(

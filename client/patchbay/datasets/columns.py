@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from patchbay.datasets import cells
 from patchbay.datasets.batching import Asked, Key
+from patchbay.places import located
 from patchbay.tracing.proxy import Proxy
 
 if TYPE_CHECKING:
@@ -38,12 +39,14 @@ class Column(Proxy):
         return self._key
 
     @property
+    @located
     def _node(self) -> int:  # type: ignore[override] # the constant is made when the column is first used as a value
         if self._made is None:
             trace, key, first = self._trace, self._key, self._trace.first
             self._made = trace.late(("column", key), lambda batch: cells.numbers(batch, key, first))._node
         return self._made
 
+    @located
     def to_single_token(self) -> Proxy:
         """The id of each row's text, which is one token by itself: int64 [rows].
 
@@ -72,6 +75,7 @@ class BatchRows:
     def __init__(self, trace: BatchTrace) -> None:
         self._trace = trace
 
+    @located
     def __getitem__(self, name: Key) -> Column:
         """A column.
 
@@ -80,6 +84,7 @@ class BatchRows:
         """
         return self._trace.column(name)
 
+    @located
     def column(self, name: Key, values: Sequence[Any] | None = None) -> Any:
         """A column.
 

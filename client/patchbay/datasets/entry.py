@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import os
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, cast
 
 from patchbay.arguments import check_callback, check_names, check_timeout, flag, integer, real, refused, seen
 from patchbay.arguments import options as execute_options
@@ -19,6 +20,8 @@ from patchbay.datasets.progress import MapProgress, TerminalLine
 from patchbay.errors import TraceError
 
 if TYPE_CHECKING:
+    from patchbay.datasets.batch_trace import BatchRun, BatchTrace
+    from patchbay.datasets.columns import BatchRows
     from patchbay.datasets.results import MapResults
     from patchbay.ir.card import ModelCard
     from patchbay.model import AsyncModel, Model
@@ -30,6 +33,12 @@ NOT_SHARED = ("cobatch", "continuous_batching", "prefix_cache")
 _MAY_BE_NONE = frozenset({"window", "prepend_bos", "to", "resume"})
 #: How long a map that is given up may take to put its files in order.
 _END_S = 30.0
+
+
+#: Makes a dict of values and reductions of a run over a batch, or of a trace and a batch's rows.
+MapFunction: TypeAlias = (
+    "Callable[[BatchRun], Mapping[str, Any]] | Callable[[BatchTrace, BatchRows], Mapping[str, Any]]"
+)
 
 
 class MapHow(TypedDict, total=False):
@@ -110,7 +119,7 @@ def _takes_rows(function: Callable[..., Any]) -> bool:
     """Whether a function takes a trace and the rows, not a run over them.
 
     Raises:
-        TraceError: it takes neither one nor two arguments.
+        ArgumentError: it takes neither one nor two arguments, or is no function.
     """
     if not callable(function):
         raise refused(f"map takes a data set and a function of a run, not {seen(function)} as the function")
@@ -122,9 +131,7 @@ def _takes_rows(function: Callable[..., Any]) -> bool:
     needed = [p for p in positional if p.default is p.empty]
     several = any(p.kind is p.VAR_POSITIONAL for p in parameters)
     if len(needed) > 2 or (not positional and not several):
-        raise TraceError(
-            f"the function of a map takes a run, or a trace and its rows (t, rows), not {len(needed)} arguments"
-        )
+        raise refused(f"map: the function takes a run, or a trace and its rows (t, rows), not {len(needed)} arguments")
     return len(needed) == 2
 
 
@@ -133,7 +140,10 @@ def _planned(how: MapHow, card: ModelCard) -> tuple[Plan, Callable[[MapProgress]
     check_names("map", given, MapHow.__annotations__)
     progress = cast("Callable[[MapProgress], Any] | None", given.pop("progress", None))
     check_callback("progress", progress)
-    options = execute_options(given.pop("deterministic", False), given.pop("disabled", NOT_SHARED), card.attributes)
+    disabled = given.pop("disabled", None)
+    options = execute_options(given.pop("deterministic", False), () if disabled is None else disabled, card.attributes)
+    if disabled is None:
+        options = replace(options, disabled=NOT_SHARED)
     check_timeout(given.get("timeout_s"))
     for name in ("batch", "max_tokens", "lanes", "window", "patience_s", "keep", "prepend_bos", "to", "resume"):
         if name not in given or (given[name] is None and name in _MAY_BE_NONE):

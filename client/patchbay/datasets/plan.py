@@ -31,9 +31,6 @@ class Plan:
     patience_s: float = 300.0
 
     def __post_init__(self) -> None:
-        for name in ("batch", "max_tokens", "lanes", "rows_of_window"):
-            if getattr(self, name) < 1:
-                raise TraceError(f"map: {name} is at least 1, not {getattr(self, name)}")
         if self.keep and self.to is not None:
             raise TraceError("map: values stay on the server (keep=True) or are written to a folder (to=...), not both")
 
