@@ -309,6 +309,45 @@ def test_with_respect_to_a_constant() -> None:
     np.testing.assert_allclose(run.results["g"], run.results["at"].sum((0, 1)), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("options", [{}, {"disabled": ("common_subexpressions",)}, {"deterministic": True}])
+def test_equal_constants_have_gradients_of_their_own(options: dict[str, Any]) -> None:
+    """Two vectors of zeros added at two layers are two values, whether told apart by nothing but where they stand."""
+    model, zeros = model_of("llama"), np.zeros(16, np.float32)
+    sites = ["blocks.0.resid_post", "blocks.1.resid_post"]
+    with model.trace(IDS, **options) as run:
+        brought = [run.trace.constant(zeros), run.trace.constant(zeros)]
+        made = [run.trace.constant(pb.ops.zeros((16,))) for _ in sites]
+        for i in range(2):
+            run.blocks[i].resid_post += brought[i] + made[i]
+        run.save(brought=pb.grad(difference(run.logits), wrt=brought), made=pb.grad(difference(run.logits), wrt=made))
+    for i, expected in enumerate(by_hand("llama", IDS, sites, difference)):
+        for found in (run.results["brought"][i], run.results["made"][i]):
+            np.testing.assert_allclose(found, expected.sum((0, 1)), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"disabled": ("common_subexpressions",)}, {"deterministic": True}])
+def test_a_value_read_twice_is_one_value(options: dict[str, Any]) -> None:
+    """A gradient with respect to a site's value is through every use of it, through an earlier read of it too."""
+    with model_of("llama").trace(IDS, **options) as run:
+        first, second = run.blocks[0].resid_post, run.blocks[0].resid_post
+        run.save(value=second, gradient=pb.grad((first * second).sum(), wrt=second))
+    np.testing.assert_allclose(run.results["gradient"], 2 * run.results["value"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"disabled": ("common_subexpressions",)}])
+def test_inside_a_loop_equal_values_have_gradients_of_their_own(options: dict[str, Any]) -> None:
+    """In the body of a loop, what is differentiated by is not merged with what is only equal to it."""
+    with model_of("llama").trace(IDS, **options) as run:
+
+        def step(carry: Any, _: Any) -> Any:
+            one, other = pb.ops.tanh(carry), pb.ops.tanh(carry)
+            return carry, pb.grad((one * other * other).sum(), wrt=one)
+
+        start = run.blocks[0].resid_post[0, -1]
+        run.save(gradient=pb.scan(step, start, length=1)[1], start=start)
+    np.testing.assert_allclose(run.results["gradient"][0], np.tanh(run.results["start"]) ** 2, rtol=1e-5, atol=1e-7)
+
+
 def test_stopping_the_gradient_and_freezing_a_pattern() -> None:
     """stop_gradient is a constant to the gradient: with the pattern frozen, queries get none and values still do."""
     model = model_of("llama")

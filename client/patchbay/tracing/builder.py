@@ -180,10 +180,10 @@ class GraphBuilder:
             self._last_write[(run, attrs["site"])] = position  # type: ignore[index]
         return position
 
-    def constant(self, data: TensorData) -> int:
-        """The node of a constant; equal contents share one."""
+    def constant(self, data: TensorData, *, shared: bool = True) -> int:
+        """The node of a constant; equal contents share one, unless it is to be a value of its own."""
         key = (data.dtype, data.shape, data.data)
-        found = self._constants.get(key)
+        found = self._constants.get(key) if shared else None
         if found is None:
             found = self._constants[key] = self.add("const", (), {"value": data})
         return found

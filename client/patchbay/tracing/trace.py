@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from patchbay.arguments import check_text, nearest, refused, seen
+from patchbay.arrays import as_array, to_array, to_data
 from patchbay.errors import GraphError, MissingAttributeError, ProtocolError, TraceError, ValueNotReadyError
 from patchbay.ir.events import Event, ExecuteOptions, Usage
 from patchbay.ir.graph import Graph, Output
@@ -21,7 +22,6 @@ from patchbay.ir.verify import verify
 from patchbay.places import here, located
 from patchbay.results import Price, Results, RunUsage, map_tree
 from patchbay.tokens import Tokens, label_of
-from patchbay.arrays import as_array, to_array, to_data
 from patchbay.tracing.artifacts import Artifact
 from patchbay.tracing.builder import GraphBuilder, TracedGraph
 from patchbay.tracing.generation import (
@@ -194,12 +194,17 @@ class BaseTrace(abc.ABC):
         return ModelCallable(self, name)(value)
 
     def constant(self, value: object) -> Proxy:
-        """A proxy for an array, list or number, for when an operation has no other proxy to begin from."""
+        """A proxy for an array, list or number, for when an operation has no other proxy to begin from.
+
+        Floating-point constants are each a value of their own, also where their numbers are equal: a gradient by one of
+        two vectors of zeros (`patchbay.grad`) is not the gradient by the other.
+        """
         if isinstance(value, (Proxy, Created)):
             return Proxy(self, lift(self, value))
         one = isinstance(value, (bool, int, float))
         array = as_array([value])[0:1].reshape(()) if one else numbers_of(value, what="constant: ")
-        return Proxy(self, self.builder.constant(to_data(array)))
+        data = to_data(array)
+        return Proxy(self, self.builder.constant(data, shared=not data.dtype.is_floating))
 
     def save(self, *unnamed: Never, **trees: Any) -> None:
         """Asks for values by name: ``t.save(top=values, rest=[a, b])``.

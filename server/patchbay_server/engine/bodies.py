@@ -100,12 +100,15 @@ class Program:
     # --- compiling ------------------------------------------------------------------------------------------------
 
     def _merged(self) -> dict[int, int]:
-        """For every value, the first one that is the same."""
+        """For every value, the first one that is the same; what something is differentiated by is only itself."""
         alias = {i: i for i in range(self._size)}
         if COMMON in self._around.disabled:
             return alias
         known: dict[object, int] = {}
+        own = {a for node in self._body.nodes if node.op == "grad" for a in node.args[1:]}
         for i, node in enumerate(self._body.nodes, start=self._first):
+            if i in own:
+                continue
             attrs = tuple((k, repr(v)) for k, v in sorted(node.attrs.items()))
             alias[i] = known.setdefault((node.op, tuple(alias[a] for a in node.args), attrs), i)
         return alias

@@ -46,10 +46,26 @@ def differentiated(graph: Graph) -> frozenset[int]:
 def common_subexpressions(graph: Graph, card: ModelCard) -> Sequence[int]:
     """Merge nodes that compute the same value.
 
-    Precondition: a verified graph. Postcondition: no two pure nodes have equal op, args and attrs, and no two reads
-    at one site of one run stand between the same writes of that site.
+    A value that something is differentiated by stays itself, however many are equal to it: two vectors of zeros, each
+    added somewhere else, have gradients of their own.
+
+    Precondition: a verified graph. Postcondition: no two pure nodes have equal op, args and attrs but for those, and no
+    two reads at one site of one run stand between the same writes of that site.
     """
     return _merged(graph, card, range(len(graph.runs)))
+
+
+def one_read_each(graph: Graph, card: ModelCard) -> Sequence[int]:
+    """Merge reads of what is one value to whoever differentiates by it, whether other equal values are merged or not.
+
+    A gradient with respect to a site's value is through every use of it, also through those of an earlier read.
+    """
+    chains = site_chains(graph, card)
+    first: dict[object, int] = {}
+    return [
+        first.setdefault((node.run, tuple(sorted(node.attrs.items())), chains[i]), i) if node.op == "site.read" else i
+        for i, node in enumerate(graph.nodes)
+    ]
 
 
 def merge_runs(graph: Graph, card: ModelCard) -> Sequence[int]:
@@ -79,6 +95,7 @@ def _merged(graph: Graph, card: ModelCard, worlds: Sequence[int]) -> Sequence[in
     chains = site_chains(graph, card)
     order = topological_order(graph, chains)
     same = canonical(graph.bodies)
+    own = differentiated(graph)
     #: A number for what is done, alike for equal operations with equal attributes; most nodes share their attributes.
     kinds: dict[tuple[str, int], int] = {}
     described: dict[object, int] = {}
@@ -99,6 +116,8 @@ def _merged(graph: Graph, card: ModelCard, worlds: Sequence[int]) -> Sequence[in
         if node.run is not None:
             chain = chains[i]
             key = (kind, *[number[a] for a in args], worlds[node.run], None if chain is None else number[chain], None)
+        elif i in own:
+            key = (-1, i)
         elif len(args) == 2:
             key = (kind, number[args[0]], number[args[1]])
         else:
@@ -150,6 +169,8 @@ def optimize(graph: Graph, card: ModelCard, disabled: Sequence[str] = ()) -> Rew
     saved: dict[str, int] = {}
     for name, rewrite in PASSES.items():
         if name in disabled:
+            if rewrite is common_subexpressions and differentiated(graph):
+                graph, origin = _apply(graph, origin, one_read_each(graph, card))
             continue
         before = len(graph.nodes)
         graph, origin = _apply(graph, origin, rewrite(graph, card))
