@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing, suppress
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from google.protobuf.message import Message
@@ -41,6 +42,7 @@ from patchbay.wire.parse import parse, serialize
 from patchbay.wire.status import decode_status, service_error
 
 if TYPE_CHECKING:
+    import grpc
     from grpc import aio
 
 R = TypeVar("R", bound=Message)
@@ -143,6 +145,7 @@ class GrpcTransport(Transport):
         self._max_result_bytes = max_result_bytes
         self._memory = ResultMemory(kept_bytes)
         self._channel: aio.Channel | None = None
+        self._blocking: grpc.Channel | None = None
         self._closed = False
 
     # --- calls ------------------------------------------------------------------------------------------------------
@@ -223,41 +226,54 @@ class GrpcTransport(Transport):
         model: str | None = None,
     ) -> ArtifactInfo:
         application = CONTROL_APPLICATION if model is None else model
-        try:
-            return await self._upload(info, tensor, automatic, known, application)
-        except ServiceError as error:
-            if known or not _lost(error):
-                raise
-            await asyncio.sleep(RETRY_DELAY_S if isinstance(error, UnavailableError) else 0)
-        # Where a server answers while its client still writes, grpc.aio reports the write that failed, not the answer
-        # ("Internal error from Core"). The header alone gets it: a refusal, or that the tensor is there already.
-        try:
-            return await self._upload(info, tensor, automatic, True, application)
-        except ProtocolError:  # it would have been taken; the same bytes under the same name are safe to send again
-            return await self._upload(info, tensor, automatic, False, application)
+        for last_try in (known, True):
+            try:
+                return await self._upload(info, tensor, automatic, known, application)
+            except ServiceError as error:
+                # The same bytes under the same name are safe to send again.
+                if last_try or not _lost(error):
+                    raise
+                await asyncio.sleep(RETRY_DELAY_S if isinstance(error, UnavailableError) else 0)
+        raise AssertionError("unreachable")
 
     async def _upload(
         self, info: ArtifactInfo, tensor: TensorData, automatic: bool, known: bool, application: str
     ) -> ArtifactInfo:
-        channel = self._open()
-        import grpc
-        from grpc import aio
+        """One attempt, through gRPC's blocking interface.
 
-        async def parts() -> AsyncIterator[bytes]:
-            for part in encode_put(info, tensor, automatic, known):
-                data = serialize(part)
-                self.bytes_sent += len(data)
+        Where a server answers while its client still writes, because it refuses the tensor or has it already, grpc.aio
+        reports the write that failed ("Internal error from Core"); the blocking interface has the server's answer.
+        """
+        start: Any = self._open_blocking().stream_unary(f"/{calls.SERVICE}/PutArtifact")
+        import grpc
+
+        parts = encode_put(info, tensor, automatic, known)
+        first, sent = serialize(next(parts)), 0  # a name that cannot be sent is found here
+
+        def messages() -> Iterator[bytes]:  # in a thread of gRPC's
+            nonlocal sent
+            for data in chain((first,), map(serialize, parts)):
+                sent += len(data)
                 yield data
 
-        start: Any = channel.stream_unary(f"/{calls.SERVICE}/PutArtifact")
+        loop = asyncio.get_running_loop()
+        ended = loop.create_future()
+
+        def end() -> None:
+            if not ended.done():
+                ended.set_result(None)
+
         timeout_s = self._timeout_s + tensor.nbytes / SLOWEST_BYTES_PER_S
-        call = start(parts(), timeout=timeout_s, metadata=self._metadata(application))
+        call = start.future(messages(), timeout=timeout_s, metadata=self._metadata(application))
+        call.add_done_callback(lambda _: _soon(loop, end))
         try:
-            answer: bytes = await call
-        except (grpc.RpcError, aio.BaseError) as error:
-            raise self._translated(error, timeout_s) from None
+            await ended
         finally:
             call.cancel()
+            self.bytes_sent += sent
+        if call.code() is not grpc.StatusCode.OK:  # the call itself is the exception that it fails with
+            raise self._translated(call, timeout_s)
+        answer: bytes = call.result()
         self.bytes_received += len(answer)
         return calls.read_put(parse(artifact_pb2.PutArtifactResponse, answer), info)
 
@@ -298,6 +314,9 @@ class GrpcTransport(Transport):
     async def close(self) -> None:
         self._closed = True
         self._memory.close()
+        if self._blocking is not None:
+            blocking, self._blocking = self._blocking, None
+            blocking.close()
         if self._channel is not None:
             channel, self._channel = self._channel, None
             await channel.close()
@@ -305,29 +324,35 @@ class GrpcTransport(Transport):
     # --- the channel ------------------------------------------------------------------------------------------------
 
     def _open(self) -> aio.Channel:
-        if self._closed:
-            raise UnavailableError("this connection has been closed; open a new one")
+        self._check_open()
         if self._channel is None:
             import grpc
             from grpc import aio
 
             _keep_freed_memory()
-            options: list[tuple[str, Any]] = [
-                ("grpc.max_send_message_length", -1),
-                ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
-                ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
-                ("grpc.keepalive_time_ms", KEEPALIVE_MS),
-                ("grpc.keepalive_timeout_ms", 20_000),
-                ("grpc.enable_retries", 1),
-                ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
-                ("grpc.primary_user_agent", f"patchbay/{__version__}"),
-            ]
             if self._tls:
                 credentials = grpc.ssl_channel_credentials(root_certificates=self._tls_roots)
-                self._channel = aio.secure_channel(self._address, credentials, options=options)
+                self._channel = aio.secure_channel(self._address, credentials, options=_options())
             else:
-                self._channel = aio.insecure_channel(self._address, options=options)
+                self._channel = aio.insecure_channel(self._address, options=_options())
         return self._channel
+
+    def _open_blocking(self) -> grpc.Channel:
+        """A channel for uploads, beside the other: a connection that is made with the first of them."""
+        self._check_open()
+        if self._blocking is None:
+            import grpc
+
+            if self._tls:
+                credentials = grpc.ssl_channel_credentials(root_certificates=self._tls_roots)
+                self._blocking = grpc.secure_channel(self._address, credentials, options=_options())
+            else:
+                self._blocking = grpc.insecure_channel(self._address, options=_options())
+        return self._blocking
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UnavailableError("this connection has been closed; open a new one")
 
     def _metadata(self, application: str) -> tuple[tuple[str, str], ...]:
         routing = (("application", application),)
@@ -371,12 +396,14 @@ class GrpcTransport(Transport):
 
     def _translated(self, error: Exception, timeout_s: float | None) -> PatchbayError:
         """The exception of ours for one of gRPC's."""
-        from grpc import aio
+        import grpc
 
-        if not isinstance(error, aio.AioRpcError):
+        # aio.AioRpcError, or what a blocking call failed with: both know their status.
+        if not isinstance(error, grpc.RpcError) or not hasattr(error, "trailing_metadata"):
             return UnavailableError(f"the connection to {self._address} cannot be used: {error}")
-        code, details = error.code().name, error.details() or ""
-        for key, value in error.trailing_metadata() or ():
+        status: Any = error
+        code, details = status.code().name, status.details() or ""
+        for key, value in status.trailing_metadata() or ():
             if key == _DETAILS_KEY and isinstance(value, bytes):
                 told = decode_status(value)
                 # Details that contradict the status were not made for it.
@@ -414,6 +441,26 @@ class GrpcTransport(Transport):
             case "INTERNAL" | "UNKNOWN":
                 return f"the server at {self._address} failed: {details}"
         return details or f"{self._address} answered {code}"
+
+
+def _options() -> list[tuple[str, Any]]:
+    """Of every channel."""
+    return [
+        ("grpc.max_send_message_length", -1),
+        ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
+        ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
+        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.enable_retries", 1),
+        ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
+        ("grpc.primary_user_agent", f"patchbay/{__version__}"),
+    ]
+
+
+def _soon(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    """Have `loop` call it, from another thread; a loop that is closed waits for nothing."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(call)
 
 
 def _keep_freed_memory() -> None:
