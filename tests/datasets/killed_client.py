@@ -1,6 +1,6 @@
 """A map in a process of its own, for tests that kill it.
 
-``python -m tests.datasets.killed_client TARGET KEY STATE OUT``
+``python -m tests.datasets.killed_client TARGET KEY STATE OUT KIND``
 
 Prints the rows that are done after each batch; writes the results at the end.
 """
@@ -40,8 +40,41 @@ def look(run: Any) -> dict[str, Any]:
     }
 
 
+def pairs() -> Iterator[dict[str, Any]]:
+    """Two sentences, one of them with a word more or less, and a word to look for."""
+    rng = np.random.default_rng(6)
+    for row in texts():
+        words = row["text"].split()
+        yield {"clean": row["text"], "corrupt": " ".join(rng.permutation(words)) + " a", "answer": rng.choice(WORDS)}
+
+
+def patch(t: Any, rows: Any) -> dict[str, Any]:
+    """The last position of one sentence in the other, and what is drawn after it."""
+    clean, said = t.run(rows["clean"]), t.generate(rows["corrupt"], max_new_tokens=3, temperature=1.3, seed=9)
+    said.prefill.blocks[1].resid_post[:, -1] = clean.blocks[1].resid_post[:, -1]
+    answer = rows["answer"].to_single_token()
+    steps = said.all_steps.blocks[1].resid_post.swapaxes(0, 1)
+    return {
+        "ids": said.generated,
+        "mean": reduce.mean(steps, over="steps"),
+        "cov": reduce.covariance(steps[..., :8], over="steps"),
+        "answered": reduce.count((said.generated == answer[:, None]).sum(axis=1) > 0),
+        "clean": clean.blocks[1].resid_post,
+    }
+
+
+#: What the tests map: rows, and what is made of them.
+KINDS: dict[str, tuple[Any, Any]] = {"texts": (texts, look), "pairs": (pairs, patch)}
+
+
 def arrays_of(found: MapResults) -> dict[str, np.ndarray]:
     """The results as plain arrays."""
+    if "ids" in found:
+        cov, clean = found["cov"], found["clean"]
+        return {
+            "ids": found["ids"], "mean": found["mean"], "cov": cov.covariance, "count": np.array(cov.samples),
+            "answered": np.array(found["answered"]), "clean": clean.padded()[0],
+        }  # fmt: skip
     cov, top = found["cov"], found["top"]
     return {
         "mean": found["mean"], "cov": cov.covariance, "count": np.array(cov.samples), "values": top.values,
@@ -49,12 +82,14 @@ def arrays_of(found: MapResults) -> dict[str, np.ndarray]:
     }  # fmt: skip
 
 
-def main(target: str, key: str, state: str, out: str) -> None:
+def main(target: str, key: str, state: str, out: str, kind: str) -> None:
+    rows, function = KINDS[kind]
+
     def note(progress: pb.datasets.MapProgress) -> None:
         print(progress.rows, flush=True)
 
     with pb.connect(target, api_key=key or None) as client:
-        found = client.model("tiny").map(texts(), look, resume=state, progress=note, **HOW)
+        found = client.model("tiny").map(rows(), function, resume=state, progress=note, **HOW)
     np.savez(Path(out), **arrays_of(found))
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import patchbay as pb
-from tests.datasets.killed_client import HOW, ROWS, arrays_of, look, texts
+from tests.datasets.killed_client import HOW, KINDS, ROWS, arrays_of, look, texts
 from tests.serving_fixtures import Served, start_cli, tiny_config, wait_for_line
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,12 +75,20 @@ def assert_same(found: dict[str, Any], whole: dict[str, np.ndarray]) -> None:
         np.testing.assert_array_equal(found[name], array, err_msg=name)
 
 
+@pytest.mark.parametrize("kind", list(KINDS))
 def test_a_client_that_was_killed_goes_on_in_another_process(
-    server: PlainServer, whole: dict[str, np.ndarray], tmp_path: Path
+    server: PlainServer, tmp_path: Path, kind: str, request: pytest.FixtureRequest
 ) -> None:
-    """SIGKILL twice in the middle; the third process ends with the bits of an uninterrupted map."""
+    """SIGKILL twice in the middle; the third process ends with the bits of an uninterrupted map, and what the killed
+    ones left on the server is gone.
+    """
+    rows, function = KINDS[kind]
+    with pb.connect(server.target) as client:
+        model = client.model("tiny")
+        before = {artifact.digest for artifact in model.artifacts.list()}
+        whole = request.getfixturevalue("whole") if kind == "texts" else arrays_of(model.map(rows(), function, **HOW))
     state, out = tmp_path / "state.json", tmp_path / "out.npz"
-    command = [sys.executable, "-m", "tests.datasets.killed_client", server.target, "", str(state), str(out)]
+    command = [sys.executable, "-m", "tests.datasets.killed_client", server.target, "", str(state), str(out), kind]
     path = os.pathsep.join([str(ROOT), str(ROOT / "client"), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "PYTHONPATH": path}
     reached = 0
@@ -101,6 +109,9 @@ def test_a_client_that_was_killed_goes_on_in_another_process(
     assert int(last.stdout.split()[0]) >= reached
     with np.load(out) as found:
         assert_same(dict(found), whole)
+    needed = {lane["digest"] for lane in json.loads(state.read_text())["lanes"]}
+    with pb.connect(server.target) as client:
+        assert {artifact.digest for artifact in client.model("tiny").artifacts.list()} - before == needed
 
 
 def test_a_server_that_was_killed_and_comes_back_is_waited_for(
