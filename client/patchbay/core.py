@@ -386,6 +386,13 @@ def split_rows(inputs: Input) -> tuple[list[Text | Tokens], bool]:
             return [row for row in rows if row is not None], False
         if not rows:
             raise TraceError("a run needs at least one row; this list is empty")
+    from patchbay.tracing.proxy import Proxy
+
+    if isinstance(inputs, Proxy):
+        raise TraceError(
+            f"{inputs!r} is known after the trace has run, and a run's tokens must be known before it: "
+            "make another trace with them (below the block run.output has what was generated)"
+        )
     raise TraceError(
         "a run takes a text, a list of texts, a conversation (a list of {'role': ..., 'content': ...}), token ids, a"
         " list of lists of ids, an integer array or Tokens,"

@@ -68,6 +68,14 @@ def test_what_is_no_input_is_refused(model: Model, inputs: Any, message: str) ->
         raise AssertionError
 
 
+def test_tokens_that_only_the_run_will_know_are_refused(model: Model) -> None:
+    """A value of the trace cannot be what another run of it reads: the error says to make another trace."""
+    t = model.trace()
+    run = t.run(FRANCE)
+    with pytest.raises(TraceError, match="make another trace with them"):
+        t.run(run.logits[:, -1].argmax(-1))
+
+
 def test_a_text_without_tokens_is_refused(model: Model, transport: CountingTransport) -> None:
     """A tokenizer may make nothing of a text; a run needs something."""
     transport.model.tokenize = lambda texts, special=True: (TokenizedRow((), (), (), ()),)  # type: ignore[method-assign]
