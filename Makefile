@@ -123,7 +123,8 @@ serve: $(STAMP) ## keep a service with the embedded model running (ARGS="--model
 docs: $(STAMP) ## regenerate what is written from the code: pages, the editors' stub of pb.ops, the chart's schema
 	@$(PY) -m patchbay_server.docs
 	@$(PY) -m benchmarks --page
-	@$(PY) -m patchbay.tracing.stubs >$(VENV)/ops.pyi && mv $(VENV)/ops.pyi client/patchbay/ops.pyi
+	@$(PY) -m patchbay.tracing.stubs client/patchbay
+	@$(VENV)/bin/ruff format --quiet client/patchbay/ops.pyi client/patchbay/tracing/typed.pyi
 	@$(PY) deploy/generate_chart.py
 
 .PHONY: demo-model

@@ -31,8 +31,8 @@ def numpy_dtype(dtype: DType) -> np.dtype[Any]:
 
         extended: np.dtype[Any] = np.dtype(getattr(ml_dtypes, dtype.name))
         return extended
-    plain: np.dtype[Any] = np.dtype(dtype.name)
-    return plain.newbyteorder("<")
+    plain: np.dtype[Any] = np.dtype(dtype.name).newbyteorder("<")
+    return plain
 
 
 def dtype_of(array: NDArray[Any]) -> DType:

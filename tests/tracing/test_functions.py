@@ -13,8 +13,10 @@ import patchbay as pb
 from patchbay.errors import DTypeError, GraphError, ShapeError, TraceError
 from patchbay.ir.ops import OPS, PURE
 from patchbay.ir.ops.spec import OpSpec
+from patchbay.ir.site_names import MEANINGS
 from patchbay.model import Model
-from patchbay.tracing import Proxy, Run
+from patchbay.tracing import Proxy, Run, stubs
+from patchbay.tracing.functions import methods
 from patchbay.tracing.stubs import stub
 from tests.tracing.conftest import FRANCE
 
@@ -190,3 +192,25 @@ def test_the_stub_for_editors_is_current() -> None:
     assert ast.unparse(ast.parse(written)) == ast.unparse(ast.parse(stub()))
     typed = {node.name for node in ast.parse(written).body if isinstance(node, ast.FunctionDef)}
     assert typed == {spec.name for spec in NAMED}
+
+
+def test_the_stub_of_methods_and_sites_is_current() -> None:
+    """`typed.pyi` has every method of values, and every canonical site as an attribute that gives a value."""
+    path = Path(pb.ops.__file__).parent / "tracing" / "typed.pyi"
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert ast.unparse(tree) == ast.unparse(ast.parse(stubs.typed()))
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    found = {node.name for node in classes["Methods"].body if isinstance(node, ast.FunctionDef)}
+    assert found == set(methods()) and all(callable(getattr(Proxy, name)) for name in found)
+
+    def sites(kind: str, path: str) -> set[str]:
+        names = set[str]()
+        for node in classes[kind].body:
+            if isinstance(node, ast.FunctionDef) and node.name == "__getitem__":
+                names |= sites(ast.unparse(node.returns or node), f"{path}{{i}}.")
+            elif isinstance(node, ast.AnnAssign) and ast.unparse(node.target) not in ("encoder", "decoder"):
+                below, name = ast.unparse(node.annotation), path + ast.unparse(node.target)
+                names |= {name} if below == "Site" else sites(below, f"{name}.")
+        return names
+
+    assert sites("RunSites", "") == set(MEANINGS)

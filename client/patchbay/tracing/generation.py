@@ -12,7 +12,7 @@ import secrets
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, overload
 
 from patchbay.arguments import check_names, flag, integer, real, refused, seen
 from patchbay.arrays import to_array
@@ -28,6 +28,9 @@ from patchbay.tracing.runs import OWN, Run
 if TYPE_CHECKING:
     from patchbay.core import ModelCore
     from patchbay.tracing.trace import BaseTrace
+    from patchbay.tracing.typed import RunSites
+else:
+    RunSites = SiteNamespace
 
 #: What may end a row: a text, a token id, or a sequence of ids.
 Stop = Any
@@ -150,7 +153,7 @@ class Generated:
         return f"Generated({self.text!r}, ids={list(self.ids)})" if self.strings else f"Generated(ids={list(self.ids)})"
 
 
-class StepSites(SiteNamespace):
+class StepSites(RunSites):
     """The sites of one forward of a generating run, or of all of them stacked."""
 
     __slots__ = ()
@@ -186,6 +189,12 @@ class Steps(Sequence[StepSites]):
 
     def __len__(self) -> int:
         return self._run.generation.max_new_tokens
+
+    @overload
+    def __getitem__(self, index: int) -> StepSites: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[StepSites]: ...
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from patchbay.ir.indexing import IndexItem
     from patchbay.ir.ops.spec import OpSpec
     from patchbay.tracing.trace import BaseTrace
+    from patchbay.tracing.typed import Methods
+else:
+    Methods = object
 
 #: The pure operation behind ``x[...]``.
 INDEX_OP = "getitem"
@@ -52,7 +55,7 @@ class _Update(NamedTuple):
     operand: int
 
 
-class Proxy:
+class Proxy(Methods):
     """A value of a trace. Operators, numpy's indexing and the functions of `patchbay.ops` as methods build others."""
 
     __slots__ = ("__weakref__", "_node", "_trace", "_update")
@@ -408,8 +411,10 @@ class Proxy:
             return self._augmented("divide", other, "mul", 1.0 / other)
         return self._binary("divide", other)  # x * (1 / v) may round differently: assigned back, it replaces
 
-    def __getattr__(self, name: str) -> Any:
-        raise habits.missing(self, name)
+    if not TYPE_CHECKING:  # a checker is to find misspelt names itself
+
+        def __getattr__(self, name: str) -> Any:
+            raise habits.missing(self, name)
 
 
 class Created:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from patchbay.tracing.builder import TracedGraph
     from patchbay.tracing.params import TraceParams
     from patchbay.tracing.trace import BaseTrace
+    from patchbay.tracing.typed import RunSites
+else:
+    RunSites = SiteNamespace
 
 #: Names of a run that are no sites.
 OWN = frozenset(
@@ -49,7 +52,7 @@ OWN = frozenset(
 )
 
 
-class Run(SiteNamespace):
+class Run(RunSites):
     """A run of a trace. Sites hang off it: ``run.blocks[2].resid_post``, ``run.ln_final.normalized``, ``run.logits``.
 
     Reading a site gives the value at that point of the program: after the writes that stand above, before those below.
