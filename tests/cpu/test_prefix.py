@@ -321,6 +321,19 @@ def test_logits_are_computed_where_they_are_read(tokens: Any) -> None:
     assert unembedded(engine, graph, disabled=("logit_columns",))[0] == [(1, 4, vocab)]
 
 
+def test_tokens_are_renumbered_in_a_type_that_holds_every_place() -> None:
+    """Beside 200 other tokens, the last one is the 200th: more than the type that named it as -1 can say."""
+    engine = Engine(host(families.build("llama", vocab_size=1_000)))
+    place = (*at(1, -1), ("array", 0))
+    many, last = torch.arange(200), torch.tensor([-1], dtype=torch.int8)
+    nodes = [read("logits"), constant(many), constant(last)]
+    nodes += [Node("getitem", (0, 1), {"index": place}), Node("getitem", (0, 2), {"index": place})]
+    graph = Graph((Run((IDS,)),), tuple(nodes), (Output("many", 3), Output("last", 4)))
+    found, usage = run(engine, graph)
+    assert usage.saved["logit_columns"] == 1_000 - 201
+    same(found, run(engine, graph, disabled=("logit_columns",))[0])
+
+
 def test_written_logits_are_computed_where_they_are_written() -> None:
     """Writes count as uses: the positions that are computed cover them, and their indices still mean the same."""
     last, third = at(1, -1), at(1, SEQ - 3)

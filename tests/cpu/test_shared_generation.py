@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from patchbay.errors import GraphError, RequestCancelledError
 from patchbay.ir.graph import Generation, Graph, Node, Output, Run
 from patchbay_server.engine import Engine
+from patchbay_server.engine.generate import Decoding
 from patchbay_server.models.row_cache import PromptCache, RowCache
 from tests.cpu.side_by_side import (
     FAMILIES,
@@ -120,6 +121,25 @@ def test_a_failure_while_generating_is_ones_own() -> None:
     for number, i in ((1, 0), (2, 2)):
         same(requests[i].values, alone(engine, steered(IDS[number], number), disabled=("continuous_batching",))[0])
     assert not any(cache.seats for cache in engine._batches.caches)
+
+
+def test_a_token_that_cannot_be_taken_is_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When memory runs out while one run chooses its token, those that have chosen go on, and it begins anew alone."""
+    engine, plain, failures = Engine(engine_of("llama").hosted), Decoding.take, [1]
+    many = [steered(ids, i) for i, ids in enumerate(IDS)]
+    requests = [Request(engine, graph) for graph in many]
+
+    def take(run: Decoding, newest: torch.Tensor, likeliest: list[int]) -> None:
+        if run.lengths == [len(IDS[2])] and run.step == 2 and failures:
+            failures.pop()
+            raise torch.OutOfMemoryError("no room")
+        plain(run, newest, likeliest)
+
+    monkeypatch.setattr(Decoding, "take", take)
+    together(engine, requests)
+    assert not failures
+    for graph, request in zip(many, requests, strict=True):
+        same(request.values, alone(engine_of("llama"), graph, disabled=("continuous_batching",))[0])
 
 
 def test_a_batch_that_does_not_fit_steps_one_by_one() -> None:

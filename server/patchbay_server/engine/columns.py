@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from patchbay.ir.card import LOGITS, ModelCard
+from patchbay.ir.dtypes import int64
 from patchbay.ir.graph import Graph, Node, TensorData
 from patchbay.ir.ops.spec import TensorSpec, ValueSpec
 from patchbay_server.engine.windows import item_at
@@ -128,7 +129,9 @@ def renumbered(
             else:
                 array = node.args[1 + item[1]]
                 if array not in constants:
-                    constants[array] = add(_renumbered(graph.nodes[array], where, d_vocab), specs[array], origin[array])
+                    moved, held = _renumbered(graph.nodes[array], where, d_vocab), specs[array]
+                    assert isinstance(held, TensorSpec)
+                    constants[array] = add(moved, replace(held, dtype=int64), origin[array])
                 args[1 + item[1]] = constants[array]
             node = replace(node, attrs={**node.attrs, "index": (*index[:at], item, *index[at + 1 :])})
         new_id.append(add(replace(node, args=tuple(args)), spec, origin[i]))
@@ -137,8 +140,8 @@ def renumbered(
 
 
 def _renumbered(node: Node, where: Mapping[int, int], d_vocab: int) -> Node:
+    """A constant of indices into the vocabulary as one of places, in a type that holds them whatever held the first."""
     value, numbers = node.attrs["value"], _numbers(node)
     assert isinstance(value, TensorData) and numbers is not None
-    wide = value.dtype.itemsize
-    data = b"".join(where[n % d_vocab].to_bytes(wide, "little") for n in numbers)
-    return replace(node, attrs={**node.attrs, "value": TensorData(value.dtype, value.shape, data)})
+    data = b"".join(where[n % d_vocab].to_bytes(8, "little") for n in numbers)
+    return replace(node, attrs={**node.attrs, "value": TensorData(int64, value.shape, data)})

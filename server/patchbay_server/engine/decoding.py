@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from patchbay.errors import GraphError
 from patchbay_server.engine.generate import Decoding, keeps_some_logits
 from patchbay_server.models.hosted import HostedModel
 from patchbay_server.models.row_cache import PromptCache, RowCache
@@ -123,7 +122,9 @@ def choose(calls: Sequence[ForwardCall], starts: Sequence[int], newest: torch.Te
         rows = slice(start, start + run.rows)
         try:
             run.take(newest[rows], likeliest[rows])
-        except GraphError as error:
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:  # noqa: BLE001 - those that have taken theirs must not be asked again
             call.error = error
 
 

@@ -180,6 +180,8 @@ def run_forward(hosted: HostedModel, calls: Sequence[ForwardCall], batches: Deco
     except _Stop:
         pass
     except GraphError as error:
+        if len(calls) > 1:  # whose it is shows when each runs alone
+            raise
         first.error = first.error or error
     except ValueError as error:  # how models say that what they were given does not fit together
         if not first.inputs:

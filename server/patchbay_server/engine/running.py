@@ -254,7 +254,7 @@ def _forward(engine: Engine, calls: Sequence[ForwardCall]) -> bool:
         call.values.clear()
         call.values.update(values)
         call.reached.clear()
-        call.layers_run = call.fused = 0
+        call.layers_run = call.layers_bypassed = call.fused = 0
         _forward(engine, [call])
     return False
 
