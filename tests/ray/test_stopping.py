@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from patchbay.errors import GraphError, UnknownSiteError
-from patchbay.ir.events import ExecuteOptions
+from patchbay.ir.events import Done, Event, ExecuteOptions, TensorValue
 from patchbay.ir.graph import Graph, Node, Output, Run
 from patchbay.transport.grpc import GrpcTransport
 from tests.serving_fixtures import (
@@ -32,14 +32,14 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="follows process
 STOP_TIMEOUT_S = 60.0
 
 
-@pytest.fixture(params=[True])
+@pytest.fixture(params=[{}])
 def served(request: pytest.FixtureRequest) -> Iterator[Served]:
     """`patchbay serve`, just started, with every file of its own under one folder (short enough for Ray's sockets).
 
-    The parameter says whether HAProxy may be used.
+    The parameter is what the configuration says of Ray.
     """
     with tempfile.TemporaryDirectory(prefix="pb", dir="/tmp") as home:
-        ray = {"temp_dir": f"{home}/r", "haproxy": request.param}
+        ray = {"temp_dir": f"{home}/r", **request.param}
         served = start_cli(tiny_config(torch_threads=1, ray=ray), Path(home))
         try:
             yield served
@@ -53,7 +53,7 @@ def folders(served: Served) -> list[Path]:
     return list(served.config.ray.temp_dir.glob("*"))
 
 
-@pytest.mark.parametrize("served", [False], indirect=True)
+@pytest.mark.parametrize("served", [{"haproxy": False}], indirect=True)
 def test_without_haproxy_and_ctrl_c(served: Served) -> None:
     """Serve's own proxy serves as well, and says so; SIGINT: status 0, every process gone, the folder removed."""
     served = wait_ready(served)
@@ -79,6 +79,39 @@ def test_without_haproxy_and_ctrl_c(served: Served) -> None:
     assert stop_cli(served) == 0
     assert wait_gone(pids, STOP_TIMEOUT_S) == []
     assert folders(served) == []
+
+
+@pytest.mark.parametrize("served", [{"drain_s": 120.0}], indirect=True)
+def test_what_runs_may_end(served: Served) -> None:
+    """SIGTERM while a request of many forwards runs: its client gets every value, and then all is gone."""
+    served = wait_ready(served)
+    rows = tuple(tuple(range(1, 19)) * 3 for _ in range(64))
+    reads = [Node("site.read", (), {"site": "blocks.1.resid_post"}, run) for run in range(64)]
+    means = [Node("mean", (run,), {}) for run in range(64)]
+    outputs = tuple(Output(f"x{run}", 64 + run) for run in range(64))
+    graph = Graph(tuple(Run(rows) for _ in range(64)), (*reads, *means), outputs)
+    options = ExecuteOptions(disabled=("merge_runs", "common_subexpressions", "batch_runs"))
+
+    async def ask() -> list[Event]:
+        transport = GrpcTransport(served.target, api_key=served.api_key)
+        events = []
+        try:
+            async for event in transport.execute(TINY, graph, options):
+                if isinstance(event, TensorValue) and not any(isinstance(e, TensorValue) for e in events):
+                    assert served.process is not None
+                    served.process.send_signal(signal.SIGTERM)
+                events.append(event)
+            return events
+        finally:
+            await transport.close()
+
+    pids = served.pids()
+    events = asyncio.run(ask())
+    assert len([event for event in events if isinstance(event, TensorValue)]) == 64
+    assert isinstance(events[-1], Done)
+    assert served.process is not None
+    assert served.process.wait(STOP_TIMEOUT_S) == 0  # a second signal would not wait
+    assert wait_gone(pids, STOP_TIMEOUT_S) == []
 
 
 def test_ctrl_c_while_starting(served: Served) -> None:

@@ -71,6 +71,17 @@ def test_nothing_is_shared_with_another_ray(monkeypatch: pytest.MonkeyPatch) -> 
     assert found.items() >= environment.RAY_ENVIRONMENT.items()
 
 
+@pytest.mark.parametrize(("drain_s", "wanted"), [(5.0, 120), (300.5, 301)])
+def test_an_ingress_that_was_replaced_ends_with_its_calls(
+    monkeypatch: pytest.MonkeyPatch, drain_s: float, wanted: int
+) -> None:
+    """HAProxy of before a change may finish its calls for as long as stopping may take, and its ports stay unused."""
+    monkeypatch.setattr(environment, "_is_free", lambda port: True)
+    found = environment.node_environment(ports(), FOLDER, "/bin/true", drain_s=drain_s)
+    assert int(found["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"]) == wanted
+    assert int(found["RAY_SERVE_PORT_QUARANTINE_S"]) > wanted
+
+
 def test_the_operators_own_ray_authentication_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where RAY_AUTH_MODE is set, it stays."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")

@@ -6,6 +6,7 @@ No Ray here, so that the launcher can prepare all of this before Ray exists.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import random
 import secrets
@@ -49,9 +50,11 @@ _LOCAL_NODE: Mapping[str, str] = MappingProxyType(
         # No load balancer outside needs time to notice that we stop: the defaults wait half a minute.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.1",
         "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "0.1",
-        "RAY_SERVE_PORT_QUARANTINE_S": "10",
     }
 )
+
+#: Whenever a replica comes or goes a new HAProxy takes over; the old one ends when its calls have, or after so long.
+OLD_INGRESS_S = 120.0
 
 #: A Unix socket's path holds 107 characters, of which HAProxy's takes 78 beyond the node's folder, and Ray's 62.
 MAX_FOLDER_LENGTH = 107 - 78
@@ -144,14 +147,16 @@ def haproxy_binary() -> str | None:
     return shutil.which("haproxy")
 
 
-def node_environment(ports: NodePorts, folder: Path, haproxy: str | None) -> dict[str, str]:
+def node_environment(ports: NodePorts, folder: Path, haproxy: str | None, *, drain_s: float = 0.0) -> dict[str, str]:
     """The environment of a Ray Serve node of our own: nothing of it is shared with another Ray on this machine.
 
     Args:
         ports: where it listens.
         folder: a folder of its own, short enough for Unix sockets.
         haproxy: the binary of the ingress; None: Serve's own proxy.
+        drain_s: how long running requests get when the service stops.
     """
+    old_ingress_s = math.ceil(max(OLD_INGRESS_S, drain_s))
     proxy_folder = folder / "h"
     token = folder / "token"
     environment = {
@@ -169,7 +174,8 @@ def node_environment(ports: NodePorts, folder: Path, haproxy: str | None) -> dic
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(proxy_folder / "m.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(proxy_folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(proxy_folder / "state"),
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "5",
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(old_ingress_s),
+        "RAY_SERVE_PORT_QUARANTINE_S": str(old_ingress_s + 5),
         **RAY_ENVIRONMENT,
     }
     if not haproxy:

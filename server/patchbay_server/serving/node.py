@@ -70,13 +70,14 @@ class _Node:
             why = "there is no HAProxy here" if config.ray.haproxy else "ray.haproxy is false"
             self._say("progress", f"using Ray Serve's own proxy, since {why}")
         environment.prepare_folder(folder, ports, haproxy)
-        os.environ.update(environment.node_environment(ports, folder, haproxy))
+        os.environ.update(environment.node_environment(ports, folder, haproxy, drain_s=config.ray.drain_s))
         self._say("progress", "importing Ray")
         from patchbay_server.serving import ray as serving
 
+        drain_s = 0.0
         try:
             serving.start(config, ports, folder, lambda text: self._say("progress", text))
-            self._starting = False
+            self._starting, drain_s = False, config.ray.drain_s
             self._say("ready")
             self._stop.wait()
         except serving.SlowStartError as error:
@@ -88,7 +89,7 @@ class _Node:
         finally:
             self._starting = False
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-            serving.stop()
+            serving.stop(drain_s)
         return 0
 
     def _await_end_of_input(self) -> None:

@@ -257,11 +257,26 @@ def _wait_answering(target: str, names: Mapping[str, Any], deadline: float) -> N
                 time.sleep(_POLL_S)
 
 
-def stop() -> None:
-    """Stop every application and the Ray node of this process; safe at any stage of `start`."""
+def _drain(deadline: float) -> None:
+    """Take the applications away, each when its running requests have ended, until the deadline."""
+    for name in serve.status().applications:
+        serve.delete(name, _blocking=False)
+    while serve.status().applications and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+
+
+def stop(drain_s: float = 0.0) -> None:
+    """Stop every application and the Ray node of this process; safe at any stage of `start`.
+
+    Args:
+        drain_s: how long running requests get. Serve itself ends its ingress together with the replicas, and with it
+            what runs: so the applications go first.
+    """
     if not ray.is_initialized():
         return
     try:
+        if drain_s:
+            _drain(time.monotonic() + drain_s)
         serve.shutdown()
     except (RuntimeError, ray.exceptions.RayError, UnavailableError):
         pass  # what is left is ended with the node
