@@ -152,6 +152,19 @@ def test_straight_through() -> None:
     np.testing.assert_allclose(run.results["g"], expected, rtol=1e-4, atol=1e-6)
 
 
+def test_a_weights_gradient_by_way_of_a_change_of_it() -> None:
+    """A change of a weight, zero, that acts at its module's output has the weight's own gradient."""
+    with model_of("llama").trace([IDS, OTHER]) as run:
+        down = run.module("model.layers.1.mlp.down_proj")
+        change = run.trace.constant(np.zeros((24, 16), np.float32))
+        down.output = down.output + down.input @ change
+        run.save(g=pb.grad(difference(run.logits), wrt=change))
+    twin = ByHand("llama")
+    weight: Any = twin.model.get_parameter("model.layers.1.mlp.down_proj.weight").requires_grad_()
+    (expected,) = torch.autograd.grad(difference(twin.logits([IDS, OTHER])), [weight])
+    np.testing.assert_allclose(run.results["g"], expected.T, rtol=1e-4, atol=1e-6)
+
+
 def frozen(run: Run) -> None:
     """Patterns and norm scales as constants to the gradient, as circuit tracing has them."""
     for block in run.blocks:
