@@ -407,6 +407,8 @@ async def test_hostile_uploads_leave_nothing(served: Served) -> None:
         stored = await transport.put_artifact(ArtifactInfo(digest, float32, (300_000,), good.nbytes, "good"), good)
         assert (await transport.get_artifact(digest))[1].data == good.data
         assert stored.name == "good"
+        for _ in range(50):  # it is there: the server says so while the elements are on their way
+            assert (await transport.put_artifact(stored, good)).created_at == stored.created_at
     finally:
         await transport.close()
 

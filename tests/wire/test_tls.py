@@ -11,7 +11,10 @@ import grpc
 import grpc.aio
 import pytest
 
-from patchbay.errors import UnavailableError
+from patchbay.errors import UnavailableError, UnsupportedError
+from patchbay.ir.artifacts import ArtifactInfo, digest_of
+from patchbay.ir.dtypes import float32
+from patchbay.ir.graph import TensorData
 from patchbay.transport.grpc import GrpcTransport
 from patchbay_server.transport.registration import add_servicer_to_server
 from patchbay_server.transport.servicer import Servicer
@@ -48,6 +51,9 @@ async def test_a_trusted_certificate(tls_port: int, certificate: tuple[bytes, by
     """With its certificate trusted, a server behind grpcs:// answers, key included."""
     transport = GrpcTransport(f"grpcs://localhost:{tls_port}", api_key=KEY, tls_roots=certificate[1])
     assert await transport.list_models() == (backend.summary,)
+    tensor = TensorData(float32, (3,), bytes(12))
+    with pytest.raises(UnsupportedError, match="keeps no artifacts"):  # uploads have a connection of their own
+        await transport.put_artifact(ArtifactInfo(digest_of(tensor), float32, (3,), 12), tensor)
     await transport.close()
 
 
