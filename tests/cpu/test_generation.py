@@ -375,6 +375,16 @@ def test_text_is_printed_as_it_appears(capsys: pytest.CaptureFixture[str]) -> No
         model_of("gpt2").generate(IDS, max_new_tokens=3, stream="yes")  # type: ignore[arg-type]
 
 
+def test_runs_of_one_trace_stream_each_to_its_own() -> None:
+    """A generating run among others of a trace is heard too, and each listener hears its own run."""
+    heard: dict[str, list[int]] = {"one": [], "two": []}
+    with model_of("gpt2").trace() as t:
+        one = t.generate(IDS, max_new_tokens=3, eos=False, stream=lambda step, ids: heard["one"].extend(ids))
+        two = t.generate(SHORT, max_new_tokens=4, eos=False, stream=lambda step, ids: heard["two"].extend(ids))
+        t.generate(OTHER, max_new_tokens=2, eos=False)
+    assert heard == {"one": list(one.output.ids), "two": list(two.output.ids)}
+
+
 def test_text_is_printed_in_order_where_waiting_is_awaited(capsys: pytest.CaptureFixture[str]) -> None:
     """An asynchronous client prints the same text, complete when the block is left."""
     text, hosted = "", load("demo")

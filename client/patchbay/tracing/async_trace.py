@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +35,7 @@ class AsyncBase(BaseTrace):
     def __init__(self, model: AsyncModel, **kwargs: Any) -> None:
         super().__init__(model.core, **kwargs)
         self._edits = model.edits
+        self._printers: list[Printer] = []
 
     async def run(self, inputs: Input, *, label: str | None = None, prepend_bos: bool | None = None) -> Run:
         """Adds a forward over `inputs`; see `SyncTrace.run`."""
@@ -44,14 +44,25 @@ class AsyncBase(BaseTrace):
         return self._add_run(await self._core.inputs_of(inputs), label)
 
     async def generate(
-        self, inputs: Input, *, max_new_tokens: int, label: str | None = None, **how: Unpack[How]
+        self,
+        inputs: Input,
+        *,
+        max_new_tokens: int,
+        label: str | None = None,
+        stream: StreamCallback | bool | None = None,
+        **how: Unpack[How],
     ) -> GeneratingRun:
         """Adds a run that generates tokens after `inputs`; the arguments are those of `Model.generate`."""
         self._check_open()
         check_how(max_new_tokens, how)
+        hears = listener(stream, self._core)
         given = await self._core.inputs_of(inputs)
         run = self._add_run(given, label, await generation_of(self._core, max_new_tokens, how))
         assert isinstance(run, GeneratingRun)
+        if hears is not None:
+            self._progress = streaming(run, hears, self._progress)
+        if isinstance(hears, Printer):
+            self._printers.append(hears)
         return run
 
     def tokens_of(self, text: str) -> Tokens:
@@ -79,6 +90,9 @@ class AsyncBase(BaseTrace):
         except BaseException as error:
             self._fail(error)
             raise
+        finally:
+            for printer in self._printers:
+                await printer.finished()
 
     async def estimate(self, *, remote: bool = False) -> Price:
         """The graph's price without running it; see `SyncTrace.estimate`."""
@@ -124,34 +138,12 @@ class AsyncGenerateTrace(AsyncBase):
         self, model: AsyncModel, *, how: Mapping[str, Any], stream: StreamCallback | bool | None, **kwargs: Any
     ) -> None:
         super().__init__(model, **kwargs)
-        self._how, self._listener = how, listener(stream, model.core)
-        self._printed: asyncio.Future[None] | None = None
+        listener(stream, model.core)  # a mistake is told where it was made
+        self._how, self._stream = how, stream
 
     async def __aenter__(self) -> GeneratingRun:
         self._enter()
-        run = await self.generate(self._first, **self._how)
-        hears = self._listener
-        if isinstance(hears, Printer):
-            printer = hears
-
-            async def after(last: asyncio.Future[None] | None, ids: list[int]) -> None:
-                if last is not None:
-                    await last
-                await printer.take(ids)
-
-            def deliver(_: int, ids: list[int]) -> None:  # events come in the loop: texts are asked for beside them
-                self._printed = asyncio.ensure_future(after(self._printed, ids))
-
-            self._progress = streaming(run, deliver, self._progress)
-        elif hears is not None:
-            self._progress = streaming(run, hears, self._progress)
-        return run
+        return await self.generate(self._first, stream=self._stream, **self._how)
 
     async def __aexit__(self, kind: object, error: object, trace: object) -> None:
-        try:
-            await self._leave(failed=kind is not None)
-        finally:
-            if isinstance(self._listener, Printer):
-                if self._printed is not None:
-                    await self._printed
-                self._listener.end()
+        await self._leave(failed=kind is not None)

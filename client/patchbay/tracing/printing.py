@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
 from patchbay.arguments import check_function, refused, seen
@@ -20,13 +21,34 @@ class Printer:
 
     Args:
         core: of the model, which has the tokenizer.
+        wait: waits for a coroutine; None in an event loop, where texts are asked for beside the events that come.
     """
 
-    def __init__(self, core: ModelCore) -> None:
-        self._core = core
+    def __init__(self, core: ModelCore, wait: Callable[[Coroutine[Any, Any, None]], None] | None) -> None:
+        self._core, self._wait = core, wait
+        self._last: asyncio.Future[None] | None = None
         self._ids: list[int] = []
         self._shown = ""
         self._open = False  # whether a line of text waits for its end
+
+    def __call__(self, step: int, ids: list[int]) -> None:
+        """The next token of each row, -1 for rows that had stopped."""
+        del step
+        if self._wait is not None:
+            self._wait(self.take(ids))
+        else:
+            self._last = asyncio.ensure_future(self._after(self._last, ids))
+
+    async def _after(self, last: asyncio.Future[None] | None, ids: list[int]) -> None:
+        if last is not None:
+            await last
+        await self.take(ids)
+
+    async def finished(self) -> None:
+        """In an event loop: all that came is printed, and nothing more comes."""
+        if self._last is not None:
+            await self._last
+        self.end()
 
     async def take(self, ids: Sequence[int]) -> None:
         """The next token of each row, -1 for rows that had stopped."""
@@ -56,8 +78,14 @@ class Printer:
             return [str(i) for i in ids]
 
 
-def listener(stream: Any, core: ModelCore) -> Callable[[int, list[int]], Any] | Printer | None:
-    """What is to hear of a generating run's tokens.
+def listener(
+    stream: Any, core: ModelCore, wait: Callable[[Coroutine[Any, Any, None]], None] | None = None
+) -> Callable[[int, list[int]], Any] | None:
+    """What is to hear of a generating run's tokens: called with each step and one id per row.
+
+    Args:
+        stream: a function, True for a `Printer`, None or False for nothing.
+        core, wait: of the printer.
 
     Raises:
         ArgumentError: `stream` is neither True nor a function.
@@ -65,7 +93,7 @@ def listener(stream: Any, core: ModelCore) -> Callable[[int, list[int]], Any] | 
     if stream is None or stream is False:
         return None
     if stream is True:
-        return Printer(core)
+        return Printer(core, wait)
     if not callable(stream):
         raise refused(
             f"stream is True, to print what appears, or a function of a step and its tokens, not {seen(stream)}"

@@ -37,6 +37,7 @@ class SyncTrace(BaseTrace):
         super().__init__(model.core, **kwargs)
         self._edits = model.edits
         self._model = model
+        self._printers: list[Printer] = []
 
     @located
     def run(self, inputs: Input, *, label: str | None = None, prepend_bos: bool | None = None) -> Run:
@@ -61,15 +62,26 @@ class SyncTrace(BaseTrace):
 
     @located
     def generate(
-        self, inputs: Input, *, max_new_tokens: int, label: str | None = None, **how: Unpack[How]
+        self,
+        inputs: Input,
+        *,
+        max_new_tokens: int,
+        label: str | None = None,
+        stream: StreamCallback | bool | None = None,
+        **how: Unpack[How],
     ) -> GeneratingRun:
         """Adds a run that generates tokens after `inputs`; the arguments are those of `Model.generate`."""
         self._check_open()
         check_how(max_new_tokens, how)
+        hears = listener(stream, self._core, self._model.wait)
         given = self._core.known_inputs_of(inputs) or self._model.wait(self._core.inputs_of(inputs))
         generation = self._model.wait(generation_of(self._core, max_new_tokens, how))
         run = self._add_run(given, label, generation)
         assert isinstance(run, GeneratingRun)
+        if hears is not None:
+            self._progress = streaming(run, hears, self._progress)
+        if isinstance(hears, Printer):
+            self._printers.append(hears)
         return run
 
     def tokens_of(self, text: str) -> Tokens:
@@ -100,6 +112,9 @@ class SyncTrace(BaseTrace):
         except BaseException as error:
             self._fail(error)
             raise
+        finally:
+            for printer in self._printers:
+                printer.end()
 
     def estimate(self, *, remote: bool = False) -> Price:
         """The graph's price without running it.
@@ -157,22 +172,12 @@ class GenerateTrace(SyncTrace):
         self, model: Model, *, how: Mapping[str, Any], stream: StreamCallback | bool | None, **kwargs: Any
     ) -> None:
         super().__init__(model, **kwargs)
-        self._how, self._listener = how, listener(stream, model.core)
+        listener(stream, model.core)  # a mistake is told where it was made
+        self._how, self._stream = how, stream
 
     def __enter__(self) -> GeneratingRun:
         self._enter()
-        run = self.generate(self._first, **self._how)
-        hears = self._listener
-        if isinstance(hears, Printer):
-            printer = hears
-            self._progress = streaming(run, lambda _, ids: self._model.wait(printer.take(ids)), self._progress)
-        elif hears is not None:
-            self._progress = streaming(run, hears, self._progress)
-        return run
+        return self.generate(self._first, stream=self._stream, **self._how)
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        try:
-            self._leave(failed=kind is not None)
-        finally:
-            if isinstance(self._listener, Printer):
-                self._listener.end()
+        self._leave(failed=kind is not None)
