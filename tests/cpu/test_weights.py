@@ -158,6 +158,25 @@ def test_weights_have_shapes_before_anything_runs() -> None:
     assert t.results["same"] < 1e-5
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_folded_view_of_the_model_joins_a_trace(family: str) -> None:
+    """`model.params.folded` has its shape at once, is what the trace's own is, and is no value by itself."""
+    model = model_of(family)
+    names = ["blocks.1.attn.W_Q", "blocks.1.attn.b_Q", "blocks.1.mlp.W_in", "unembed.W_U", "unembed.b_U"]
+    with model.trace() as t:
+        one = t.constant(1.0)
+        views = [model.params.folded(name) for name in names]
+        pairs = [(one * view, one * t.params.folded(name)) for view, name in zip(views, names, strict=True)]
+        assert [view.shape for view in views] == [mine.shape for mine, _ in pairs]
+        t.save(pairs=pairs)
+    for mine, theirs in t.results["pairs"]:
+        np.testing.assert_array_equal(mine, theirs)
+    with pytest.raises(TraceError, match=r"t\.params\.folded\('unembed\.W_U'\)"):
+        views[3][:, 0]
+    with pytest.raises(GraphError, match="through a norm"):
+        model.params.folded("blocks.1.attn.W_O")
+
+
 def test_they_show_what_there_is() -> None:
     """Tab completion, containment and a table of names with shapes."""
     params = model_of("llama").params

@@ -49,7 +49,7 @@ class _Names:
         return len(self._card.params)
 
     def __contains__(self, name: object) -> bool:
-        return any(p.name == name for p in self._card.params)
+        return any(name in (p.name, p.name.removeprefix(RAW)) for p in self._card.params)
 
     def keys(self) -> list[str]:
         """Every name: canonical ones, then ``param:`` and the checkpoint's."""
@@ -73,20 +73,6 @@ class _Names:
         return "\n".join([*lines, *shown, f"  {raw} by their names in the checkpoint, as {RAW}<name>"])
 
 
-class ModelParams(_Names):
-    """The weights of a model, for use in any of its traces."""
-
-    @located
-    def __getitem__(self, name: str) -> Parameter:
-        """The parameter called `name`, to stand beside a value of a trace; to index it, take it from ``t.params``.
-
-        Raises:
-            GraphError: the model's policy forbids it.
-            UnknownSiteError: there is none; the message names the nearest.
-        """
-        return Parameter(self._card.param(name))
-
-
 #: Weights that read the stream through a norm, and the names of that norm in the order in which they are looked for.
 _READS = re.compile(
     r"(?P<block>(?:\w+\.)?blocks\.\d+\.)(?P<part>attn|mlp)\.(?P<experts>experts\.|router\.)?"
@@ -104,6 +90,62 @@ def _norms_before(name: str) -> tuple[str, str, tuple[str, ...]] | None:
     stem = f"{found['block']}{found['part']}.{found['experts'] or ''}"
     norms = ("ln1",) if found["part"] == "attn" else ("ln2", "ln1")  # parallel blocks have one norm for both
     return f"{stem}W{found['rest']}", f"{stem}b{found['rest']}", tuple(found["block"] + n for n in norms)
+
+
+def _folding(params: _Names, name: str) -> tuple[str, str]:
+    """Of a weight that reads the stream: the name of its matrix, and of the norm before it."""
+    names = _norms_before(name)
+    norm = next((n for n in names[2] if f"{n}.w" in params), None) if names else None
+    if names is None or norm is None:
+        raise GraphError(f"{name!r} does not read the stream through a norm, so nothing can be folded into it")
+    return names[0], norm
+
+
+class FoldedParameter(Created):
+    """A weight with a norm folded in, which joins the first trace whose value it meets."""
+
+    __slots__ = ("_name",)
+
+    def __init__(self, params: ModelParams, name: str) -> None:
+        matrix, _ = _folding(params, name)
+        made = params[name if name in params else matrix]
+        shape = made.shape if name == matrix or name in params else (*made.shape[:-2], made.shape[-1])
+        self._name, self._spec = name, TensorSpec(shape, made.dtype)
+
+    @property
+    def _joined(self) -> str:
+        return f"t.params.folded({self._name!r}) in the trace t"
+
+    def add_to(self, trace: BaseTrace) -> int:
+        """The node of this value in `trace`."""
+        return TraceParams(trace).folded(self._name)._node
+
+    def __repr__(self) -> str:
+        return f"<folded {self._name}: {self._spec}, not in a trace yet>"
+
+
+class ModelParams(_Names):
+    """The weights of a model, for use in any of its traces."""
+
+    @located
+    def __getitem__(self, name: str) -> Parameter:
+        """The parameter called `name`, to stand beside a value of a trace; to index it, take it from ``t.params``.
+
+        Raises:
+            GraphError: the model's policy forbids it.
+            UnknownSiteError: there is none; the message names the nearest.
+        """
+        return Parameter(self._card.param(name))
+
+    @located
+    def folded(self, name: str) -> FoldedParameter:
+        """A weight that reads the stream, with the norm before it folded in; see `TraceParams.folded`.
+
+        Raises:
+            GraphError: the weight does not read the stream through a norm; the policy forbids it.
+            UnknownSiteError: there is no such weight.
+        """
+        return FoldedParameter(self, name)
 
 
 class TraceParams(_Names):
@@ -136,13 +178,10 @@ class TraceParams(_Names):
             GraphError: the weight does not read the stream through a norm; the policy forbids it.
             UnknownSiteError: there is no such weight.
         """
-        names = _norms_before(name)
-        norm = next((n for n in names[2] if f"{n}.w" in self), None) if names else None
-        if names is None or norm is None:
-            raise GraphError(f"{name!r} does not read the stream through a norm, so nothing can be folded into it")
-        matrix = self[names[0]]
+        of, norm = _folding(self, name)
+        matrix = self[of]
         gain = self[f"{norm}.w"]
-        if name == names[0]:
+        if name == of:
             return matrix * gain[:, None]
         bias = self[f"{norm}.b"] @ matrix if f"{norm}.b" in self else None
         if name not in self:
