@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from patchbay.errors import PatchbayError
 from patchbay.ir.limits import Limits
@@ -34,6 +34,15 @@ class ConfigError(PatchbayError, ValueError):
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _yes_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python would take ``port: yes`` for 1."""
+        assert info.field_name is not None
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("neither true nor false can be said here")
+        return value
 
 
 class ModelConfig(_Section):
@@ -304,6 +313,19 @@ class RayConfig(_Section):
     drain_s: float = Field(default=5.0, ge=0, description="Seconds that running requests get when the service stops.")
 
 
+#: What has keys of its own.
+_SECTIONS: Mapping[str, type[BaseModel]] = {
+    "models": ModelConfig,
+    "limits": LimitsConfig,
+    "scheduling": SchedulingConfig,
+    "artifacts": ArtifactsConfig,
+    "keys": KeysConfig,
+    "tls": TlsConfig,
+    "connections": ConnectionsConfig,
+    "ray": RayConfig,
+}
+
+
 class Config(_Section):
     """Everything that an operator may set."""
 
@@ -327,6 +349,14 @@ class Config(_Section):
     tls: TlsConfig | None = None
     connections: ConnectionsConfig = ConnectionsConfig()
     ray: RayConfig = RayConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _an_empty_section_says_nothing(cls, data: Any) -> Any:
+        """``limits:`` with every line of it commented out."""
+        if not isinstance(data, Mapping):
+            return data
+        return {key: value for key, value in data.items() if value is not None or key not in _SECTIONS}
 
     @field_validator("models")
     @classmethod
@@ -375,7 +405,10 @@ class Config(_Section):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            lines = [_fault(e) for e in error.errors(include_url=False)]
+            errors = error.errors(include_url=False)
+            # Entries that are wrong are not counted, which is not a fault of its own.
+            counted = [e for e in errors if not (e["type"] == "too_short" and e["input"])]
+            lines = [_fault(e) for e in counted or errors]
             head = "the configuration" if source is None else source
             raise ConfigError(f"{head} is not valid:\n  " + "\n  ".join(lines)) from None
 
@@ -395,20 +428,10 @@ class Config(_Section):
 
 
 def _walk(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str]]:
-    inner: dict[str, type[BaseModel]] = {
-        "limits": LimitsConfig,
-        "scheduling": SchedulingConfig,
-        "artifacts": ArtifactsConfig,
-        "keys": KeysConfig,
-        "tls": TlsConfig,
-        "connections": ConnectionsConfig,
-        "ray": RayConfig,
-        "models": ModelConfig,
-    }
     for name, info in section.model_fields.items():
         key = prefix + name
-        if section is Config and name in inner:
-            yield from _walk(inner[name], f"{key}[]." if name == "models" else f"{key}.")
+        if section is Config and name in _SECTIONS:
+            yield from _walk(_SECTIONS[name], f"{key}[]." if name == "models" else f"{key}.")
             continue
         default = "required" if info.is_required() else "none" if info.default is None else str(info.default)
         yield key, default if default != "" else "derived", info.description or ""
@@ -489,17 +512,7 @@ def _fault(error: Any) -> str:
 
 
 def _known_keys(path: tuple[Any, ...]) -> list[str]:
-    sections: dict[str, type[BaseModel]] = {
-        "models": ModelConfig,
-        "limits": LimitsConfig,
-        "scheduling": SchedulingConfig,
-        "artifacts": ArtifactsConfig,
-        "keys": KeysConfig,
-        "tls": TlsConfig,
-        "connections": ConnectionsConfig,
-        "ray": RayConfig,
-    }
-    section = sections.get(str(path[0]), Config) if path else Config
+    section = _SECTIONS.get(str(path[0]), Config) if path else Config
     return list(section.model_fields)
 
 

@@ -83,6 +83,8 @@ def test_service_links_are_not_configuration() -> None:
         ("models: [{name: control, source: demo}]", "models[0].name: 'control' is the name"),
         ("models: [{name: ../x, source: demo}]", "models[0].name: "),
         ("port: seven", "port: "),
+        ("port: yes", "port: neither true nor false can be said here (got True)"),
+        ("limits: {deadline_s: true}", "limits.deadline_s: neither true nor false"),
         ("scheduling: {account_weights: {a/b: 1}}", "scheduling.account_weights.a/b: string should match"),
         ("scheduling: {account_weights: {ada: 0}}", "scheduling.account_weights.ada: input should be greater"),
         ("scheduling: {account_weights: {ada: 2}, fairness: round-robin}", "scheduling: account_weights needs"),
@@ -100,6 +102,22 @@ def test_faults_name_the_key(tmp_path: Path, text: str, expected: str) -> None:
         Config.load(file, env={})
     assert expected in str(caught.value)
     assert str(file) in str(caught.value)
+
+
+def test_a_section_without_lines_says_nothing(tmp_path: Path) -> None:
+    """``limits:`` with everything below it commented out is as if it were not there; ``tls:`` too."""
+    file = tmp_path / "c.yaml"
+    file.write_text("limits:\n#  max_nodes: 1\nscheduling:\nartifacts:\nconnections:\nkeys:\nray:\ntls:\n")
+    assert Config.load(file, env={}) == Config.load(env={})
+
+
+def test_entries_that_are_wrong_are_not_counted() -> None:
+    """One wrong model is one fault; that no model is left is not told as another."""
+    with pytest.raises(ConfigError) as caught:
+        Config.parse({"models": [{"source": "demo", "dtype": "fp16"}]})
+    assert str(caught.value).count("models") == 1
+    with pytest.raises(ConfigError, match="models: tuple should have at least 1 item"):
+        Config.parse({"models": []})
 
 
 def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:

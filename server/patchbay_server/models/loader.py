@@ -67,6 +67,14 @@ def load(
     kind: Any = "auto" if dtype == "auto" else getattr(torch, dtype, None)
     if not (kind == "auto" or isinstance(kind, torch.dtype)):
         raise FailedPreconditionError(f"dtype {dtype!r} is not a torch dtype; use auto, float32, bfloat16 or float16")
+    if where.startswith("cuda") and int(where.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise FailedPreconditionError(
+            f"the model {source!r} is to run on {where!r}, but torch {torch.__version__} finds "
+            f"{torch.cuda.device_count()} CUDA devices here; say 'cpu' or 'auto', or see to the driver and to a CUDA "
+            "build of torch"
+        )
+    if path.startswith(("/", "./", "../", "~")) and not Path(path).is_dir():
+        raise FailedPreconditionError(f"the model {source!r} could not be loaded: there is no such folder here")
     try:
         model = _architecture(AutoConfig.from_pretrained(path, trust_remote_code=False)).from_pretrained(
             path, dtype=kind, use_safetensors=True, trust_remote_code=False

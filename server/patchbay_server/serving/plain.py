@@ -6,6 +6,7 @@ and what connections may hold open is bounded (`connections` in the configuratio
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -151,10 +152,11 @@ async def serve_grpc(servicer: Servicer, config: Config | None = None) -> PlainS
         if config.tls is None:
             port = server.add_insecure_port(address)
         else:
-            port = server.add_secure_port(address, _credentials(config))
+            port = server.add_secure_port(address, credentials(config))
     except RuntimeError:
         raise ConfigError(
-            f"cannot listen on {address}: the port is taken, or the address is not this machine's; choose another"
+            f"cannot listen on {address} (host, port): the port is taken, or the address is not this machine's; choose "
+            "another"
         ) from None
     for name in ("", SERVICE):
         await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -162,7 +164,12 @@ async def serve_grpc(servicer: Servicer, config: Config | None = None) -> PlainS
     return PlainServer(port, server, health_servicer)
 
 
-def _credentials(config: Config) -> grpc.ServerCredentials:
+def credentials(config: Config) -> grpc.ServerCredentials:
+    """What the configuration's `tls` names, tried out.
+
+    Raises:
+        ConfigError: a file cannot be read, or is not what it should be.
+    """
     assert config.tls is not None
     parts = []
     for key in ("private_key_file", "certificate_file"):
@@ -171,4 +178,13 @@ def _credentials(config: Config) -> grpc.ServerCredentials:
             parts.append(path.read_bytes())
         except OSError as error:
             raise ConfigError(f"tls.{key}: cannot read {path}: {error.strerror}") from None
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+            config.tls.certificate_file, config.tls.private_key_file, password=""
+        )
+    except ssl.SSLError as error:
+        raise ConfigError(
+            f"tls: {config.tls.certificate_file} and {config.tls.private_key_file} are not a PEM certificate chain and "
+            f"its key, without a password ({error.reason or error})"
+        ) from None
     return grpc.ssl_server_credentials([(parts[0], parts[1])])

@@ -110,6 +110,15 @@ class KeyStore:
                 found = account
         return found
 
+    def check(self) -> None:
+        """Read everything once.
+
+        Raises:
+            KeyStoreError: the file or the folder cannot be read; nobody would be admitted.
+        """
+        for _ in self._load():
+            pass
+
     def create(self, account: str) -> str:
         """Make a key for an account; the only moment at which the key itself is seen.
 
