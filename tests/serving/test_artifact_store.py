@@ -22,6 +22,7 @@ from patchbay.errors import InvalidRequestError, NotFoundError, ResourceExhauste
 from patchbay.ir.artifacts import ArtifactInfo, KeyedTensor, digest_of
 from patchbay.ir.dtypes import bfloat16, float32, int8
 from patchbay.ir.graph import TensorData
+from patchbay_server.store import artifacts
 from patchbay_server.store.artifacts import ArtifactStore, Upload
 
 MIB = 2**20
@@ -394,6 +395,45 @@ def test_a_file_that_is_not_whole_is_not_there(store: ArtifactStore, harm: str) 
     assert store.list("ada") == ([], False)
     store.put("ada", value)
     assert bytes(store.open("ada", digest)[1].data) == value.data
+
+
+@pytest.mark.parametrize("size", [1_000, 400_000], ids=["read", "mapped"])
+def test_elements_that_changed_on_the_disk_are_nobodys_values(make: Callable[..., ArtifactStore], size: int) -> None:
+    """A process that did not write a file finds out that its elements are others: then it is not there."""
+    value = tensor(0, size)
+    writer, reader = make(), make()
+    digest = writer.put("ada", value).digest
+    (file,) = files(writer, ".safetensors")
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(NotFoundError):
+        reader.open("ada", digest)
+    assert reader.list("ada") == ([], False)
+    reader.put("ada", value)
+    for each in (reader, make()):
+        assert bytes(each.open("ada", digest)[1].data) == value.data
+
+
+def test_a_file_is_worked_through_once(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch, make: Any) -> None:
+    """Who wrote a file, or has used it, does not work out its digest again."""
+    digest, reader = store.put("ada", tensor()).digest, make()
+    asked = []
+    monkeypatch.setattr(artifacts, "_digest_of_file", lambda data: asked.append(len(data)) or digest)
+    for each in (store, store, reader, reader, reader):
+        each.open("ada", digest)
+    assert len(asked) == 1
+
+
+def test_files_that_are_not_whole_make_room(make: Callable[..., ArtifactStore]) -> None:
+    """What nobody can list, use or delete does not fill an account's quota for ever."""
+    store = make(quota_bytes=10_000)
+    store.put("ada", tensor(0, 2_000))
+    (file,) = files(store, ".safetensors")
+    file.write_bytes(b"x" * 8_000)
+    store.put("ada", tensor(1, 2_000))
+    (left,) = files(store, ".safetensors")
+    assert left != file
 
 
 def test_only_the_service_can_read_the_folder(store: ArtifactStore) -> None:

@@ -5,7 +5,8 @@
     <account>/uploads/               files that are being written, locked by whoever writes them
     <account>/in-use/                second links to what graphs are using, so that nothing vanishes under them
 
-A file appears under its name when it is complete and its digest has been worked out, never before. Its time of last
+A file appears under its name when it is complete and its digest has been worked out, never before; whoever uses a file
+that it did not write works the digest out again, once, and throws away what is not what it says. Its time of last
 change is the time of its last use. Names on disk are digests only: nothing that a client chooses is part of a path.
 """
 
@@ -58,6 +59,8 @@ COUNT_S = 5.0
 _HEX = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _MAX_HEADER_BYTES = 4096
 _WRITE_BYTES = 4 * 2**20
+#: Files that a process remembers to have found whole.
+_KNOWN_FILES = 65_536
 _DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
 
 
@@ -160,6 +163,7 @@ class ArtifactStore:
         self._counted_at = -COUNT_S
         self._clock = clock
         self._swept_at = -SWEEP_S
+        self._whole: set[tuple[int, str]] = set()  # inode and digest
 
     # --- storing --------------------------------------------------------------------------------------------------
 
@@ -240,6 +244,7 @@ class ArtifactStore:
             now = self._clock()
             os.utime(path, (now, now))  # before it can be seen: it has just been used
             os.replace(path, folder / (info.digest.removeprefix(PREFIX) + DATA))
+            self._found_whole(os.stat(folder / (info.digest.removeprefix(PREFIX) + DATA)).st_ino, info.digest)
             if not automatic:
                 self._name(folder, info)
             return self._info(folder, info.digest) or replace(info, expires_at=now + self.ttl_s)
@@ -281,6 +286,7 @@ class ArtifactStore:
         if info is None:
             raise not_there(digest)
         try:
+            inode = os.stat(folder / name).st_ino
             data = self._readable(folder, folder / name, info.nbytes)
         except FileNotFoundError:
             raise not_there(digest) from None
@@ -288,6 +294,15 @@ class ArtifactStore:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
                 raise _exhausted("TOO_MANY_OPEN_FILES", "the server has too many artifacts open; try again") from None
             raise
+        if (inode, digest) not in self._whole:
+            if (
+                _digest_of_file(data) != digest
+            ):  # a disk that forgets, or a hand in the folder: better none than another
+                log.error("%s is not what its name says; it is removed", folder / name)
+                with self._locked(folder):
+                    self._remove(folder, digest)
+                raise not_there(digest)
+            self._found_whole(inode, digest)
         self._touch(folder, digest)
         elements = memoryview(data)[len(file_header(info.dtype, info.shape)) :]
         return info, KeyedTensor(info.dtype, info.shape, elements, f"{folder.name}/{digest}")
@@ -325,6 +340,11 @@ class ArtifactStore:
             raise
         weakref.finalize(content, _unlink, link, os.getpid())
         return content
+
+    def _found_whole(self, inode: int, digest: str) -> None:
+        if len(self._whole) >= _KNOWN_FILES:
+            self._whole.clear()
+        self._whole.add((inode, digest))
 
     def _folder(self, account: str) -> Path:
         # A digest: whatever an account is called, it is one name of one folder, on every file system.
@@ -449,7 +469,7 @@ class ArtifactStore:
         """Remove what has expired, and what crashes left; the folder is locked."""
         now = self._clock()
         for name, status in _files(folder, DATA):
-            if status.st_mtime + self.ttl_s <= now:
+            if status.st_mtime + self.ttl_s <= now or not _is_artifact(folder / name):
                 self._remove(folder, name.removesuffix(DATA))
         there = {name.removesuffix(DATA) for name in _names(folder, DATA)}
         for name in _names(folder, FACTS):
@@ -488,6 +508,22 @@ def _form(file: Any, size: int) -> ArtifactInfo | None:
     if file.read(len(header)) != header or size != len(header) + info.nbytes:
         return None
     return info
+
+
+def _is_artifact(path: Path) -> bool:
+    """Whether a file is whole, as far as its length and its first bytes say; one that went meanwhile need not be."""
+    try:
+        with open(path, "rb") as file:
+            return _form(file, os.fstat(file.fileno()).st_size) is not None
+    except FileNotFoundError:
+        return True
+
+
+def _digest_of_file(data: bytes | mmap.mmap) -> str:
+    state, view = hashlib.sha256(), memoryview(data)
+    for offset in range(0, len(view), _WRITE_BYTES):
+        state.update(view[offset : offset + _WRITE_BYTES])
+    return PREFIX + state.hexdigest()
 
 
 def _held(folder: Path) -> tuple[int, int, list[tuple[str, os.stat_result]]]:
