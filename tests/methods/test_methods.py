@@ -117,6 +117,32 @@ def test_activation_patching_equals_hooks(lab: Lab, site: str) -> None:
     np.testing.assert_allclose(t.results["grid"], by_hand, **CLOSE)
 
 
+@pytest.mark.parametrize("site", ["resid_post", "attn.z"])
+def test_attribution_patching_is_the_first_order_of_patching(lab: Lab, site: str) -> None:
+    """The metric moves as much as it says, for a small step of plain hooks towards the source at each position."""
+    layers, step = [0, 2], 0.01
+    with lab.model.trace() as t:
+        source, base = t.run([CLEAN]), t.run([OTHER])
+        guess = methods.attribution_patching(
+            source, base, methods.logit_difference(base, 5, 11), site=site, layers=layers
+        )
+        t.save(guess=guess)
+    assert t.results["guess"].shape == (2, len(CLEAN))
+    name = f"blocks.2.{site}"
+    theirs, mine = lab.read(name, [CLEAN]), lab.read(name, [OTHER])
+    for position in range(len(CLEAN)):
+        moved = []
+        for sign in (-1, 1):
+
+            def towards(at: torch.Tensor, position: int = position, sign: int = sign) -> None:
+                at[:, position] += sign * step * (theirs - mine)[:, position]
+
+            logits = lab.logits([OTHER], [(name, towards)])[0, -1].astype("float64")
+            moved.append(logits[5] - logits[11])
+        slope = (moved[1] - moved[0]) / (2 * step)
+        np.testing.assert_allclose(t.results["guess"][1, position], slope, rtol=1e-2, atol=1e-4)
+
+
 def test_activation_patching_covers_every_layer_and_position_by_default(lab: Lab) -> None:
     """Without layers and positions the grid has all; the last layer's last position carries everything over."""
     with lab.model.trace() as t:

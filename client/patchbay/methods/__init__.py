@@ -10,7 +10,7 @@ several methods may share one::
 
     adapters.py  low-rank adapters (LoRA) as edits of a model
     lens.py      logit lens, the rank of a token, a difference of logits
-    patching.py  activation patching, and how much of an effect a patch recovers
+    patching.py  activation patching, how much of an effect a patch recovers, attribution patching
     heads.py     scores of attention heads, ablation of heads
     fitting.py   gradient descent, logistic probes and k-means, in loops that the server runs
     features.py  an input that excites a channel, by climbing gradients
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
         previous_token_scores,
     )
     from patchbay.methods.lens import LogitLens, lens_labels, logit_difference, logit_lens, residual_stream, token_rank
-    from patchbay.methods.patching import activation_patching, recovered_share
+    from patchbay.methods.patching import activation_patching, attribution_patching, recovered_share
     from patchbay.methods.steering import add_direction, continue_greedily, difference_in_means, remove_direction
 
 _HOME = {
@@ -60,6 +60,7 @@ _HOME = {
     "ablate_head": "heads",
     "activation_patching": "patching",
     "add_direction": "steering",
+    "attribution_patching": "patching",
     "continue_greedily": "steering",
     "copying_accuracy": "heads",
     "copying_probability": "heads",
@@ -94,6 +95,7 @@ __all__ = [
     "ablate_head",
     "activation_patching",
     "add_direction",
+    "attribution_patching",
     "continue_greedily",
     "copying_accuracy",
     "copying_probability",

@@ -68,6 +68,8 @@ def continue_greedily(
 ) -> list[int]:
     """The tokens, at most `count`, that the model finds likeliest after `prompt`, one trace for each.
 
+    `Model.generate` does it in one request. Here `change` is made in a new forward over the whole text for each token.
+
     Args:
         model: the model.
         prompt: what to continue, a text or token ids.
