@@ -295,9 +295,7 @@ class ArtifactStore:
                 raise _exhausted("TOO_MANY_OPEN_FILES", "the server has too many artifacts open; try again") from None
             raise
         if (inode, digest) not in self._whole:
-            if (
-                _digest_of_file(data) != digest
-            ):  # a disk that forgets, or a hand in the folder: better none than another
+            if _digest_of_file(data) != digest:  # a bad disk, or a hand in the folder: no value is better than another
                 log.error("%s is not what its name says; it is removed", folder / name)
                 with self._locked(folder):
                     self._remove(folder, digest)
