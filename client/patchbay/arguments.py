@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -11,6 +12,11 @@ from patchbay.errors import ArgumentError
 from patchbay.ir.card import OPTIMISATIONS
 from patchbay.ir.events import ExecuteOptions
 from patchbay.places import here
+
+#: Characters of a name that is sent.
+MAX_NAME_CHARS = 1024
+#: Three years; clocks of transports end somewhere above.
+MAX_TIMEOUT_S = 100_000_000
 
 
 def refused(message: str) -> ArgumentError:
@@ -115,10 +121,33 @@ def flag(what: str, value: Any) -> bool:
 def check_text(what: str, value: object) -> None:
     """
     Raises:
-        ArgumentError: it is no text.
+        ArgumentError: it is no text, or one that cannot be sent.
     """
     if not isinstance(value, str):
         raise refused(f"{what} is a text, not {seen(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise refused(f"{what} holds half a character (a lone surrogate): {seen(value)}") from None
+
+
+def check_name(what: str, value: object) -> None:
+    """
+    Raises:
+        ArgumentError: it is no text, an empty one, or a long one.
+    """
+    check_text(what, value)
+    if not 0 < len(str(value)) <= MAX_NAME_CHARS:
+        raise refused(f"{what} has 1 to {MAX_NAME_CHARS} characters, not {len(str(value))}")
+
+
+def check_path(what: str, value: object) -> None:
+    """
+    Raises:
+        ArgumentError: it is no path; a number would be taken for an open file.
+    """
+    if not isinstance(value, (str, os.PathLike)):
+        raise refused(f"{what} is a path, not {seen(value)}")
 
 
 def check_names(what: str, given: Mapping[str, object], known: Collection[str]) -> None:
@@ -158,8 +187,8 @@ def check_timeout(timeout_s: Any) -> None:
     Raises:
         ArgumentError: it is neither None nor a number of seconds.
     """
-    if timeout_s is not None and real("timeout_s", timeout_s, least=0) == 0:
-        raise refused("timeout_s is a number of seconds above 0, not 0")
+    if timeout_s is not None and not 0 < real("timeout_s", timeout_s, least=0) <= MAX_TIMEOUT_S:
+        raise refused(f"timeout_s is a number of seconds above 0, at most {MAX_TIMEOUT_S:,}, not {seen(timeout_s)}")
 
 
 def check_graph(graph: object) -> None:

@@ -13,6 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from patchbay.arguments import check_name, check_path, check_text
 from patchbay.errors import (
     GraphError,
     NotFoundError,
@@ -232,6 +233,15 @@ def _constant(digest: str, value: TensorData) -> Node:
     return Node("const", (), attrs)
 
 
+def _check_which(which: object) -> None:
+    """
+    Raises:
+        ArgumentError: neither a handle nor a text.
+    """
+    if not hasattr(which, "_stored"):
+        check_text("which artifact it is (a handle, a digest or a name)", which)
+
+
 class Artifacts:
     """``client.artifacts``: tensors that stay on the server. With an asynchronous client every call is awaited."""
 
@@ -257,6 +267,8 @@ class Artifacts:
             ResourceExhaustedError: beyond your quota, or the server's disk is full.
             ProtocolError: not a safetensors file.
         """
+        if name != "":
+            check_name("the name of an artifact", name)
         return self._stored.finish(self._stored.put(value, name=name))
 
     def list(self) -> Any:
@@ -269,6 +281,7 @@ class Artifacts:
         Raises:
             NotFoundError: you have no such artifact.
         """
+        check_text("which artifact it is", which)
         return self._stored.finish(self._stored.handle(which))
 
     def get(self, which: Artifact | str, path: str | os.PathLike[str] | None = None) -> Any:
@@ -284,6 +297,9 @@ class Artifacts:
         Raises:
             NotFoundError: you have no such artifact.
         """
+        _check_which(which)
+        if path is not None:
+            check_path("where to write it", path)
         return self._stored.finish(self._stored.get(which, path))
 
     def delete(self, which: Artifact | str) -> Any:
@@ -292,6 +308,7 @@ class Artifacts:
         Raises:
             NotFoundError: you have no such artifact.
         """
+        _check_which(which)
         return self._stored.finish(self._stored.delete(which))
 
     def __repr__(self) -> str:

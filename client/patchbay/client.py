@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from patchbay.arguments import check_text
+from patchbay.arguments import check_text, check_timeout
 from patchbay.artifacts import Artifacts, StoredArtifacts
 from patchbay.core import ModelCore
 from patchbay.credentials import find_api_key, find_target
@@ -107,6 +107,7 @@ class Client:
         timeout_s: float | None = DEFAULT_TIMEOUT_S,
         name: str = "a transport",
     ) -> None:
+        check_timeout(timeout_s)
         self._connection = connection = Connection(transport, timeout_s=timeout_s, name=name)
         self._portal = Portal()
         connection.artifacts.wait = self._portal.run
@@ -171,6 +172,7 @@ class AsyncClient:
         timeout_s: float | None = DEFAULT_TIMEOUT_S,
         name: str = "a transport",
     ) -> None:
+        check_timeout(timeout_s)
         self._connection = Connection(transport, timeout_s=timeout_s, name=name)
 
     async def models(self) -> tuple[ModelSummary, ...]:

@@ -13,6 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from patchbay.arguments import check_path
 from patchbay.errors import ProtocolError, TraceError
 from patchbay.ir.artifacts import SAFETENSORS_NAMES
 from patchbay.ir.dtypes import DTYPES
@@ -84,6 +85,7 @@ def save_graph(
     """
     from patchbay.wire.files import encode_file
 
+    check_path("the file of a graph", path)
     graph = what if isinstance(what, Graph) else getattr(what, "graph", None)
     if not isinstance(graph, Graph):
         raise TraceError(f"save_graph takes a trace, a run or a graph, not {type(what).__name__}")
@@ -131,6 +133,7 @@ def load_graph(path: str | os.PathLike[str], *, limits: Limits | None = None) ->
     """
     from patchbay.wire.files import MAX_FILE_BYTES, decode_file
 
+    check_path("the file of a graph", path)
     with open(path, "rb") as file:
         data = file.read(MAX_FILE_BYTES + 1)
     found = decode_file(data, Limits(max_const_bytes=MAX_FILE_BYTES) if limits is None else limits)

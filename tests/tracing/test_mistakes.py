@@ -69,8 +69,10 @@ UNSAVED: dict[str, tuple[Callable[[Run], Any], str]] = {
     "the values of a dict": (lambda run: run.save(x={"a": run.embed}.values()), "inside a dict_values"),
     "an array of objects": (lambda run: run.save(x=objects(run.embed)), "inside a ndarray"),
     "an object": (lambda run: run.save(x=Pair(run.embed, 1)), "inside a Pair"),
-    "a number as a name": (lambda run: run.embed.save(3), "not under the int 3"),
-    "an empty name": (lambda run: run.embed.save(""), "a text that is not empty"),
+    "a number as a name": (lambda run: run.embed.save(3), "is a text, not the int 3"),
+    "an empty name": (lambda run: run.embed.save(""), "1 to 1024 characters, not 0"),
+    "a very long name": (lambda run: run.embed.save("a" * 2000), "1 to 1024 characters, not 2000"),
+    "half a character": (lambda run: run.save(**{"\ud800": run.embed}), "half a character"),
     "keep: swapped": (lambda run: run.keep(run.embed, "x"), r"a name and then what to keep.*not the Proxy"),
     "keep: nothing": (lambda run: run.keep("x", None), "keep takes values of the trace, not None"),
     "keep: an array": (lambda run: run.keep("x", np.zeros(3)), r"model\.artifacts\.put"),
@@ -144,7 +146,8 @@ def test_what_comes_back_can_be_pickled_and_copied(model: Model) -> None:
         assert again.parts[1] == "text" and again.usage == run.usage and repr(again) == repr(run.results)
     card = pickle.loads(pickle.dumps(model.card))
     assert card == model.card and card.site("logits") == model.card.site("logits")
-    for mine in (model, run, run.trace, run.graph, run.blocks[0], pb.testing.fake_client()):
+    handle = model.artifacts.put([1.0], name="one")
+    for mine in (handle, model, run, run.trace, run.graph, run.blocks[0], pb.testing.fake_client()):
         with pytest.raises(TraceError, match="pickled"):
             pickle.dumps(mine)
         assert copy.deepcopy(mine) is mine
@@ -187,6 +190,7 @@ MODEL: dict[str, tuple[Callable[[Model], Any], str]] = {
     "generate: top_p": (lambda m: run_of(m, top_p=2), "a probability above 0, at most 1"),
     "generate: top_k": (lambda m: run_of(m, top_k=1.5), "top_k is an integer from 0 up"),
     "generate: seed": (lambda m: run_of(m, seed="a"), "seed is an integer"),
+    "generate: a large seed": (lambda m: run_of(m, seed=2**63), "seed is below"),
     "generate: eos": (lambda m: run_of(m, eos="no"), "eos is True or False"),
     "generate: stop": (lambda m: run_of(m, stop=1.5), "stop takes texts"),
     "generate: stop by name": (lambda m: run_of(m, stop={"a": 1}), "stop takes texts"),
@@ -196,6 +200,14 @@ MODEL: dict[str, tuple[Callable[[Model], Any], str]] = {
     "a function that is none": (lambda m: pb.function(3), "not the int 3"),
     "a name that is a number": (lambda m: pb.function(name=3), "name is a text"),
     "a version that is a number": (lambda m: pb.function(version=2), "version is a text"),
+    "a time beyond all clocks": (lambda m: m.trace(FRANCE, timeout_s=1e12), "at most 100,000,000"),
+    "a client's time": (lambda m: pb.connect("localhost:1", timeout_s=0), "above 0"),
+    "half a character in a label": (lambda m: m.trace().run(FRANCE, label="\udcff"), "half a character"),
+    "an artifact by number": (lambda m: m.artifacts.get(3), "a handle, a digest or a name"),
+    "an artifact without a name": (lambda m: m.artifacts.delete(None), "a handle, a digest or a name"),
+    "a number as its name": (lambda m: m.artifacts.put([1.0], name=3), "the name of an artifact is a text"),
+    "a graph of an open file": (lambda m: pb.load_graph(3), "is a path, not the int 3"),
+    "a graph to an open file": (lambda m: pb.save_graph(m.trace(), 3), "is a path, not the int 3"),
     "an address that is a port": (lambda m: pb.connect(9000), "address is a text, not the int 9000"),
     "a model without a name": (lambda m: pb.testing.fake_client().model(None), "the name of a model is a text"),
 }

@@ -549,9 +549,9 @@ def test_targets(target: str, expected: tuple[str, bool]) -> None:
     assert split_target(target) == expected
 
 
-@pytest.mark.parametrize("target", ["", "https://", "ftp://h:1", "h:1/path"])
+@pytest.mark.parametrize("target", ["", "https://", "ftp://h:1", "h:1/path", "a b:1", "h:99999", "h:0", "h:x", "h:1:2"])
 def test_bad_targets(target: str) -> None:
-    """An empty address, an unknown scheme, or a path is refused with the forms that are understood."""
+    """An empty address, an unknown scheme, a path, no port: refused with the forms that are understood."""
     with pytest.raises(InvalidRequestError, match="give host:port"):
         split_target(target)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from patchbay.errors import ProtocolError, ValueNotReadyError
+from patchbay.errors import ProtocolError, TraceError, ValueNotReadyError
 from patchbay.ir.artifacts import ArtifactInfo
 from patchbay.ir.dtypes import DType
 from patchbay.ir.ops.spec import TensorSpec
@@ -103,6 +103,15 @@ class Artifact(Created):
 
     def __array__(self, dtype: object = None, copy: bool | None = None) -> NDArray[Any]:
         raise TypeError("an artifact's numbers are on the server; .get() fetches them")
+
+    def __copy__(self) -> Artifact:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Artifact:
+        return self
+
+    def __reduce__(self) -> str:
+        raise TraceError("a handle belongs to its client and cannot be pickled; keep its .digest or its name")
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Artifact):

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 else:
     RunSites = SiteNamespace
 
+MAX_SEED = 2**62
 #: What may end a row: a text, a token id, or a sequence of ids.
 Stop = Any
 _OWN = OWN | {"all_steps", "generated", "generation", "output", "prefill", "so_far", "stacked", "steps", "text"}
@@ -59,6 +60,8 @@ def check_how(max_new_tokens: object, how: Mapping[str, Any]) -> None:
     for name in ("top_k", "seed"):
         if how.get(name) is not None:
             integer(name, how[name], least=0)
+    if (how.get("seed") or 0) >= MAX_SEED:
+        raise refused(f"seed is below 2**62, not {seen(how['seed'])}")
     if how.get("temperature") is not None:
         real("temperature", how["temperature"], least=0)
     if (top_p := how.get("top_p")) is not None and not 0 < real("top_p", top_p) <= 1:

@@ -10,7 +10,7 @@ import abc
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from patchbay.arguments import check_text, nearest, refused, seen
+from patchbay.arguments import check_name, check_text, nearest, refused, seen
 from patchbay.arrays import as_array, to_array, to_data
 from patchbay.errors import GraphError, MissingAttributeError, ProtocolError, TraceError, ValueNotReadyError
 from patchbay.ir.events import Event, ExecuteOptions, Usage
@@ -276,8 +276,7 @@ class BaseTrace(abc.ABC):
         return name
 
     def _check_name(self, name: object) -> None:
-        if not isinstance(name, str) or not name:
-            raise refused(f"values are saved under a name, a text that is not empty, not under {seen(name)}")
+        check_name("the name of what is saved", name)
         if name in self._trees:
             raise TraceError(f"a value was already saved as {name!r}; choose another name", location=here())
 

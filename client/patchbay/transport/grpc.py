@@ -98,13 +98,25 @@ def split_target(target: str) -> tuple[str, bool]:
             break
     else:
         address, tls = target.rstrip("/"), False
-    if not address or ("/" in address and not address.startswith("unix:")):
+    if not _is_address(address):
         raise InvalidRequestError(
             f"{target!r} is not an address; give host:port, or grpcs://host:port for TLS", reason="INVALID_TARGET"
         )
     if tls and ":" not in address.rpartition("]")[2]:
         address += ":443"
     return address, tls
+
+
+def _is_address(address: str) -> bool:
+    """Whether it is a host, ``host:port``, ``[v6]:port``, or what gRPC resolves by itself."""
+    if address.startswith("unix:"):
+        return True
+    if not address or "/" in address or any(c.isspace() for c in address):
+        return address.startswith("dns:")
+    host, colon, port = address.rpartition(":")
+    if not colon or address.endswith("]") or address.startswith(("dns:", "ipv4:", "ipv6:")):
+        return True
+    return port.isdecimal() and 0 < int(port) < 2**16 and (":" not in host or host.startswith("["))
 
 
 def is_loopback(address: str) -> bool:
