@@ -33,7 +33,7 @@ from patchbay_server.engine.steps import (
     Write,
 )
 from patchbay_server.engine.switches import EARLY_STOP, LIVENESS
-from patchbay_server.engine.timing import Time, Timing
+from patchbay_server.engine.timing import NEVER, Time, Timing
 from patchbay_server.engine.windows import Windows, item_at, moved, position_axis, window_of
 from patchbay_server.kernels import kernel
 from patchbay_server.models.continuation import EMBEDDING, Continuation
@@ -85,7 +85,9 @@ class Builder:
     def build(self) -> tuple[tuple[Pass, ...], Actions]:
         self._choose_logits()
         timing = self.timing
-        moments = {timing.place(time): self._actions(time, nodes) for time, nodes in timing.events().items()}
+        events, last = timing.events(), [NEVER] * len(self.graph.nodes)
+        # From the end to the beginning: the first use that is seen of a value is its last.
+        moments = {timing.place(time): self._actions(time, events[time], last) for time in sorted(events, reverse=True)}
         site_at = self.card.names_by_order
         visited: dict[int, list[int]] = defaultdict(list)
         for p, order in moments:
@@ -159,6 +161,8 @@ class Builder:
             p: last
             for p, last in found.items()
             if last < seq[p] and rows[p] * (last - self.groups[p].first) >= max(self.least, 1)
+            # From position 0 on there is no mask, and without one only the last position sees what it should.
+            if self.groups[p].first or last == seq[p] - 1
         }
 
     def _first_seen(self, i: int, node: Node, site: str) -> int:
@@ -248,28 +252,47 @@ class Builder:
                 inputs[name].append(value)
         return {name: tuple(values) for name, values in inputs.items()}
 
-    def _actions(self, time: int, nodes: Sequence[int]) -> Actions:
-        graph, timing, place = self.graph, self.timing, self.timing.place(time)
+    def _actions(self, time: int, nodes: Sequence[int], last: list[int]) -> Actions:
+        """What happens at a time.
+
+        Args:
+            time: the time; what happens later has been seen already.
+            nodes: what happens, in the order of the program.
+            last: for every value the time of its last use, as far as it has been seen; what is used first here is
+                written down.
+        """
+        graph, place = self.graph, self.timing.place(time)
         keep_all = LIVENESS in self.options.disabled
+        known, names, differentiated, hows = self.facts, self.names, self.differentiated, self.hows
         steps: list[Step] = []
         writes = False
-        for i in nodes:
+        for i in reversed(nodes):
             node = graph.nodes[i]
-            free = () if keep_all else timing.dying(i, time)
-            if node.run is not None and is_access(node):
-                steps += self._access(i, node, place, free)
-                writes = writes or node.op == "site.write" or i in self.differentiated
+            args = node.args
+            access = node.run is not None and is_access(node)
+            resumes = access and place in self.timing.resumed(i)
+            free: tuple[int, ...] = ()
+            for a in (i,) if resumes else args:
+                if last[a] == NEVER:
+                    last[a] = time
+                    free += (a,)
+            if last[i] == NEVER and node.op != "site.write":  # nothing uses it
+                last[i] = time
+                free += (i,)
+            if keep_all:
+                free = ()
+            if access:
+                steps += self._access(i, node, place, free, resumes)
+                writes = writes or node.op == "site.write" or i in differentiated
                 continue
-            alike = (id(self.facts[i]), id(node.attrs))
-            how = self.hows.get(alike)
+            alike = (id(known[i]), id(node.attrs))
+            how = hows.get(alike)
             if how is None:
-                how = self.hows[alike] = self._how(i, node)
-            names = self.names.get(i, ())
-            steps.append(Compute(i, node.op, how[0], node.args, how[1], names, free, i in self.differentiated))
+                how = hows[alike] = self._how(i, node)
+            steps.append(Compute(i, node.op, how[0], args, how[1], names.get(i, ()), free, i in differentiated))
+        steps.reverse()
         survivors = [
-            i
-            for i in nodes
-            if (keep_all or timing.outlives(i, time)) and graph.nodes[i].op not in ("site.write", "const")
+            i for i in nodes if (last[i] > time or keep_all) and graph.nodes[i].op not in ("site.write", "const")
         ]
         return Actions(tuple(steps), tuple(survivors), writes)
 
@@ -282,17 +305,18 @@ class Builder:
         args, result = [self.facts[a].spec for a in node.args], self.facts[i].spec
         return direct(node.op, attrs, args, result) or kernel(op), attrs
 
-    def _access(self, i: int, node: Node, time: Time, free: tuple[int, ...]) -> list[Step]:
+    def _access(self, i: int, node: Node, time: Time, free: tuple[int, ...], resumes: bool) -> list[Step]:
+        """Its steps, the last one first."""
         if node.op == "site.write":
             return [self._write(i, node, self._slot(time, node), op_spec(node.op).filled(node.attrs), free)]
-        if time in self.timing.resumed(i):
+        if resumes:
             return [Resume(i, self._slot(time, node), free)]
         read: Step = Generated(i)
         if node.op == "site.read":
             slot = self._slot(time, node)
             read = Read(i, slot, i in self.differentiated, self._part(i, node, slot), self._columns(node, slot))
         names = self.names.get(i, ())
-        return [read, Emit(i, names, free)] if names or free else [read]
+        return [Emit(i, names, free), read] if names or free else [read]
 
     def _slot(self, time: Time, node: Node) -> Slot:
         assert node.run is not None

@@ -55,8 +55,8 @@ def _reads(graph: Graph) -> frozenset[int]:
     """Reads of logits in runs that do not generate."""
     return frozenset(
         i
-        for i, node in enumerate(graph.nodes)
-        if node.op == "site.read"
+        for i in graph.in_runs
+        if (node := graph.nodes[i]).op == "site.read"
         and node.attrs["site"] == LOGITS
         and node.run is not None
         and graph.runs[node.run].generation is None

@@ -141,14 +141,15 @@ class Planner:
         self.room = room
         self.trunk_of, self.wanted = trunk_of, wanted
         self.accesses: dict[int, list[int]] = defaultdict(list)
-        for i, node in enumerate(graph.nodes):
+        for i in graph.in_runs:
+            node = graph.nodes[i]
             if is_access(node):
                 assert node.run is not None
                 self.accesses[node.run].append(i)
 
     def share(self, specs: Sequence[ValueSpec], origin: Sequence[int]) -> Sharing | None:
         """What is worth sharing; None for nothing."""
-        if any(node.op == "grad" for node in self.graph.nodes):
+        if "grad" in self.graph.ops:
             return None
         alike: dict[object, list[int]] = defaultdict(list)
         for run in self.accesses:

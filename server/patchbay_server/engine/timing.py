@@ -1,7 +1,7 @@
-"""When each node of a plan happens, and when each value is used for the last time.
+"""When each node of a plan happens.
 
 A graph may hold tens of thousands of nodes, nearly all of them arithmetic that happens when the last of its arguments
-is there. Times are therefore numbers, which grow with time, and a use is one too: of its time and its node.
+is there. Times are therefore numbers, which grow with time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from patchbay_server.engine.prefix import Group
 
 #: When something happens: index of the pass, order of the site in it (BEFORE: before it begins).
 Time: TypeAlias = "tuple[int, int]"
-_NEVER = -1
+NEVER = -1
 
 
 class Timing:
@@ -50,8 +50,6 @@ class Timing:
         self._shown: dict[int, tuple[int, ...]] = {}
         self._resumed: dict[int, tuple[int, ...]] = {}
         self._at = self._times(differentiated)
-        #: Of every node, its value's last use (its own making, when nothing uses it).
-        self._last = self._last_uses()
 
     def place(self, time: int) -> Time:
         """A number as pass and site."""
@@ -61,7 +59,7 @@ class Timing:
     def of(self, i: int) -> tuple[Time, ...]:
         """When a node happens."""
         at = self._at[i]
-        return tuple(map(self.place, self._shown[i] if at == _NEVER else (at,)))
+        return tuple(map(self.place, self._shown[i] if at == NEVER else (at,)))
 
     def resumed(self, i: int) -> tuple[Time, ...]:
         """When a differentiated read is put back."""
@@ -72,7 +70,7 @@ class Timing:
         events: dict[int, list[int]] = defaultdict(list)
         for i, time in enumerate(self._at):
             events[time].append(i)
-        events.pop(_NEVER, None)
+        events.pop(NEVER, None)
         for several in (self._shown, self._resumed):
             for i, times in several.items():
                 for time in times:
@@ -80,21 +78,6 @@ class Timing:
         for nodes in events.values():
             nodes.sort()
         return events
-
-    def dying(self, i: int, time: int) -> tuple[int, ...]:
-        """The values that node `i` is the last to use, when it happens at `time`."""
-        last = self._last
-        use = time * len(last) + i
-        free = [a for a in self._graph.nodes[i].args if last[a] == use]
-        if len(free) > 1:
-            free = list(dict.fromkeys(free))
-        if last[i] == use and self._at[i] != _NEVER:
-            free.append(i)
-        return tuple(free)
-
-    def outlives(self, i: int, time: int) -> bool:
-        """Whether the value of node `i` is used after `time`."""
-        return self._last[i] >= (time + 1) * len(self._last)
 
     def _number(self, p: int, order: int) -> int:
         return p * self._width + order + 1
@@ -106,7 +89,7 @@ class Timing:
             if run is not None and is_read(nodes[i]):
                 key = (self._pass_of[self._timeline.moments[i].level, run], run)
                 self._last_read[key] = max(self._last_read.get(key, BEFORE), self._order[i])
-        at = [_NEVER] * len(nodes)
+        at = [NEVER] * len(nodes)
         # Constants are made when they are first needed, so that none lies about.
         made: dict[int, int] = {}
         for i in self._timeline.order:
@@ -116,19 +99,19 @@ class Timing:
                 time = at[a]
                 if time > latest:
                     latest = time
-                elif time == _NEVER:
+                elif time == NEVER:
                     constants = True
             if node.run is not None and is_access(node):
                 self._access(i, differentiated, at)
-                latest = min(self._shown.get(i, (at[i],)), default=_NEVER)
+                latest = min(self._shown.get(i, (at[i],)), default=NEVER)
             elif node.op == "const":
-                made[i] = _NEVER
+                made[i] = NEVER
                 continue
             else:
                 at[i] = latest
-            if constants and latest != _NEVER:
+            if constants and latest != NEVER:
                 for a in node.args:
-                    if at[a] == _NEVER and (made[a] == _NEVER or made[a] > latest):
+                    if at[a] == NEVER and (made[a] == NEVER or made[a] > latest):
                         made[a] = latest
         for i, time in made.items():
             at[i] = max(time, 0)
@@ -151,22 +134,3 @@ class Timing:
             self._resumed[i] = tuple(
                 self._number(p, order) for p in self._passes_of[run] if p > first and order <= self._last_read[p, run]
             )
-
-    def _last_uses(self) -> list[int]:
-        nodes, at = self._graph.nodes, self._at
-        count = len(nodes)
-        last = [_NEVER] * count
-        for i, node in enumerate(nodes):
-            time = at[i]
-            if time == _NEVER:
-                time = max(self._shown[i], default=_NEVER)
-                if time == _NEVER:
-                    continue
-            last[i] = use = time * count + i
-            for a in node.args:
-                if last[a] < use:
-                    last[a] = use
-        for i, times in self._resumed.items():
-            if times:
-                last[i] = max(last[i], max(times) * count + i)
-        return last

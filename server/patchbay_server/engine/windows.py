@@ -114,7 +114,8 @@ def find_windows(
     used = used_positions(graph, card, specs, uses)
     reads: dict[int, Window] = {}
     of_logits: dict[int, Window | None] = {}
-    for i, node in enumerate(graph.nodes):
+    for i in graph.in_runs:
+        node = graph.nodes[i]
         if node.op not in ("site.read", "site.write") or node.run is None:
             continue
         run = graph.runs[node.run]
@@ -133,7 +134,8 @@ def find_windows(
             if found is not None and found != (0, run.seq):
                 reads[i] = found
     kept = {run: window for run, window in of_logits.items() if window is not None}
-    for i, node in enumerate(graph.nodes):
+    for i in graph.in_runs:
+        node = graph.nodes[i]
         if logits and node.op == "site.read" and node.attrs["site"] == LOGITS and node.run in kept:
             reads[i] = kept[node.run]
     return Windows(reads, kept)
@@ -160,10 +162,9 @@ def used_positions(
             found[i] = None if i in whole else uses.get(i, (1 << 62, 0))
             continue  # a read that another one completes is used as far as `uses` says
         for place, a in enumerate(node.args):
-            read = graph.nodes[a]
-            known = found.get(a)
-            if read.op != "site.read" or known is None:
+            if a not in found or (known := found[a]) is None:  # no read, or one that is used whole
                 continue
+            read = graph.nodes[a]
             own = None
             if node.op == "getitem" and place == 0 and a not in node.args[1:]:
                 spec = specs[a]
