@@ -1,9 +1,8 @@
-"""Activation patching: put a value of one run into another and see how much of the difference comes with it; and
-attribution patching, its estimate from one gradient.
+"""Activation patching: put a value of one run into another and see how much of the difference comes with it.
 
 Also called causal tracing or interchange intervention (Vig et al. 2020; Meng et al. 2022, "Locating and Editing Factual
 Associations in GPT"; Geiger et al. 2021). Heimersheim & Nanda 2024, "How to use and interpret activation patching",
-says how to read the numbers.
+says how to read the numbers. Attribution patching estimates all of them from one gradient.
 """
 
 from __future__ import annotations
