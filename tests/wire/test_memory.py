@@ -14,10 +14,13 @@ import pytest
 from patchbay.arrays import shared_data, view_of
 from patchbay.errors import ProtocolError
 from patchbay.ir.dtypes import bfloat16, float32
-from patchbay.ir.events import TensorValue
-from patchbay.ir.graph import TensorData
+from patchbay.ir.events import Done, Event, ExecuteOptions, TensorValue, Usage
+from patchbay.ir.graph import Graph, TensorData
+from patchbay.transport.grpc import GrpcTransport
 from patchbay.wire.events import EventDecoder, encode_event
 from patchbay.wire.memory import KEPT_ABOVE_BYTES, MAX_SLACK, ResultMemory
+from tests.wire.conftest import KEY
+from tests.wire.fakes import FakeBackend
 
 SIZE = KEPT_ABOVE_BYTES
 
@@ -27,7 +30,7 @@ def taken(memory: ResultMemory, size: int = SIZE) -> Any:
     return np.frombuffer(memory.take(size), np.uint8)
 
 
-def address(array: Any) -> int:
+def address_of(array: Any) -> int:
     """Where it lies."""
     found: int = array.__array_interface__["data"][0]
     return found
@@ -51,11 +54,11 @@ def test_a_result_lies_where_one_lay_that_is_gone() -> None:
     """The memory of a result that nobody looks at any more is the next one's."""
     memory = ResultMemory()
     first = taken(memory)
-    where = address(first)
+    where = address_of(first)
     del first
     assert memory.kept_bytes == SIZE
     second = taken(memory)
-    assert address(second) == where
+    assert address_of(second) == where
     assert memory.kept_bytes == 0
 
 
@@ -127,16 +130,16 @@ def test_nearly_the_same_sizes_take_turns_and_others_do_not() -> None:
     memory = ResultMemory()
     large = SIZE * 2
     first = taken(memory, large)
-    where = address(first)
+    where = address_of(first)
     del first
     second = taken(memory, int(large / MAX_SLACK) + 1)
-    assert address(second) == where
+    assert address_of(second) == where
     del second
     for size in (large + 1, int(large / MAX_SLACK) - 1):
         other = taken(memory, size)
         assert memory.kept_bytes >= large
         del other
-    assert address(taken(memory, large)) == where
+    assert address_of(taken(memory, large)) == where
 
 
 def test_no_more_is_kept_than_allowed_and_the_oldest_goes_first() -> None:
@@ -211,3 +214,32 @@ def test_a_result_in_new_memory_takes_no_more_than_itself() -> None:
     assert found.nbytes == SIZE
     assert shared_data(found).dtype == float32
     np.testing.assert_array_equal(found, values)
+
+
+async def test_over_a_connection_results_are_the_same_either_way(
+    backend: FakeBackend, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten executions of two results: equal with memory that is used again and without, and so are earlier ones."""
+    sent: list[Any] = []
+
+    def events(graph: Graph, options: ExecuteOptions) -> list[Event]:
+        sent[:] = [np.random.default_rng(len(held) + i).standard_normal(SIZE // 8 + i) for i in range(2)]
+        return [*(TensorValue(name, shared_data(a)) for name, a in zip("ab", sent, strict=True)), Done(Usage())]
+
+    held: list[tuple[Any, Any]] = []
+    monkeypatch.setattr(backend, "events", events)
+    connections = [GrpcTransport(address, api_key=KEY), GrpcTransport(address, api_key=KEY, kept_bytes=0)]
+    places = set()
+    for _ in range(10):
+        for transport in connections:
+            async for event in transport.execute("fake", Graph((), (), ()), ExecuteOptions()):
+                if isinstance(event, TensorValue):
+                    held.append((view_of(event.value), sent["ab".index(event.name)]))
+                    if transport is connections[0]:
+                        places.add(address_of(held[-1][0]))
+        for found, expected in held:
+            np.testing.assert_array_equal(found, expected)
+        del held[:-3], found, event
+    assert len(places) < 10
+    for transport in connections:
+        await transport.close()
