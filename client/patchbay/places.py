@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from functools import lru_cache, wraps
-from typing import TYPE_CHECKING, ParamSpec, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
 from patchbay.errors import GraphError, TraceError
 
@@ -44,6 +44,20 @@ def located(function: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
+        except (GraphError, TraceError) as error:
+            error.location = error.location or here()
+            raise
+
+    return call
+
+
+def located_awaited(function: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Coroutine[Any, Any, R]]:
+    """`located` for a coroutine function; the user's line is the one that awaits."""
+
+    @wraps(function)
+    async def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return await function(*args, **kwargs)
         except (GraphError, TraceError) as error:
             error.location = error.location or here()
             raise

@@ -13,6 +13,7 @@ from patchbay.errors import CausalityError, TraceError, ValueNotReadyError
 from patchbay.ir.events import Event, ExecuteOptions
 from patchbay.ir.graph import Graph
 from patchbay.model import AsyncModel
+from patchbay.testing import fake_client
 from tests.tracing.conftest import FRANCE, ITALY, CountingTransport
 
 
@@ -126,3 +127,19 @@ def test_one_loop_only(transport: CountingTransport) -> None:
     asyncio.run(client.model("fake"))  # type: ignore[arg-type]
     with pytest.raises(TraceError, match="event loop"):
         asyncio.run(client.models())  # type: ignore[arg-type]
+
+
+async def test_mistakes_name_the_line_that_awaits(model: AsyncModel) -> None:
+    """An input that is none, an argument of another type, and the other kind of with block."""
+    async with model.trace() as t:
+        with pytest.raises(TraceError, match="a run takes a text") as caught:
+            await t.run(None)
+        assert "test_async.py:" in str(caught.value)
+        with pytest.raises(TraceError, match="max_new_tokens is an integer") as caught:
+            await t.generate(FRANCE, max_new_tokens="x")  # type: ignore[arg-type]
+        assert "test_async.py:" in str(caught.value)
+    with pytest.raises(TraceError, match="async with"), model.trace(FRANCE):  # type: ignore[attr-defined]
+        pass
+    with fake_client() as client, pytest.raises(TraceError, match="this model blocks"):
+        async with client.model("fake").trace(FRANCE):  # type: ignore[attr-defined]
+            pass

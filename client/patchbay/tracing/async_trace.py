@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from patchbay.errors import GraphError, TraceError
 from patchbay.inputs import Text, WithBos
+from patchbay.places import here, located_awaited
 from patchbay.results import Price
 from patchbay.tokens import Tokens
 from patchbay.tracing.generation import (
@@ -37,12 +38,14 @@ class AsyncBase(BaseTrace):
         self._edits = model.edits
         self._printers: list[Printer] = []
 
+    @located_awaited
     async def run(self, inputs: Input, *, label: str | None = None, prepend_bos: bool | None = None) -> Run:
         """Adds a forward over `inputs`; see `SyncTrace.run`."""
         self._check_open()
         inputs = inputs if prepend_bos is None else WithBos(inputs, prepend_bos)
         return self._add_run(await self._core.inputs_of(inputs), label)
 
+    @located_awaited
     async def generate(
         self,
         inputs: Input,
@@ -101,6 +104,14 @@ class AsyncBase(BaseTrace):
         graph = self.graph
         self._verified(graph)
         return await self._core.price(graph, self._timeout_s)
+
+    if not TYPE_CHECKING:  # only for the message
+
+        def __enter__(self) -> None:
+            raise TraceError("this model is awaited: use `async with`, or connect with pb.connect", location=here())
+
+        def __exit__(self, *error: object) -> None:
+            del error
 
     async def _leave(self, failed: bool) -> None:
         if failed:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from patchbay.errors import GraphError
+from patchbay.errors import GraphError, TraceError
 from patchbay.inputs import Text, WithBos
-from patchbay.places import located
+from patchbay.places import here, located
 from patchbay.results import Price
 from patchbay.tokens import Tokens
 from patchbay.tracing.generation import (
@@ -130,6 +130,14 @@ class SyncTrace(BaseTrace):
         graph = self.graph
         self._verified(graph)
         return self._model.wait(self._core.price(graph, self._timeout_s))
+
+    if not TYPE_CHECKING:  # only for the message
+
+        async def __aenter__(self) -> None:
+            raise TraceError("this model blocks: use `with`, or connect with pb.connect_async", location=here())
+
+        async def __aexit__(self, *error: object) -> None:
+            del error
 
     def _leave(self, failed: bool) -> None:
         if failed:
