@@ -19,7 +19,7 @@ import pytest
 
 import patchbay as pb
 from patchbay import reduce
-from patchbay.datasets import Shards, mapping, state
+from patchbay.datasets import Shards, ledger, mapping, state
 from patchbay.errors import GraphError, ProtocolError, TraceError
 from tests.datasets.common import data_set, local_model, token_rows
 from tests.datasets.test_resume import BrokenOffError, assert_equal, breaking_off
@@ -313,3 +313,52 @@ def test_rows_that_are_done_are_not_held(tmp_path: Path) -> None:
         tracemalloc.stop()
         assert found.rows == count
     assert peaks[1] < 1.5 * peaks[0] + 500_000, peaks
+
+
+def test_a_state_that_is_long_is_not_written_after_every_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writing takes a small share of the time however much a state lists; broken off, the map goes on all the same."""
+    written: list[int] = []
+    real = ledger.save_state
+
+    def dear(path: Path, state: Any) -> float:
+        written.append(state.rows)
+        real(path, state)
+        return 60.0  # seconds of work, so that none but the first and the last are due
+
+    whole = local_model().map(DATA, look, to=tmp_path / "whole", **HOW)
+    monkeypatch.setattr(ledger, "save_state", dear)
+    how = {**HOW, "to": tmp_path / "rows", "resume": tmp_path / "state.json"}
+    with pytest.raises(BrokenOffError):
+        local_model().map(DATA, look, progress=breaking_off(30), **how)
+    assert written == [0]
+    assert json.loads((tmp_path / "state.json").read_text())["rows"] == 0
+    written.clear()
+    found = local_model().map(DATA, look, **how)
+    assert written == [0, len(DATA)]
+    assert_equal(found["cov"], whole["cov"])
+    np.testing.assert_array_equal(found["last"].value("last"), whole["last"].value("last"))
+    monkeypatch.setattr(ledger, "save_state", real)
+    with pytest.raises(BrokenOffError):
+        local_model().map(DATA, look, progress=breaking_off(30), **{**how, "resume": tmp_path / "other.json"})
+    monkeypatch.setattr(ledger, "save_state", dear)  # from the middle on, none but the last are due
+    written.clear()
+    again = local_model().map(DATA, look, **{**how, "resume": tmp_path / "other.json"})
+    assert 0 < written[0] < written[-1] == len(DATA)
+    assert len(written) == 2
+    assert_equal(again["cov"], whole["cov"])
+
+
+def test_a_sequence_that_does_not_say_where_it_ends() -> None:
+    """Items and a length are a data set, as torch's are, whatever they do with an index beyond it."""
+
+    class Items:
+        def __len__(self) -> int:
+            return 5
+
+        def __getitem__(self, index: int) -> list[int]:
+            return [3 + index % 5]
+
+    found = local_model().map(Items(), lambda run: {"ids": run.ids[:, 0]}, batch=2)
+    assert found["ids"].tolist() == [3, 4, 5, 6, 7]

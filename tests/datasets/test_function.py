@@ -291,7 +291,8 @@ def test_rows_that_are_done_are_forgotten() -> None:
 
     found = local_model().map(rows(), lambda run: {"m": reduce.mean(run.embed)}, batch=50, window=100, progress=note)
     assert found.rows == 2_000
-    assert 0 < max(held) <= 5 * 100 + 2 * 51, held  # windows that are open or being read, batches that templates hold
+    # Windows that are open or being read, batches that templates hold, the row that the function was tried on.
+    assert 0 < max(held) <= 5 * 100 + 2 * 51 + 10, held
 
 
 def test_models_of_images_are_mapped_by_their_inputs() -> None:

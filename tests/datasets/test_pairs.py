@@ -408,3 +408,42 @@ async def test_an_asynchronous_model_takes_the_same_function() -> None:
     expected = text_model().map(data, look, batch=1)
     for name in ("p", "a", "q"):
         np.testing.assert_array_equal(found[name], expected[name])
+
+
+def test_pairs_of_images_and_rows_of_several_inputs() -> None:
+    """Models with other inputs: runs over a column of arrays, or over a dict of columns by the inputs' names."""
+    from tests.modalities import build as build_modality
+
+    vit = pb.local(build_modality("vit"))
+    images = np.random.default_rng(0).standard_normal((2, 7, 3, 16, 16)).astype(np.float32)
+    pairs = [{"clean": a, "corrupt": b} for a, b in zip(*images, strict=True)]
+
+    def patch(t: Any, rows: Any) -> dict[str, Any]:
+        clean, corrupt = t.run(rows["clean"]), t.run({"pixel_values": rows["corrupt"]})
+        corrupt.blocks[0].resid_post[:, 0] = clean.blocks[0].resid_post[:, 0]
+        h = corrupt.blocks[1].resid_post[:, 0]
+        return {"h": h, "mean": reduce.mean(h)}
+
+    found = vit.map(pairs, patch, batch=3)
+    with vit.trace() as t:
+        clean, corrupt = (t.run({"pixel_values": some}) for some in images)
+        corrupt.blocks[0].resid_post[:, 0] = clean.blocks[0].resid_post[:, 0]
+        t.save(h=corrupt.blocks[1].resid_post[:, 0])
+    np.testing.assert_allclose(found["h"], t.results["h"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found["mean"], t.results["h"].astype(np.float64).mean(0), rtol=1e-4, atol=1e-5)
+
+    t5 = pb.local(build_modality("t5"))
+    data = [{"question": row, "start": [0, 3 + i]} for i, row in enumerate(token_rows(7, 5))]
+
+    def answer(t: Any, rows: Any) -> dict[str, Any]:
+        run = t.run({"text": rows["question"], "decoder_input_ids": rows["start"]})
+        return {"logits": run.logits[:, -1], "length": run.lengths}
+
+    found = t5.map(data, answer, batch=3)
+    assert found["length"].tolist() == [len(row["question"]) for row in data]
+    for i, row in enumerate(data):
+        with t5.trace({"text": [row["question"]], "decoder_input_ids": [row["start"]]}) as run:
+            run.logits[0, -1].save("logits")
+        np.testing.assert_allclose(found["logits"][i], run.results["logits"], rtol=1e-3, atol=1e-4)
+    with pytest.raises(TraceError, match="needs decoder_input_ids beside tokens: make its runs over a dict"):
+        t5.map(data, lambda t, rows: {"a": t.run(rows["question"]).logits[:, -1]})

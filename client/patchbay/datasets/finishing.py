@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from patchbay.arrays import to_array
 from patchbay.datasets.results import KeptRows
-from patchbay.datasets.shards import Shards, joined, layout_of, write_index
+from patchbay.datasets.shards import Shards, concatenated, joined, layout_of, write_index
 from patchbay.datasets.state import Lane, lost
 from patchbay.datasets.template import Collected, Reduced, Template, merged_graph
 from patchbay.errors import NotFoundError
@@ -92,7 +92,11 @@ class Finish:
             return {leaf.name: self._handles(leaf) for leaf in collected}
         folder = self._plan.folder
         if folder is None:
-            return {name: joined(arrays) for name, arrays in self._ledger.values.items()}
+            ragged = self._ledger.ragged
+            return {
+                name: joined(arrays) if name in ragged else concatenated(arrays)
+                for name, arrays in self._ledger.values.items()
+            }
         about = {
             "model": self._core.card.name,
             "revision": self._core.card.revision,

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from patchbay.arrays import to_array
 from patchbay.datasets.calls import to_its_end
-from patchbay.datasets.shards import layout_of, write_shard
+from patchbay.datasets.shards import layout_of, stacked, write_shard
 from patchbay.datasets.state import Lane, State, save_state
 from patchbay.errors import ServiceError
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from patchbay.core import Outcome
     from patchbay.datasets.batching import Batch, Row
     from patchbay.datasets.plan import Plan
-    from patchbay.datasets.template import Collected, Template
+    from patchbay.datasets.template import Template
     from patchbay.ir.artifacts import ArtifactInfo
 
 #: Windows that may be open at once: one being saved, one running, one being read.
@@ -34,6 +35,9 @@ _OPEN_WINDOWS = 3
 _LAST_CHORES_S = 10.0
 #: A map that breaks off looks twice for what it left: a request that was just cancelled may still be writing.
 _SWEEPS_S = (0.0, 0.1)
+#: A state that takes more than so many seconds of work to write is written less often than after every window: so that
+#: writing takes at most this share of the time.
+_CHEAP_S, _SHARE = 0.05, 0.05
 
 
 @dataclass
@@ -68,16 +72,19 @@ class Ledger:
         plan: of the map.
         stored: artifacts of its connection.
         state: to go on from.
-        collected: values that are wanted for every row.
+        template: any template of it.
 
     Attributes:
         state: what is written down, of windows that are done.
-        values: values of rows that stay in memory, in the data set's order.
+        ragged: values whose rows may differ in shape.
+        values: values that stay in memory, in the data set's order: of rows, where these differ in shape, else of whole
+            windows, [rows, ...].
     """
 
-    def __init__(self, plan: Plan, stored: StoredArtifacts, state: State, collected: Sequence[Collected]) -> None:
+    def __init__(self, plan: Plan, stored: StoredArtifacts, state: State, template: Template) -> None:
         self._plan, self._stored = plan, stored
-        self._collected = collected
+        self._collected = template.collected
+        self.ragged = {leaf.name for leaf in template.collected if leaf.sequence or template.concrete}
         self._open: dict[int, Window] = {}
         self._slots = asyncio.Semaphore(_OPEN_WINDOWS)
         self._closing = asyncio.Lock()
@@ -86,6 +93,9 @@ class Ledger:
         self._history: list[list[tuple[int, Lane]]] = [
             [] if lane is None else [(state.windows - 1, lane)] for lane in state.lanes
         ]
+        #: When the next state is written, and what can be deleted once it is.
+        self._save_at = 0.0
+        self._superseded: list[str] = []
         self.state = self._saved = state
         self.values: dict[str, list[NDArray[Any]]] = {}
 
@@ -172,7 +182,9 @@ class Ledger:
             shards = (*shards, entry)
         else:
             for name, by in window.values.items():
-                self.values.setdefault(name, []).extend(by[row.number] for row in window.rows)
+                rows = [by[row.number] for row in window.rows]
+                # One array for a window where rows have one shape: a million small ones would be a lot of memory.
+                self.values.setdefault(name, []).extend(rows if name in self.ragged else [stacked(rows)])
         self.state = replace(
             state,
             windows=window.number + 1,
@@ -183,8 +195,9 @@ class Ledger:
             shards=shards,
             kept=(*state.kept, *sorted(window.kept, key=lambda e: (e["rows"][0], e["name"]))),
         )
-        await self.save()
-        self._forget(dropped)
+        self._superseded += dropped
+        if time.monotonic() >= self._save_at:
+            await self.save()
 
     async def complete(self, rows: int) -> None:
         """The data set is at its end."""
@@ -194,8 +207,11 @@ class Ledger:
     async def save(self) -> None:
         """Writes the state file, if there is to be one."""
         if self._plan.resume is not None:
-            await to_its_end(save_state, self._plan.resume, self.state)
+            seconds = await to_its_end(save_state, self._plan.resume, self.state)
+            self._save_at = time.monotonic() + (seconds / _SHARE if seconds > _CHEAP_S else 0.0)
         self._saved = self.state
+        superseded, self._superseded = self._superseded, []
+        self._forget(superseded)
 
     # --- what stays on the server -------------------------------------------------------------------------------------
 
@@ -222,7 +238,8 @@ class Ledger:
         needed = _named(self.state) | _named(self._saved)
         if self._plan.resume is None:
             needed = set() if broken else {str(entry["digest"]) for entry in self.state.kept}
-        self._forget([entry.digest for lane in self._history for _, entry in lane if entry.digest not in needed])
+        left = [*self._superseded, *(entry.digest for lane in self._history for _, entry in lane)]
+        self._forget([digest for digest in left if digest not in needed])
         if broken:
             with contextlib.suppress(ServiceError, asyncio.TimeoutError):
                 await asyncio.wait_for(self._sweep(needed), _LAST_CHORES_S)

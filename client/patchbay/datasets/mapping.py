@@ -84,6 +84,8 @@ class Mapper:
         self._rows_before = 0
         self._tracing = asyncio.Lock()
         self._ledger: Ledger
+        #: The first window and its batches, until the lanes are fed.
+        self._ahead: tuple[list[Row], list[Batch]] = ([], [])
 
     # --- the whole ------------------------------------------------------------------------------------------------
 
@@ -98,15 +100,9 @@ class Mapper:
         found = None if self._plan.resume is None else await asyncio.to_thread(load_state, self._plan.resume)
         if found is not None and found.complete:
             self._reader.ends_at(found.rows)
-        given = await self._reader.window()
-        if not given:
-            raise TraceError("the data set is empty: there is nothing to compute")
-        await self._learn(given[0])
-        rows = await self._tokenized(given)
-        batches = self._reader.batches(rows, 0, 0)
-        first = await self._traced(batches[0], begins=True)
+        first = await self._first()
         state = self._begin(found, first)
-        self._ledger = ledger = Ledger(self._plan, self._core.stored, state, first.collected)
+        self._ledger = ledger = Ledger(self._plan, self._core.stored, state, first)
         broken = True
         try:
             if state.complete:
@@ -122,7 +118,7 @@ class Mapper:
                 if found is not None:
                     await ledger.tidy(broken=True)
                 await ledger.save()  # from now on a later call knows what is ours
-                await self._all_windows(rows, batches)
+                await self._all_windows()
             tree = await Finish(self._core, self._plan, ledger, first, self._patience).tree()
             broken = False
         finally:
@@ -133,6 +129,17 @@ class Mapper:
         results.retries = self._patience.retries
         results.sent_bytes, results.received_bytes = sent - traffic[0], received - traffic[1]
         return results
+
+    async def _first(self) -> Template:
+        """Reads the first window; the template of its first batch."""
+        given = await self._reader.window()
+        if not given:
+            raise TraceError("the data set is empty: there is nothing to compute")
+        await self._learn(given[0])
+        rows = await self._tokenized(given)
+        batches = self._reader.batches(rows, 0, 0)
+        self._ahead = rows, batches
+        return await self._traced(batches[0], begins=True)
 
     async def _learn(self, row: Row) -> None:
         """Finds out from one row what the function needs of each."""
@@ -182,11 +189,11 @@ class Mapper:
 
     # --- rows -----------------------------------------------------------------------------------------------------
 
-    async def _all_windows(self, rows: list[Row], batches: list[Batch]) -> None:
+    async def _all_windows(self) -> None:
         """Feeds the lanes until the data set ends."""
         queues: list[asyncio.Queue[Batch | None]] = [asyncio.Queue(1) for _ in range(self._plan.lanes)]
         tasks = [asyncio.ensure_future(self._lane(i, queue)) for i, queue in enumerate(queues)]
-        tasks.append(asyncio.ensure_future(self._feed(rows, batches, queues)))
+        tasks.append(asyncio.ensure_future(self._feed(queues)))
         try:
             await asyncio.gather(*tasks)
         finally:
@@ -195,7 +202,8 @@ class Mapper:
             await asyncio.gather(*tasks, return_exceptions=True)
         await self._ledger.complete(self._reader.read)
 
-    async def _feed(self, rows: list[Row], batches: list[Batch], queues: list[asyncio.Queue[Batch | None]]) -> None:
+    async def _feed(self, queues: list[asyncio.Queue[Batch | None]]) -> None:
+        (rows, batches), self._ahead = self._ahead, ([], [])
         number, next_batch = 0, 0
         state = self._ledger.state
         if state.windows:

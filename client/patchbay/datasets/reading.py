@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +41,7 @@ class Reader:
         _check(dataset)
         self._core, self._plan, self._host, self._patience = core, plan, host, patience
         self._awaited: AsyncIterator[Any] | None = dataset.__aiter__() if hasattr(dataset, "__aiter__") else None
-        self._iterator = iter(()) if self._awaited is not None else iter(dataset)
+        self._iterator: Iterator[Any] = iter(()) if self._awaited is not None else _rows_of(dataset)
         self._source = Source(None if core.card.takes_tokens else [spec.name for spec in core.card.inputs])
         self._last: int | None = None
         self._behind: list[Any] = []
@@ -105,7 +104,7 @@ class Reader:
                 found = into[each.key] = one if isinstance(one, Tokens) else next(tokens)
                 if each.prompt:
                     self._core.check_row(found, f"row {row.number} of the data set")
-        return [replace(row, prompts=p, pieces=q) for row, p, q in zip(rows, prompts, pieces, strict=True)]
+        return [Row(row.number, row.columns, p, q) for row, p, q in zip(rows, prompts, pieces, strict=True)]
 
     async def _tokens(self, texts: Sequence[Text]) -> list[Tokens]:
         return await self._patience.call(lambda: self._core.tokenize(texts))
@@ -167,6 +166,12 @@ def _check(dataset: Any) -> None:
         raise TraceError(
             f"map takes a data set of many rows (a list of texts, a generator, ...), not {type(dataset).__name__}"
         )
+
+
+def _rows_of(dataset: Any) -> Iterator[Any]:
+    if not hasattr(dataset, "__iter__") and hasattr(dataset, "__len__"):  # and may not say where it ends
+        return (dataset[i] for i in range(len(dataset)))
+    return iter(dataset)
 
 
 def _taken(iterator: Iterator[Any], count: int) -> list[Any]:

@@ -204,6 +204,20 @@ def joined(arrays: Sequence[NDArray[Any]]) -> NDArray[Any] | RowArrays:
     return np.stack(arrays) if len({a.shape for a in arrays}) == 1 else RowArrays(arrays)
 
 
+def stacked(rows: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Rows of one shape as one array."""
+    import numpy as np
+
+    return np.stack(rows)
+
+
+def concatenated(windows: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Windows of rows as one array."""
+    import numpy as np
+
+    return windows[0] if len(windows) == 1 else np.concatenate(windows)
+
+
 def read_safetensors(path: Path) -> dict[str, NDArray[Any]]:
     """The tensors of a safetensors file, as views of the file that cannot be written to.
 
