@@ -70,6 +70,23 @@ def test_several_positions_behind_the_last_layer(family: str) -> None:
     assert usage.saved["last_layer"] > 0
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+@pytest.mark.parametrize("read_from", [-1, -2, -5])
+def test_forwards_from_the_first_position_on(family: str, read_from: int) -> None:
+    """Where nothing came before, and so no mask is there, several positions of the end are what they are among all."""
+    nodes: list[Node] = [scalar(2.0), read("embed", 0)]
+    last = (at(1, 0)[0], ("slice", read_from, None, None))
+    outputs = [Output("plain", 1)]
+    for number, site in ((1, "blocks.0.resid_post"), (2, "blocks.0.mlp_out")):
+        nodes += [write(0, site, number, at(1, 0), "mul"), read("logits", number)]
+        outputs.append(Output(f"logits {number}", len(nodes)))
+        nodes.append(Node("getitem", (len(nodes) - 1,), {"index": last}))
+    graph = Graph((Run((IDS, OTHER)),) * 3, tuple(nodes), tuple(outputs))
+    found, usage = run(engine_of(family), graph)
+    same(found, run(engine_of(family), graph, deterministic=True)[0])
+    assert (usage.saved["last_layer"] > 0) is (read_from == -1)
+
+
 @pytest.mark.parametrize("site", ["attn.z", "mlp_out", "attn.pattern"])
 def test_what_looks_inside_the_last_layer_has_all_of_it(site: str) -> None:
     """Forwards in which something is read or written inside the layer compute it at every position."""
