@@ -198,7 +198,8 @@ class GraphBuilder:
 
     def scalar(self, value: bool | int | float) -> int:
         """The node of a Python number; equal numbers of the same type share one."""
-        key = (type(value), repr(value))  # repr tells -0.0 from 0.0 and joins NaNs
+        # repr tells -0.0 from 0.0 and joins NaNs; of other numbers it is far slower than the number itself
+        key = (type(value), value if value and value == value else repr(value))
         found = self._constants.get(key)
         if found is None:
             found = self._constants[key] = self.add("const", (), {"scalar": value})

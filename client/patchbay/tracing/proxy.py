@@ -254,9 +254,9 @@ class Proxy(Methods):
     # --- operators ------------------------------------------------------------------------------------------------
 
     def _binary(self, op: str, other: object, swapped: bool = False) -> Proxy:
-        node = lift(self._trace, other)
-        args = (node, self._node) if swapped else (self._node, node)
-        return Proxy(self._trace, self._trace.builder.add(op, args))
+        trace = self._trace
+        node = other._node if type(other) is Proxy and other._trace is trace else lift(trace, other)
+        return Proxy(trace, trace.builder.add(op, (node, self._node) if swapped else (self._node, node)))
 
     def _unary(self, op: str) -> Proxy:
         return Proxy(self._trace, self._trace.builder.add(op, (self._node,)))

@@ -53,9 +53,10 @@ def encode_graph(graph: Graph) -> graph_pb2.Graph:
                 encoded_run.generation.CopyFrom(_encode_generation(run.generation))
         except (ValueError, TypeError) as error:
             raise GraphError(f"runs[{index}] cannot be sent: {error}", field=f"runs[{index}]") from None
+    add = message.nodes.add
     for position, node in enumerate(graph.nodes):
         try:
-            _encode_node(node, message.nodes.add())
+            _encode_node(node, add())
         except GraphError:
             raise
         except (ValueError, TypeError) as error:
@@ -80,8 +81,9 @@ def _encode_node(node: Node, into: graph_pb2.Node) -> None:
     into.args.extend(node.args)
     if node.run is not None:
         into.run = node.run
-    for name, value in node.attrs.items():
-        _encode_attr(value, into.attrs[name])
+    if node.attrs:
+        for name, value in node.attrs.items():
+            _encode_attr(value, into.attrs[name])
 
 
 def _encode_body(body: Body, into: graph_pb2.Body) -> None:
