@@ -115,6 +115,24 @@ def test_descent_through_runs_of_the_model(name: str) -> None:
     np.testing.assert_allclose(t.results["rotation"], cell.detach().numpy(), atol=1e-4)
 
 
+def test_descent_goes_on_from_what_was_kept() -> None:
+    """Handles of an earlier trace's parameters begin another descent, which goes on where that one ended."""
+    target = LABELS.astype("float32")
+
+    def go(t: Any, params: Any, steps: int) -> tuple[Any, Any]:
+        x = t.run(ROWS).blocks[1].resid_post[:, -1]
+        return methods.descend(lambda p: ((x @ p["w"] - target) ** 2).mean(), params, steps, optimizer="sgd", rate=0.05)
+
+    start = {"w": np.full(16, 0.01, "float32")}
+    with model().trace() as t:
+        kept = t.keep("probe", go(t, start, 10)[0])
+    with model().trace() as t:
+        t.save(losses=go(t, kept, 10)[1])
+    with model().trace() as whole:
+        whole.save(losses=go(whole, start, 20)[1])
+    np.testing.assert_allclose(t.results["losses"], whole.results["losses"][10:], rtol=1e-4)
+
+
 def test_unrolled_descent_begins_in_a_trace() -> None:
     """An array belongs to no trace, so nothing could be differentiated by it: the error says what to write."""
     with pytest.raises(TraceError, match=r"t\.constant"):

@@ -13,7 +13,7 @@ from patchbay.errors import TraceError
 from patchbay.tracing.control import scan
 from patchbay.tracing.functions import functions
 from patchbay.tracing.gradients import grad
-from patchbay.tracing.proxy import Proxy
+from patchbay.tracing.proxy import Created, Proxy
 from patchbay.tracing.trees import flatten, unflatten
 
 
@@ -66,7 +66,8 @@ def descend(
     Args:
         loss: of the parameters, a number; operations on values alone (see `patchbay.scan`). Activations that it
             mentions stay on the server.
-        params: where to begin: values, arrays, or tuples, lists and dicts of them. With `unroll` values of the trace.
+        params: where to begin: values, arrays, handles of what an earlier trace kept, or tuples, lists and dicts of
+            them. With `unroll` values of the trace.
         steps: how many.
         rate: the learning rate.
         optimizer: which.
@@ -86,8 +87,10 @@ def descend(
     if optimizer not in ("adam", "sgd"):
         raise TraceError(f"there is no optimizer {optimizer!r}: adam or sgd")
     leaves, tree = flatten(params)
-    zeros = [leaf * 0 for leaf in leaves]
-    sqrt = functions()["sqrt"]
+    ops = functions()
+    sqrt = ops["sqrt"]
+    # A handle or a weight of the model joins the trace with the loop; alone it is no value to multiply.
+    zeros = [ops["zeros"](p.shape, dtype=p.dtype) if isinstance(p, Created) else p * 0 for p in leaves]
     if unroll and not all(isinstance(leaf, Proxy) for leaf in leaves):
         raise TraceError("descend: with unroll=True parameters are values of the trace, such as t.constant(array)")
 
@@ -122,7 +125,7 @@ def descend(
         for done in range(1, steps + 1):
             state, value = step(state, [1 - beta**done for beta in betas])
             values.append(value)
-        return unflatten(tree, state[0]), functions()["stack"](values)
+        return unflatten(tree, state[0]), ops["stack"](values)
     if optimizer == "sgd":
         (found, _), losses = scan(sgd, (leaves, zeros if momentum else []), length=steps)
     else:
