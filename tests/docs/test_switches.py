@@ -9,7 +9,6 @@ import pytest
 
 from patchbay_server.engine.switches import OPTIMISATIONS
 
-
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "switches.md"
 ROW = re.compile(r"^\| `(?P<name>\w+)` \| (?P<what>[^|]+) \| (?P<figure>[^|]+) \| \[(?P<page>[\w.]+)\]", re.MULTILINE)
