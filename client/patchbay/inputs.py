@@ -28,6 +28,15 @@ class WithBos:
     prepend: bool
 
 
+def with_bos(inputs: Any, prepend_bos: bool | None) -> Any:
+    """`inputs`, whose texts begin as `prepend_bos` says; None leaves that to the tokenizer.
+
+    Raises:
+        ArgumentError: a flag that is none.
+    """
+    return inputs if prepend_bos is None else WithBos(inputs, flag("prepend_bos", prepend_bos))
+
+
 @dataclass(frozen=True)
 class Text:
     """A text and how it becomes tokens.

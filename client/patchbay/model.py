@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, overload
 from patchbay import arguments
 from patchbay.core import ModelCore
 from patchbay.errors import TraceError
-from patchbay.inputs import WithBos, ids_of, texts_of
+from patchbay.inputs import ids_of, texts_of, with_bos
 from patchbay.ir.card import ModelCard
 from patchbay.ir.events import Event
 from patchbay.ir.sites import is_module_site
@@ -142,12 +142,11 @@ class BaseModel(abc.ABC, Generic[TraceT, RunTraceT, GenerateTraceT]):
         """
         how = self._how(deterministic, disabled, timeout_s, progress)
         many, one, _ = self._traces()
+        if inputs is not None:
+            return one(self, first=with_bos(inputs, prepend_bos), **how)
         if prepend_bos is not None:
-            arguments.flag("prepend_bos", prepend_bos)
-            if inputs is None:
-                raise arguments.refused("prepend_bos is of an input: give it to t.run(text, prepend_bos=...)")
-            inputs = WithBos(inputs, prepend_bos)
-        return many(self, **how) if inputs is None else one(self, first=inputs, **how)
+            raise arguments.refused("prepend_bos is of an input: give it to t.run(text, prepend_bos=...)")
+        return many(self, **how)
 
     def generate(
         self,
@@ -161,6 +160,7 @@ class BaseModel(abc.ABC, Generic[TraceT, RunTraceT, GenerateTraceT]):
         eos: bool = True,
         seed: int | None = None,
         stream: StreamCallback | bool | None = None,
+        prepend_bos: bool | None = None,
         label: str | None = None,
         deterministic: bool = False,
         disabled: Sequence[str] = (),
@@ -180,7 +180,7 @@ class BaseModel(abc.ABC, Generic[TraceT, RunTraceT, GenerateTraceT]):
             seed: of the random numbers; one is made up, and kept in ``run.generation.seed``, where none is given. Row
                 i of a list equals the same prompt alone with ``seed + i``.
             stream: called with each step and its tokens, one id per row, as they appear; True prints them instead.
-            label, deterministic, disabled, timeout_s, progress: as for `trace`.
+            prepend_bos, label, deterministic, disabled, timeout_s, progress: as for `trace`.
 
         Returns:
             A context manager that gives a `patchbay.tracing.generation.GeneratingRun`; ``run.text`` and ``run.output``
@@ -194,6 +194,7 @@ class BaseModel(abc.ABC, Generic[TraceT, RunTraceT, GenerateTraceT]):
             "stop": stop,
             "eos": eos,
             "seed": seed,
+            "prepend_bos": prepend_bos,
             "label": label,
         }
         how = self._how(deterministic, disabled, timeout_s, progress)

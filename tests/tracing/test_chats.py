@@ -124,6 +124,11 @@ def test_prepend_bos(adds_bos: bool) -> None:
     assert run.tokens[0] == seen[True] and "0:'<bos>'*" in repr(run.tokens[0])
     with served.trace() as t:
         assert t.run(["the dog", "a cat is"], prepend_bos=False).tokens[1].ids == _ids("a cat is")
+    for flag in (None, True, False):
+        with served.generate("the cat", max_new_tokens=1, prepend_bos=flag) as generating:
+            assert generating.tokens[0].ids == seen[flag].ids
+        with served.trace() as t:
+            assert t.generate("the cat", max_new_tokens=1, prepend_bos=flag).tokens[0].ids == seen[flag].ids
 
 
 def test_prepend_bos_needs_a_text_and_a_token(model: pb.Model) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from patchbay.errors import GraphError, TraceError
-from patchbay.inputs import Text, WithBos
+from patchbay.inputs import Text, with_bos
 from patchbay.places import here, located_awaited
 from patchbay.results import Price
 from patchbay.tokens import Tokens
@@ -42,7 +42,7 @@ class AsyncBase(BaseTrace):
     async def run(self, inputs: Input, *, label: str | None = None, prepend_bos: bool | None = None) -> Run:
         """Adds a forward over `inputs`; see `SyncTrace.run`."""
         self._check_open()
-        inputs = inputs if prepend_bos is None else WithBos(inputs, prepend_bos)
+        inputs = with_bos(inputs, prepend_bos)
         return self._add_run(await self._core.inputs_of(inputs), label)
 
     @located_awaited
@@ -53,11 +53,13 @@ class AsyncBase(BaseTrace):
         max_new_tokens: int,
         label: str | None = None,
         stream: StreamCallback | bool | None = None,
+        prepend_bos: bool | None = None,
         **how: Unpack[How],
     ) -> GeneratingRun:
         """Adds a run that generates tokens after `inputs`; the arguments are those of `Model.generate`."""
         self._check_open()
         check_how(max_new_tokens, how)
+        inputs = with_bos(inputs, prepend_bos)
         hears = listener(stream, self._core)
         given = await self._core.inputs_of(inputs)
         run = self._add_run(given, label, await generation_of(self._core, max_new_tokens, how))

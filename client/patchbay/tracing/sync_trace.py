@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from patchbay.errors import GraphError, TraceError
-from patchbay.inputs import Text, WithBos
+from patchbay.inputs import Text, with_bos
 from patchbay.places import here, located
 from patchbay.results import Price
 from patchbay.tokens import Tokens
@@ -56,7 +56,7 @@ class SyncTrace(BaseTrace):
             InvalidRequestError: the model has no chat template, or no such token.
         """
         self._check_open()
-        inputs = inputs if prepend_bos is None else WithBos(inputs, prepend_bos)
+        inputs = with_bos(inputs, prepend_bos)
         given = self._core.known_inputs_of(inputs) or self._model.wait(self._core.inputs_of(inputs))
         return self._add_run(given, label)
 
@@ -68,11 +68,13 @@ class SyncTrace(BaseTrace):
         max_new_tokens: int,
         label: str | None = None,
         stream: StreamCallback | bool | None = None,
+        prepend_bos: bool | None = None,
         **how: Unpack[How],
     ) -> GeneratingRun:
         """Adds a run that generates tokens after `inputs`; the arguments are those of `Model.generate`."""
         self._check_open()
         check_how(max_new_tokens, how)
+        inputs = with_bos(inputs, prepend_bos)
         hears = listener(stream, self._core, self._model.wait)
         given = self._core.known_inputs_of(inputs) or self._model.wait(self._core.inputs_of(inputs))
         generation = self._model.wait(generation_of(self._core, max_new_tokens, how))
