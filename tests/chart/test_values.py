@@ -44,6 +44,14 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     # What the schema cannot see.
     ("more GPUs than the workers have", {"config": {"models": [{**MODEL, "num_gpus": 1}]}}, "would wait for ever"),
     ("more CPUs than the workers have", {"config": {"models": [{**MODEL, "num_cpus": 3}]}}, "CPUs in all"),
+    (
+        "a replica that is larger than any pod",
+        {
+            "config": {"models": [{**MODEL, "num_cpus": 3}]},
+            "workers": [{**WORKER, "replicas": 4}],
+        },
+        "no worker group has pods of that size",
+    ),
     ("keys where nothing is mounted", {"config": {"keys": {"file": "/tmp/keys.json"}}}, "config.keys.file"),
     ("keys written by pods", {"config": {"keys": {"write_local": True}}}, "write_local"),
     ("TLS in pods", {"config": {"tls": {"certificate_file": "a", "private_key_file": "b"}}}, "config.tls"),

@@ -146,6 +146,20 @@ applications:
 {{- if gt $cpus $cpusOffered -}}
 {{- fail (printf "config.models reserve %v CPUs in all, but the worker groups offer %v (replicas x resources.limits.cpu): the models would wait for ever" $cpus $cpusOffered) -}}
 {{- end -}}
+{{- range $model := .Values.config.models -}}
+{{- $cpus := float64 (ternary $model.num_cpus 1 (hasKey $model "num_cpus")) -}}
+{{- $gpus := float64 (default 0 $model.num_gpus) -}}
+{{- $fits := false -}}
+{{- range $.Values.workers -}}
+{{- $offered := include "patchbay.wholeCpus" .resources.limits.cpu | float64 -}}
+{{- if and (ge $offered $cpus) (ge (float64 (dig "limits" "nvidia.com/gpu" 0 .resources)) $gpus) -}}
+{{- $fits = true -}}
+{{- end -}}
+{{- end -}}
+{{- if not $fits -}}
+{{- fail (printf "config.models: a replica of %s reserves %v CPUs and %v GPUs, and no worker group has pods of that size (resources.limits): it would wait for ever" $model.name $cpus $gpus) -}}
+{{- end -}}
+{{- end -}}
 {{- if and .Values.gateway.enabled .Values.gateway.create (not .Values.gateway.tlsSecretName) -}}
 {{- fail "gateway.tlsSecretName is required: keys travel in every request, so the listener needs TLS" -}}
 {{- end -}}
