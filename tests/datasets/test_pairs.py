@@ -200,6 +200,11 @@ def test_shards_of_several_prompts_keep_each_ones_lengths(tmp_path: Any) -> None
     assert [row.tolist() for row in first.row_tokens("b")] == [row["b"] for row in data[:5]]
     assert [row.tolist() for row in first.row_tokens()] == [row["a"] for row in data[:5]]
     assert first.lengths_of("b").tolist() == [len(row["b"]) for row in data[:5]]
+    assert first.lengths_of("a").tolist() == first.lengths.tolist()
+    with pytest.raises(KeyError, match="no run was made over 'c'; there are: 'a', 'b'"):
+        first.row_tokens("c")
+    for kept in local_model().map(data, look, batch=3, keep=True)["b"]:
+        assert kept.lengths == tuple(len(data[row]["b"]) for row in kept.rows)
 
 
 def test_a_function_that_pairs_positions_takes_rows_of_equal_length_alone() -> None:
@@ -447,3 +452,27 @@ def test_pairs_of_images_and_rows_of_several_inputs() -> None:
         np.testing.assert_allclose(found["logits"][i], run.results["logits"], rtol=1e-3, atol=1e-4)
     with pytest.raises(TraceError, match="needs decoder_input_ids beside tokens: make its runs over a dict"):
         t5.map(data, lambda t, rows: {"a": t.run(rows["question"]).logits[:, -1]})
+
+
+def test_a_mask_in_a_loop_is_not_taken_for_the_one_outside() -> None:
+    """`run.mask` used first inside the body of a loop, then by a reduction."""
+
+    def look(run: Any) -> dict[str, Any]:
+        step = lambda carry, _: (ops.where(run.mask[:, :, None], carry * 0.5, 0.0), None)  # noqa: E731
+        halved, _ = pb.scan(step, run.embed, length=1)
+        return {"half": reduce.mean(halved), "whole": reduce.mean(run.embed), "n": reduce.count(run.mask)}
+
+    rows = token_rows(9, 5)
+    found = local_model().map(rows, look, batch=4)
+    np.testing.assert_allclose(found["half"] * 2, found["whole"], rtol=1e-6, atol=1e-9)
+    assert found["n"] == sum(map(len, rows))
+
+
+def test_a_short_answer_fits_behind_a_long_prompt() -> None:
+    """Room for continuations is that of each row's own, not of the first row's."""
+    data = [{"text": [3, 4], "answer": [5] * 6}, {"text": [7] * 31, "answer": [6]}]
+    found = local_model().map(data, lambda run: {"p": run.logprob(run.column("answer"))}, batch=2)
+    for i, row in enumerate(data):
+        with local_model().trace([row["text"]]) as run:
+            run.logprob([row["answer"]]).save("p")
+        np.testing.assert_allclose(found["p"][i], run.results["p"][0], atol=1e-4)

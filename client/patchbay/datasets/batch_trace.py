@@ -265,7 +265,8 @@ class BatchTrace(BaseTrace):
             if over is not None:
                 spans.append(Span(over.key, run.positions - run.seq))
             elif self.concrete and run.rows == len(self.batch.rows):  # the rows with a continuation behind them
-                spans.append(Span(next(iter(self.batch.rows[0].prompts), None), run.positions - self.batch.seq))
+                key = next(iter(self.batch.rows[0].prompts), None)
+                spans.append(Span(key, run.positions - self.batch.seq, every=False))
             else:
                 rows += run.rows
                 positions += run.rows * run.positions
@@ -313,10 +314,12 @@ class BatchTrace(BaseTrace):
         """True at tokens, bool [rows, seq]."""
         import numpy as np
 
-        if ("mask", key) not in self._late:
+        scopes = self.builder._scopes
+        name = ("mask", key, None if scopes is None else scopes.current)  # what a loop's body makes exists only there
+        if name not in self._late:
             lengths, seq = self.lengths_of(key), self.batch.seq_of(key)
-            self._late["mask", key] = self.constant(np.arange(seq)) >= (seq - lengths)[:, None]
-        return self._late["mask", key]
+            self._late[name] = self.constant(np.arange(seq)) >= (seq - lengths)[:, None]
+        return self._late[name]
 
     def ids_of(self, key: Key | None) -> Proxy:
         """Token ids, int64 [rows, seq]; 0 at padding."""

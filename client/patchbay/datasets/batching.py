@@ -242,10 +242,12 @@ class Span:
     Attributes:
         key: of its prompt; None for a run over other inputs.
         extra: positions behind the prompt: tokens that are generated, a continuation.
+        every: whether there are as many in every row.
     """
 
     key: Key | None
     extra: int = 0
+    every: bool = True
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,7 @@ class Finish:
         about = {
             "model": self._core.card.name,
             "revision": self._core.card.revision,
+            "prompts": list(self._template.prompts),
             "values": {
                 leaf.name: {
                     "layout": layout_of(leaf.sequence),

@@ -132,6 +132,7 @@ class Ledger:
         for leaf in template.collected:
             if leaf.output in kept:
                 info = kept[leaf.output]
+                along = next(iter(leaf.sequence.values()), None)  # whose tokens it follows
                 window.kept.append(
                     {
                         "name": leaf.name,
@@ -139,7 +140,7 @@ class Ledger:
                         "shape": list(info.shape),
                         "dtype": info.dtype.name,
                         "rows": [row.number for row in batch.rows],
-                        "lengths": [len(row.tokens) for row in batch.rows],
+                        "lengths": [len(row.tokens if along is None else row.prompts[along]) for row in batch.rows],
                     }
                 )
                 continue

@@ -58,9 +58,11 @@ def _locked(file: Path) -> int | None:
                 return handle
         except FileNotFoundError:
             pass
-        except OSError:
+        except BlockingIOError:
             os.close(handle)
             return None
+        except OSError:  # a file system without locks
+            return handle
         except BaseException:
             os.close(handle)
             raise

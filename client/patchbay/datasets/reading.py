@@ -136,7 +136,7 @@ class Reader:
 
     def _check_room(self, rows: Sequence[Row], learnt: Learnt) -> None:
         for span in learnt.spans:
-            if span.key is None or span.extra <= 0:
+            if span.key is None or span.extra <= 0 or not span.every:
                 continue
             for row in rows:
                 count = len(row.prompts[span.key])

@@ -141,7 +141,7 @@ class KeptRows(NamedTuple):
     Attributes:
         value: the artifact, [rows, ...], padded on the left as runs show them; a constant of further traces.
         rows: numbers of its rows in the data set.
-        lengths: how many tokens each has.
+        lengths: how many tokens each has, in the prompt that the value follows.
     """
 
     value: Any

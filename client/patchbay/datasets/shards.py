@@ -107,9 +107,10 @@ class Shard:
         tokens: token ids of all of them, one row after the other, int32.
     """
 
-    def __init__(self, path: Path, values: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(self, path: Path, index: Mapping[str, Any]) -> None:
         self._arrays = read_safetensors(path)
-        self._values = values
+        self._values: Mapping[str, Mapping[str, Any]] = index["values"]
+        self._prompts: list[Key] = index["prompts"]
         self.rows = self._arrays[ROWS]
         self.lengths = self._arrays[LENGTHS]
         self.tokens = self._arrays[TOKENS]
@@ -121,7 +122,12 @@ class Shard:
 
     def lengths_of(self, key: Key) -> NDArray[Any]:
         """Tokens of each row in a column that runs were made over, int64 [rows]."""
-        return self._arrays.get(f"{LENGTHS}.{key}", self.lengths)
+        return self._of_prompt(LENGTHS, key)
+
+    def _of_prompt(self, kind: str, key: Key | None) -> NDArray[Any]:
+        if key is not None and key not in self._prompts:
+            raise KeyError(f"no run was made over {key!r}; there are: {', '.join(map(repr, self._prompts))}")
+        return self._arrays[kind if key is None or key == self._prompts[0] else f"{kind}.{key}"]
 
     def row_arrays(self, name: str) -> list[NDArray[Any]]:
         """The value of each row, without padding."""
@@ -141,8 +147,7 @@ class Shard:
 
     def row_tokens(self, key: Key | None = None) -> list[NDArray[Any]]:
         """The token ids of each row, in the first prompt or in the column `key`."""
-        tokens = self.tokens if key is None else self._arrays.get(f"{TOKENS}.{key}", self.tokens)
-        return _cut(tokens, self.lengths if key is None else self.lengths_of(key))
+        return _cut(self._of_prompt(TOKENS, key), self._of_prompt(LENGTHS, key))
 
 
 def _cut(whole: NDArray[Any], lengths: NDArray[Any]) -> list[NDArray[Any]]:
@@ -183,7 +188,7 @@ class Shards:
         return len(self.index["shards"])
 
     def __getitem__(self, number: int) -> Shard:
-        return Shard(self._folder / self.index["shards"][number]["file"], self._values)
+        return Shard(self._folder / self.index["shards"][number]["file"], self.index)
 
     def __iter__(self) -> Iterator[Shard]:
         return (self[i] for i in range(len(self)))

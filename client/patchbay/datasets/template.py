@@ -36,6 +36,7 @@ class Template:
     Attributes:
         graph: the graph, with one batch's constants.
         over: for each of its runs over the rows, what it is made over.
+        prompts: columns that runs are made over.
         fills: nodes of constants that depend on the batch, and what makes them.
         state: the node of the lane's state so far; None for a lane's first batch.
         tree: what the function returned, its leaves replaced by `Collected` and `Reduced`.
@@ -49,6 +50,7 @@ class Template:
 
     graph: TracedGraph
     over: Mapping[int, Over]
+    prompts: tuple[Key, ...]
     fills: Mapping[int, Fill]
     state: int | None
     tree: Any
@@ -342,7 +344,17 @@ class Tracer:
         state = None if state_data is None else constants[id(state_data)]
         over = {} if trace.concrete else trace.over
         return Template(
-            graph, over, fills, state, tree, tuple(collected), tuple(reductions), layout, trace.concrete, self._core
+            graph,
+            over,
+            tuple(trace.batch.rows[0].prompts),
+            fills,
+            state,
+            tree,
+            tuple(collected),
+            tuple(reductions),
+            layout,
+            trace.concrete,
+            self._core,
         )
 
 
