@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -70,8 +69,9 @@ def _on_ray(config: Any, progress: ProgressLine) -> int:
 
 def _plain(config: Any, progress: ProgressLine) -> int:
     from patchbay_server import main
+    from patchbay_server.serving.replica import set_up_logging
 
-    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up_logging(config)
     main.serve_plain(
         config, progress=progress.say, ready=lambda port: _announce(config, port, progress, "plain gRPC, no Ray")
     )

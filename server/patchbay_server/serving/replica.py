@@ -45,6 +45,14 @@ def servicer_of(config: Config, catalog: Catalog) -> Servicer:
 def set_up_logging(config: Config) -> None:
     """Log what the configuration asks for, to stderr."""
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    core = logging.getLogger("grpc._cython.cygrpc")
+    core.setLevel(max(logging.INFO, logging.getLogger().level))  # below, it tells of its own event loop
+    core.addFilter(_no_story_of_a_client_that_left)
+
+
+def _no_story_of_a_client_that_left(record: logging.LogRecord) -> bool:
+    """gRPC writes a traceback for every call that is cancelled while it is answered, an ordinary end."""
+    return record.exc_info is None or getattr(record.exc_info[0], "__name__", "") != "ExecuteBatchError"
 
 
 class GrpcMethods:
