@@ -332,13 +332,22 @@ async def test_a_model_without_an_application() -> None:
         assert caught.value.reason == "MODEL_NOT_FOUND"
 
 
-@pytest.mark.parametrize("code", [grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE])
-async def test_a_stream_that_is_broken_off(code: grpc.StatusCode) -> None:
+@pytest.mark.parametrize(
+    ("code", "details"),
+    [
+        (grpc.StatusCode.CANCELLED, "Stream removed (RST_STREAM (Received RST_STREAM with error code 8))"),
+        (grpc.StatusCode.UNAVAILABLE, "Stream removed (RST_STREAM (Received RST_STREAM with error code 8))"),
+        (grpc.StatusCode.CANCELLED, "CANCELLED"),
+        (grpc.StatusCode.UNKNOWN, "Received http2 header with status: 500"),
+    ],
+    ids=["cancelled", "unavailable", "a server that stops", "a proxy without a server"],
+)
+async def test_a_stream_that_is_broken_off(code: grpc.StatusCode, details: str) -> None:
     """A replica that dies while it runs a graph is told as that, not as a request that the user cancelled."""
 
     async def dying(request: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
         yield serialize(service_pb2.ExecuteResponse(started={}))
-        await context.abort(code, "Stream removed (RST_STREAM (Received RST_STREAM with error code 8))")
+        await context.abort(code, details)
 
     async with _server(Execute=dying) as address, _connected(address) as transport:
         with pytest.raises(UnavailableError, match="broke off the call.*Run it again"):

@@ -64,8 +64,8 @@ SLOWEST_BYTES_PER_S = 256 * 2**10
 
 _TLS_SCHEMES = ("https://", "grpcs://")
 _PLAIN_SCHEMES = ("http://", "grpc://")
-#: How gRPC words the end of a stream that its server did not end.
-_BROKEN_OFF = ("RST_STREAM", "Stream removed")
+#: How gRPC words the end of a stream that its server did not end; the last: a proxy that has no server to send to.
+_BROKEN_OFF = ("RST_STREAM", "Stream removed", "Received http2 header with status: 5")
 _DETAILS_KEY = "grpc-status-details-bin"
 
 #: Calls that gRPC itself may send again.
@@ -421,8 +421,11 @@ class GrpcTransport(Transport):
                 # Details that contradict the status were not made for it.
                 if not isinstance(told, ServiceError) or told.code == code:
                     return told
-        if code in ("CANCELLED", "UNAVAILABLE") and any(sign in details for sign in _BROKEN_OFF):
-            # Seen behind HAProxy when a replica dies; a call that this side cancels does not come by here.
+        if (code, details) == ("CANCELLED", "CANCELLED") or (
+            code in ("CANCELLED", "UNAVAILABLE", "UNKNOWN") and any(sign in details for sign in _BROKEN_OFF)
+        ):
+            # Seen behind HAProxy when a replica dies or comes back, and from a server that is stopping when the call
+            # arrives; a call that this side cancels does not come by here.
             return service_error(
                 "UNAVAILABLE",
                 f"{self._address} broke off the call: the server or the replica that ran it was lost or restarted. Run"
@@ -462,7 +465,9 @@ def _options() -> list[tuple[str, Any]]:
         ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
         ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
         ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+        # gRPC waits for the longer of the two.
         ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.http2.ping_timeout_ms", 20_000),
         ("grpc.enable_retries", 1),
         ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
         ("grpc.primary_user_agent", f"patchbay/{__version__}"),
