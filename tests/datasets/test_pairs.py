@@ -238,6 +238,9 @@ def test_a_function_that_pairs_positions_takes_rows_of_equal_length_alone() -> N
     for function in (patch, by_position):
         with pytest.raises(TraceError, match="row 6 of the data set has . tokens in 'clean' and . in 'corrupt'.*pairs"):
             model.map(uneven, function, batch=4)
+    first = [{**data[0], "corrupt": [*data[0]["corrupt"], 5]}, *data[1:]]
+    with pytest.raises(TraceError, match="row 0 of the data set has 6 tokens in 'clean' and 7 in 'corrupt'.*pairs"):
+        model.map(first, patch, batch=4)
 
 
 def test_answers_are_numbers_labels_tokens_and_texts() -> None:

@@ -10,7 +10,7 @@ from patchbay.arrays import to_data
 from patchbay.datasets.axes import Axes, Growth, axes_of, growth_of, known, settle, wider
 from patchbay.datasets.batch_trace import BatchTrace, GeneratedText, Over, graph_run
 from patchbay.datasets.batching import Asked, Batch, Key, Row, Span
-from patchbay.datasets.cells import Fill
+from patchbay.datasets.cells import Fill, check_pairs
 from patchbay.datasets.columns import BatchRows
 from patchbay.datasets.reducers import HEADER, Parts, Reduction, layout_of, pack, unpack
 from patchbay.errors import GraphError, TraceError
@@ -181,7 +181,11 @@ class Tracer:
         """
         self.first = row
         batch = Batch(0, 0, (row,))
-        trace, leaves = self._call(batch)
+        try:
+            trace, leaves = self._call(batch)
+        except GraphError:
+            self._blame_lengths(row, batch)
+            raise
         spans, rows, positions = trace.spans()
         growth, paired, other = self._other(batch, trace)
         axes = {}
@@ -192,6 +196,16 @@ class Tracer:
                 axes[path] = axes_of(".".join(path), value, twin, batch, growth, paired)
         drawn = any(over.generation is not None and over.generation.temperature for over in trace.over.values())
         self.learnt = Learnt(tuple(spans), rows, positions, drawn, paired, axes)
+
+    def _blame_lengths(self, row: Row, batch: Batch) -> None:
+        """
+        Raises:
+            TraceError: the function fails for this row, and would not if its prompts were equally long.
+        """
+        longest = max(map(len, row.prompts.values()), default=0)
+        missing = {key: longest - len(tokens) for key, tokens in row.prompts.items()}
+        if any(missing.values()) and self._wider(batch, Growth(missing, {}, {})) is not None:
+            check_pairs([row], list(row.prompts))
 
     def _other(
         self, batch: Batch, trace: BatchTrace
