@@ -83,3 +83,20 @@ def test_any_chain_gives_the_same_bits(model: pb.Model, numbers: list[float], op
             t.save(value=value * 2.0, seen=t.run(IDS).embed[0, 0, 0])
         values.append(t.results["value"])
     np.testing.assert_array_equal(*values)
+
+
+def test_what_is_folded_of_one_graph_is_bounded(model: pb.Model) -> None:
+    """A plan keeps the constants that were folded: of hundreds of large ones the last are left to the run."""
+
+    def summed(disabled: Sequence[str]) -> tuple[np.ndarray, pb.Usage]:
+        with model.trace(disabled=disabled) as t:
+            value = t.constant(np.linspace(0, 1, 4_096, dtype=np.float32))
+            for _ in range(300):
+                value = value * 0.5 + 1.0
+            t.save(value=value + 0.0 * t.run(IDS).embed.sum())
+        return t.results["value"], t.usage
+
+    folded, usage = summed(())
+    plain, _ = summed(("fold_constants",))
+    np.testing.assert_array_equal(folded, plain)
+    assert usage.saved["fold_constants"] == 1_000_000 // 4_096
