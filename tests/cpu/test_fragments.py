@@ -186,7 +186,7 @@ def test_edits_stack_in_order_and_stay_apart() -> None:
         np.testing.assert_allclose(s, 2 * x + 1, rtol=1e-6)
         np.testing.assert_allclose(q, 4 * x, rtol=1e-6)
     assert [len(m.edits) for m in (model, once, both, other)] == [0, 1, 2, 2]
-    with pytest.raises(TraceError, match="function of a run"):
+    with pytest.raises(TraceError, match="an edit is a function"):
         model.edited(3)  # type: ignore[arg-type]
 
 
