@@ -20,6 +20,7 @@ from patchbay.ir.params import RAW, ParamSpec
 from patchbay_server.models.binding.compare import close, is_linear
 from patchbay_server.models.expert_parameters import expert_parameters
 from patchbay_server.models.layouts import Heads, Layout
+from patchbay_server.models.narrowing import output_embeddings
 from patchbay_server.models.taps import InputTap, NormTap, OutputTap, Tap
 
 
@@ -175,10 +176,8 @@ def _before_the_cap(
     model: torch.nn.Module, taps: Mapping[str, Tap], values: Mapping[str, torch.Tensor]
 ) -> Iterator[_Found]:
     """The unembedding where the logits are capped or scaled behind it."""
-    find: Any = getattr(model, "get_output_embeddings", None)
-    head = find() if callable(find) else None
-    path = next((p for p, m in model.named_modules() if m is head), None)
-    if head is None or path is None or "logits" not in taps:
+    path = output_embeddings(model)
+    if path is None or "logits" not in taps:
         return
     yield from _made(
         model,
@@ -219,10 +218,8 @@ def _made(
     split = matrix.ndim == 3
     product = torch.einsum("...d,hde->...he" if split else "...d,de->...e", given, matrix.to(given.dtype))
     bias = _bias(model, tap.path, tap.layout)
-    if close(product if bias is None else product + bias.of(model), values[site]):
-        yield f"{group}.W_{letter}", weight, axes
-        if bias is not None:
-            yield f"{group}.b_{letter}", bias, axes.replace("d_model, ", "")
+    names = (f"{group}.W_{letter}", axes), (f"{group}.b_{letter}", axes.replace("d_model, ", ""))
+    yield from _proved(model, product, values[site], weight, bias, names)
 
 
 def _taken(
@@ -247,11 +244,31 @@ def _taken(
         return
     equation = "...he,hed->...d" if matrix.ndim == 3 else "...e,ed->...d"
     product = torch.einsum(equation, given, matrix.to(given.dtype))
-    bias = _bias(model, tap.path, None)
-    if close(product if bias is None else product + bias.of(model), made):
-        yield f"{group}.W_{letter}", weight, axes
-        if bias is not None:
-            yield f"{group}.b_{letter}", bias, "d_model"
+    names = (f"{group}.W_{letter}", axes), (f"{group}.b_{letter}", "d_model")
+    yield from _proved(model, product, made, weight, _bias(model, tap.path, None), names)
+
+
+def _proved(
+    model: torch.nn.Module,
+    product: torch.Tensor,
+    expected: torch.Tensor,
+    weight: Parameter,
+    bias: Parameter | None,
+    names: tuple[tuple[str, str], tuple[str, str]],
+) -> Iterator[_Found]:
+    """A weight, and the bias that goes with it, if its product and that come to what was expected.
+
+    Args:
+        model: the model.
+        product: what the weight makes of what was given.
+        expected: what the model made of it.
+        weight, bias: the parameters.
+        names: name and axes of each.
+    """
+    if close(product if bias is None else product + bias.of(model), expected):
+        for (name, axes), parameter in zip(names, (weight, bias), strict=True):
+            if parameter is not None:
+                yield name, parameter, axes
 
 
 def _bias(model: torch.nn.Module, path: str, layout: Layout | None) -> Vector | None:
@@ -267,12 +284,8 @@ def _norm(
     if made is None or given is None or not isinstance(getattr(module, "weight", None), torch.Tensor):
         return
     gain = Vector(tap.path, "weight", offset=tap.form.gain_offset)
-    bias = _bias(model, tap.path, None)
-    product = given * gain.of(model).to(given.dtype)
-    if close(product if bias is None else product + bias.of(model), made):
-        yield f"{group}.w", gain, "d_model"
-        if bias is not None:
-            yield f"{group}.b", bias, "d_model"
+    product, names = given * gain.of(model).to(given.dtype), ((f"{group}.w", "d_model"), (f"{group}.b", "d_model"))
+    yield from _proved(model, product, made, gain, _bias(model, tap.path, None), names)
 
 
 def _in_out(module: torch.nn.Module) -> bool:
