@@ -423,6 +423,22 @@ async def test_closing_ends_what_waits(make: Callable[..., LocalBackend], engine
             await collect(events)
 
 
+async def test_closing_while_a_graph_is_prepared(
+    make: Callable[..., LocalBackend], engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that was being made ready when the server closed hears so, instead of waiting for an engine thread."""
+    backend, prepare = make(), engine.prepare
+
+    def closing(*args: Any, **kwargs: Any) -> Plan:
+        backend.close()
+        return prepare(*args, **kwargs)
+
+    monkeypatch.setattr(engine, "prepare", closing)
+    with pytest.raises(UnavailableError, match="shutting down"):
+        await asyncio.wait_for(collect(backend.execute(graph(local.INLINE_NODES + 1), OPTIONS, account="a")), 60)
+    assert backend.scheduler.admitted("a") == backend.scheduler.waiting == backend.scheduler.running == 0
+
+
 async def test_many_concurrent_requests_each_get_their_own(make: Callable[..., LocalBackend]) -> None:
     """Fifty requests of five accounts at once all end with their own value and Done."""
     backend = make()

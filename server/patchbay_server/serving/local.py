@@ -289,6 +289,7 @@ class LocalBackend:
             ticket.on_start = lambda: self._inbox.put(job)
             ticket.on_position = lambda position: channel.put(Queued(position))
             self._jobs.add(job)
+            self.check()  # the backend may have been closed, or its device have failed, while this was made ready
             deadline = loop.call_later(self._deadline_s, job.stop, self._too_late())
             self._scheduler.submit(ticket)
             while True:
