@@ -37,6 +37,14 @@ def here() -> str | None:
     return show_place(users_place())
 
 
+def stack_level() -> int:
+    """What ``warnings.warn`` of the caller takes as `stacklevel` to name the user's line."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
 def located(function: Callable[P, R]) -> Callable[P, R]:
     """`function`, whose errors about graphs and traces name the user's line; called in the user's own thread."""
 

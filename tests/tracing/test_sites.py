@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -362,3 +363,31 @@ def test_the_sweeps_writes_are_counted(model: Model, transport: CountingTranspor
         t.runs[0].embed.save()
     assert transport.tokenized == [[ITALY], [FRANCE]]
     assert isinstance(model.card.callables[0], CallableSpec)
+
+
+def test_an_update_of_a_variable_alone_is_warned_of(model: Model) -> None:
+    """`x *= 0` on a variable changes nothing in the run: whoever forgets to assign it is told, with the line."""
+    t = model.trace()
+    run = t.run(FRANCE)
+    lost = run.blocks[0].resid_post
+    lost *= 0
+    run.logits.save()
+    with pytest.warns(UserWarning, match=r"blocks\.0\.resid_post \* 0.*test_sites\.py:.* is not used") as caught:
+        t.execute()
+    assert [w.filename for w in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with model.trace(FRANCE) as run:
+            run.blocks[0].resid_post *= 0.5
+            run.blocks[0].mlp_out[:, -1] += 1.0
+            x = run.blocks[1].resid_pre
+            x += 1.0
+            run.blocks[1].resid_pre = x
+            total = run.blocks[1].resid_post
+            total += run.embed
+            total -= 1.0
+            run.save(total=total)
+        with model.trace(FRANCE) as run:
+            unused = run.embed * 2  # no update: nothing was to change
+            run.logits.save()
+    assert unused.shape == (1, 6, 8)

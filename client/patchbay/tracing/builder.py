@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -293,7 +293,7 @@ class GraphBuilder:
         Values that nothing uses are left out: ``x[...] = v`` makes Python read ``x`` first, and ``+=`` makes it add.
         Writes always stay, so that a mistake in one is found even where nothing reads past it.
         """
-        keep = self._needed(outputs) if prune else list(range(len(self.nodes)))
+        keep = self.needed(o.node for o in outputs) if prune else list(range(len(self.nodes)))
         runs = tuple(self.runs)
         if len(keep) == len(self.nodes):
             return self._traced(Graph(runs, tuple(self.nodes), tuple(outputs)), range(len(self.nodes)))
@@ -323,10 +323,11 @@ class GraphBuilder:
             revision=self.card.revision,
         )
 
-    def _needed(self, outputs: Sequence[Output]) -> list[int]:
+    def needed(self, wanted: Iterable[int]) -> list[int]:
+        """The nodes that lead to those that are wanted, and all writes with what leads to them."""
         needed = bytearray(len(self.nodes))
-        for output in outputs:
-            needed[output.node] = 1
+        for i in wanted:
+            needed[i] = 1
         for i in range(len(self.nodes) - 1, -1, -1):
             node = self.nodes[i]
             if needed[i] or node.op == "site.write":

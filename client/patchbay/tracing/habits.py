@@ -44,7 +44,7 @@ OPERATIONS: Mapping[str, str] = MappingProxyType(
         "lt": "less",
         "mm": "matmul",
         "bmm": "matmul",
-        "dot": "vecdot",
+        "dot": "matmul",
         "mod": "remainder",
         "movedim": "moveaxis",
         "mul": "multiply",
@@ -139,9 +139,11 @@ def numpy_function(function: Any, args: Sequence[object], kwargs: Mapping[str, o
     return function(*values[0], **values[1])
 
 
-def torch_function(function: Any) -> ProxyBoolError:
+def torch_function(function: Any, args: object) -> ProxyBoolError:
     """The error for ``torch.softmax(x, -1)``. Beside operators torch then asks the value itself."""
     name = getattr(function, "__name__", "?")
+    if _known(args) is not None:
+        return ProxyBoolError(f"torch.{name} takes tensors: torch.from_numpy(value.value)", location=here())
     return _unknown(f"torch.{name}", name)
 
 

@@ -154,7 +154,7 @@ class Proxy(Methods):
 
     @classmethod
     def __torch_function__(cls, function: Any, types: object, args: object = (), kwargs: object = None) -> Any:
-        raise habits.torch_function(function)
+        raise habits.torch_function(function, args)
 
     def __array_namespace__(self, *, api_version: str | None = None) -> ModuleType:
         import patchbay.ops
@@ -387,6 +387,8 @@ class Proxy(Methods):
             changed = lift(trace, operand)
         result = self._binary(op, other)
         result._update = _Update(self._node, mode, changed)
+        if place is not None:
+            trace.updated.add(result._node)
         return result
 
     def __iadd__(self, other: object) -> Proxy:
@@ -553,6 +555,7 @@ def write_site(
             first = update.target if read.op == "site.read" else read.args[0]
             if not builder.written_since(run, site, first):
                 mode, node = update.mode, update.operand
+                trace.updated.discard(value._node)
     elif isinstance(value, (bool, int, float, Created)):
         node = lift(trace, value)
     else:

@@ -7,6 +7,7 @@ an input and executing the graph.
 from __future__ import annotations
 
 import abc
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from patchbay.ir.graph import Run as GraphRun
 from patchbay.ir.ops.spec import TensorSpec
 from patchbay.ir.price import price, with_forwards
 from patchbay.ir.verify import verify
-from patchbay.places import here, located
+from patchbay.places import here, located, stack_level
 from patchbay.results import Price, Results, RunUsage, map_tree
 from patchbay.tokens import Tokens, label_of
 from patchbay.tracing.artifacts import Artifact
@@ -114,6 +115,8 @@ class BaseTrace(abc.ABC):
         self._timeout_s = timeout_s
         self._progress = progress
         self._first = first
+        #: Results of ``+=`` and the like on values read at sites that were not assigned back (yet).
+        self.updated: set[int] = set()
         self._state = "open"
         self._entered = False
         self._trees: dict[str, Any] = {}
@@ -397,11 +400,25 @@ class BaseTrace(abc.ABC):
         except BaseException as error:
             self._fail(error)
             raise
+        self._warn_of_lost_updates()
         self.builder.closed = "this trace has been sent; make another for further values"
         if graph.outputs:
             return graph
         self._finish(graph, None)
         return None
+
+    def _warn_of_lost_updates(self) -> None:
+        """``x = run.blocks[2].resid_post`` and then ``x *= 0`` changes nothing in the run: a value never changes."""
+        if not self.updated:
+            return
+        needed = set(self.builder.needed([*self._outputs, *self._kept]))
+        for node in sorted(self.updated - needed):
+            what, place = self.builder.describe(node), self.builder.location(node)
+            warnings.warn(
+                f"{what} was computed at {place} and is not used: += and *= on a variable make a new value; to write at"
+                " the site, assign to it: run.blocks[2].resid_post += v",
+                stacklevel=stack_level(),
+            )
 
     def _finish(self, graph: TracedGraph, outcome: Outcome | None) -> None:
         """Takes the results in."""
