@@ -72,7 +72,7 @@ class _Two(torch.nn.Module):
 def test_activations_are_known_by_what_they_compute(name: str, known: bool) -> None:
     """Spelled-out forms of torch's kernels are found; the kernels themselves, and functions torch lacks, are not."""
     model = torch.nn.ModuleDict({"layer": _Named(ACT2FN[name])})
-    assert list(find_activations(model, ["layer"])) == (["layer.act"] if known else [])
+    assert [each.path for each in find_activations(model, ["layer"])] == (["layer.act"] if known else [])
 
 
 def test_what_only_looks_alike_is_no_activation() -> None:
@@ -83,7 +83,7 @@ def test_what_only_looks_alike_is_no_activation() -> None:
 
 
 def test_an_activation_that_is_listened_to_is_left_alone() -> None:
-    """Where its operations are tapped, its forward is another's, or its values are of another type, it works itself."""
+    """Where it is tapped, replaced or exchanged, or its values are of another type, it works itself."""
     model = torch.nn.ModuleDict({"layer": _Named(ACT2FN["gelu_new"])})
     layer, some = model["layer"], torch.linspace(-3, 3, 50)
     assert isinstance(layer, _Named)
@@ -102,3 +102,6 @@ def test_an_activation_that_is_listened_to_is_left_alone() -> None:
         torch.testing.assert_close(layer.act(some), expected, rtol=1e-6, atol=1e-6)
         assert done == [50]
     assert "forward" not in layer.act.__dict__
+    layer.act = torch.nn.ReLU()
+    with one_kernel(model, found) as done:
+        assert torch.equal(layer.act(some), some.relu()) and done == [0]

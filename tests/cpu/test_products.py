@@ -120,3 +120,23 @@ def test_few_positions_and_recorded_operations_are_left_to_the_module() -> None:
             assert layer(some[:1]).shape == (1, 3, 8) and done == [0]
             torch.testing.assert_close(layer(some), expected)
             assert done == [6]
+
+
+class _Adapted(torch.nn.Linear):
+    """A product with something added, as adapters put in the place of a model's own modules."""
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        return super().forward(value) + 1.0
+
+
+def test_a_module_that_was_exchanged_since_is_left_alone() -> None:
+    """What is there now is more than a product, or has weights of another type: it works itself."""
+    model, some = torch.nn.ModuleDict({"layer": torch.nn.Linear(8, 8)}), torch.randn(2, 3, 8)
+    chosen = Products(("layer",), few=1)
+    model["layer"] = _Adapted(8, 8)
+    with torch.no_grad(), chosen.in_use(model) as done:
+        assert torch.equal(model["layer"](some), torch.nn.Module.__call__(model["layer"], some)) and done == [0]
+        assert "forward" not in model["layer"].__dict__
+    model["layer"] = torch.nn.Linear(8, 8).double()
+    with torch.no_grad(), chosen.in_use(model) as done:
+        assert model["layer"](some.double()).dtype == torch.float64 and done == [0]

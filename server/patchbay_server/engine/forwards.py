@@ -362,7 +362,7 @@ def _attached(hosted: HostedModel, calls: Sequence[ForwardCall], starts: Sequenc
 def _faster(hosted: HostedModel, calls: Sequence[ForwardCall]) -> Iterator[None]:
     """Products and activations are done by faster means, where every call allows it."""
     products = hosted.products if all(call.fast for call in calls) else None
-    activations = hosted.activations if all(call.one_kernel for call in calls) else {}
+    activations = hosted.activations if all(call.one_kernel for call in calls) else ()
     with (
         nullcontext([0]) if products is None else products.in_use(hosted.model) as positions,
         one_kernel(hosted.model, activations) as elements,

@@ -6,17 +6,20 @@ last bits. Modules are known by what they compute, not by their names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TypeAlias
 
 import torch
 
 from patchbay_server.models.operations import intercepted
 
+Kernel: TypeAlias = "Callable[[torch.Tensor], torch.Tensor]"
+
 #: What may stand for a module that computes the same.
-_KERNELS: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
+_KERNELS: tuple[Kernel, ...] = (
     partial(torch.nn.functional.gelu, approximate="tanh"),
     torch.nn.functional.gelu,
     torch.nn.functional.silu,
@@ -25,26 +28,41 @@ _KERNELS: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
 _ROUNDINGS = 4
 
 
-def find_activations(model: torch.nn.Module, layers: Sequence[str]) -> dict[str, int]:
+@dataclass(frozen=True)
+class Activation:
+    """A module that one kernel does.
+
+    Attributes:
+        path: its name in the model.
+        module: the module that was looked at.
+        kernel: what does the same.
+    """
+
+    path: str
+    module: torch.nn.Module
+    kernel: Kernel
+
+
+def find_activations(model: torch.nn.Module, layers: Sequence[str]) -> tuple[Activation, ...]:
     """The modules inside the layers that one kernel does, and which; in float32.
 
     Modules that give the kernel's own bits are left out: they call it already.
     """
     first = next(model.parameters(), None)
     if first is None or first.dtype != torch.float32:
-        return {}
-    found: dict[str, int] = {}
+        return ()
+    found: list[Activation] = []
     for layer in layers:
         for name, module in model.get_submodule(layer).named_modules(prefix=layer):
             if any(True for _ in module.children()) or any(True for _ in module.parameters()):
                 continue
             kernel = _kernel_of(module, first.device)
             if kernel is not None:
-                found[name] = kernel
-    return found
+                found.append(Activation(name, module, kernel))
+    return tuple(found)
 
 
-def _kernel_of(module: torch.nn.Module, device: torch.device) -> int | None:
+def _kernel_of(module: torch.nn.Module, device: torch.device) -> Kernel | None:
     some = torch.cat([torch.linspace(-12.0, 12.0, 4_001), torch.tensor([-1e4, -100.0, -0.0, 1e-6, 100.0, 1e4])])
     some = some.to(device).view(1, 1, -1)
     try:
@@ -54,18 +72,18 @@ def _kernel_of(module: torch.nn.Module, device: torch.device) -> int | None:
         return None
     if not isinstance(theirs, torch.Tensor) or theirs.shape != some.shape or theirs.dtype != some.dtype:
         return None
-    for number, kernel in enumerate(_KERNELS):
+    for kernel in _KERNELS:
         ours = kernel(some)
         if torch.equal(ours, theirs):
             return None
         room = _ROUNDINGS * torch.finfo(some.dtype).eps * theirs.abs().clamp(min=1.0)
         if bool(((ours - theirs).abs() <= room).all()):
-            return number
+            return kernel
     return None
 
 
 @contextmanager
-def one_kernel(model: torch.nn.Module, found: Mapping[str, int]) -> Iterator[list[int]]:
+def one_kernel(model: torch.nn.Module, found: Sequence[Activation]) -> Iterator[list[int]]:
     """While the body runs, the modules call their kernels; yields how many elements they did, in one number.
 
     Modules that something else has taken the place of, or whose operations somebody listens to, are left alone.
@@ -73,11 +91,11 @@ def one_kernel(model: torch.nn.Module, found: Mapping[str, int]) -> Iterator[lis
     done = [0]
     changed: list[torch.nn.Module] = []
     try:
-        for path, number in found.items():
-            module = model.get_submodule(path)
-            if "forward" in module.__dict__ or intercepted(model, path):
+        for each in found:
+            module = model.get_submodule(each.path)
+            if module is not each.module or "forward" in module.__dict__ or intercepted(model, each.path):
                 continue
-            module.__dict__["forward"] = _counted(module, _KERNELS[number], done)
+            module.__dict__["forward"] = _counted(module, each.kernel, done)
             changed.append(module)
         yield done
     finally:
@@ -85,7 +103,7 @@ def one_kernel(model: torch.nn.Module, found: Mapping[str, int]) -> Iterator[lis
             module.__dict__.pop("forward", None)
 
 
-def _counted(module: torch.nn.Module, kernel: Any, done: list[int]) -> Any:
+def _counted(module: torch.nn.Module, kernel: Kernel, done: list[int]) -> Kernel:
     def forward(value: torch.Tensor) -> torch.Tensor:
         if value.dtype != torch.float32:
             plain: torch.Tensor = type(module).forward(module, value)

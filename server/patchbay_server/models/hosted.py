@@ -15,6 +15,7 @@ from patchbay.ir.card import ModelCard
 from patchbay.ir.events import ChatMessage, ModelSummary, TokenizedRow
 from patchbay.ir.limits import Limits
 from patchbay.ir.params import NONE
+from patchbay_server.models.activations import Activation
 from patchbay_server.models.compiling import CompiledLayers
 from patchbay_server.models.continuation import Continuation
 from patchbay_server.models.inputs import Extents, ModelInputs, forward
@@ -43,7 +44,7 @@ class HostedModel:
         continuation: how forwards go on from earlier ones, as proved at load; None where they do not.
         unembedding: what makes the logits, where it was seen to make those of some positions alone.
         products: the modules whose products another library does faster, as measured at load; None for none.
-        activations: the modules that one kernel of torch's does, and which (`patchbay_server.models.activations`).
+        activations: the modules that one kernel of torch's does.
     """
 
     model: torch.nn.Module
@@ -60,7 +61,7 @@ class HostedModel:
     continuation: Continuation | None = None
     unembedding: Unembedding | None = None
     products: Products | None = None
-    activations: Mapping[str, int] = field(default_factory=dict)
+    activations: tuple[Activation, ...] = ()
     _tokenizer_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property

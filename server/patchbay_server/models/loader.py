@@ -174,7 +174,7 @@ def host(
         row_independent=sharing.holds,
         decodes_together=decoding.holds,
         continuation=going_on.how,
-        activations={} if going_on.how is None else find_activations(model, binding.layers),
+        activations=() if going_on.how is None else find_activations(model, binding.layers),
         products=None if going_on.how is None else find_products(model, binding.layers),
         unembedding=find_unembedding(model, binding.unembed or output_embeddings(model), offered, card, probes[0]),
     )

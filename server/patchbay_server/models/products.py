@@ -22,6 +22,8 @@ from patchbay_server.models.operations import intercepted
 
 Product: TypeAlias = "Callable[[torch.Tensor], torch.Tensor]"
 
+#: The modules whose forward is known to be a product and nothing else; their descendants may do more.
+_KINDS = (torch.nn.Linear, Conv1D)
 #: Elements of a weight from which on a product is more than its overheads.
 _LARGE = 2**18
 #: Positions that are tried at load, and how often at least and at most.
@@ -48,14 +50,15 @@ class Products:
     def in_use(self, model: torch.nn.Module) -> Iterator[list[int]]:
         """While the body runs, the modules work so; yields how many positions they did, in one number.
 
-        Modules that something else has taken the place of, or whose operations somebody listens to, are left alone.
+        Modules that something else has taken the place of since (an adapter, say), or whose operations somebody
+        listens to, are left alone.
         """
         done = [0]
         changed: list[torch.nn.Module] = []
         try:
             for path in self.paths:
                 module = model.get_submodule(path)
-                if "forward" in module.__dict__ or intercepted(model, path):
+                if type(module) not in _KINDS or "forward" in module.__dict__ or intercepted(model, path):
                     continue
                 module.__dict__["forward"] = _counted(module, self.few, done)
                 changed.append(module)
@@ -65,12 +68,14 @@ class Products:
                 del module.__dict__["forward"]
 
 
-def _counted(module: torch.nn.Module, few: int, done: list[int]) -> Product:
+def _counted(module: Any, few: int, done: list[int]) -> Product:
     product, plain = _product(module), type(module).forward
 
     def forward(value: torch.Tensor) -> torch.Tensor:
         count = value.numel() // max(value.shape[-1], 1)
-        if count < few or value.dtype != torch.float32 or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        kinds = {(value.dtype, value.device.type), (module.weight.dtype, module.weight.device.type)}
+        recorded = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
+        if count < few or recorded or kinds != {(torch.float32, "cpu")}:
             found: torch.Tensor = plain(module, value)
             return found
         done[0] += count
@@ -103,7 +108,7 @@ def find_products(model: torch.nn.Module, layers: Sequence[str]) -> Products | N
     for layer in layers:
         for name, module in model.get_submodule(layer).named_modules(prefix=layer):
             weight = getattr(module, "weight", None)
-            if type(module) not in (torch.nn.Linear, Conv1D) or not isinstance(weight, torch.Tensor):
+            if type(module) not in _KINDS or not isinstance(weight, torch.Tensor):
                 continue
             if weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.numel() < _LARGE:
                 continue
