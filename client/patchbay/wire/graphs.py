@@ -143,7 +143,7 @@ def decode_graph(message: graph_pb2.Graph, limits: Limits | None = None) -> Grap
     """
     limits = limits or Limits()
     _check_counts(message, limits)
-    state = _State(len(message.runs), limits.max_const_bytes)
+    state = _State(len(message.runs), limits)
     runs = tuple(_decode_run(run, f"runs[{index}]", state) for index, run in enumerate(message.runs))
     nodes = tuple(_decode_nodes(message.nodes, 0, state))
     bodies = tuple(_decode_body(body, f"bodies[{index}]", state) for index, body in enumerate(message.bodies))
@@ -153,9 +153,11 @@ def decode_graph(message: graph_pb2.Graph, limits: Limits | None = None) -> Grap
 class _State:
     """What decoding one graph carries from node to node."""
 
-    def __init__(self, n_runs: int, max_const_bytes: int) -> None:
+    def __init__(self, n_runs: int, limits: Limits) -> None:
         self.n_runs = n_runs
-        self._max_const_bytes = max_const_bytes
+        self.max_args = MAX_ARGS_PER_NODE * limits.max_nodes
+        self.n_args = 0
+        self._max_const_bytes = limits.max_const_bytes
         self._const_bytes = 0
         #: One object for equal names, and for equal attributes: thousands of nodes share a few dozen.
         self.names: dict[str, str] = {}
@@ -186,12 +188,8 @@ def _check_counts(message: graph_pb2.Graph, limits: Limits) -> None:
     _check_limit("max_tokens", "runs", sum(len(run.tokens) for run in message.runs), limits.max_tokens)
     inside = sum(1 + len(body.nodes) for body in message.bodies)
     _check_limit("max_nodes", "nodes", len(message.nodes) + inside, limits.max_nodes)
-    if message.ByteSize() <= MAX_ARGS_PER_NODE * limits.max_nodes:
-        return  # an argument takes a byte at least
-    args = sum(len(node.args) for node in message.nodes)
-    for body in message.bodies:
-        args += len(body.params) + len(body.results) + len(body.returns) + sum(len(node.args) for node in body.nodes)
-    _check_limit("max_args", "nodes", args, MAX_ARGS_PER_NODE * limits.max_nodes)
+    around = sum(len(body.params) + len(body.results) + len(body.returns) for body in message.bodies)
+    _check_limit("max_args", "nodes", around, MAX_ARGS_PER_NODE * limits.max_nodes)
 
 
 def _check_limit(limit: str, field: str, count: int, allowed: int) -> None:
@@ -256,6 +254,9 @@ def _decode_nodes(messages: Iterable[graph_pb2.Node], first: int, state: _State)
     names, n_runs = state.names, state.n_runs
     for position, message in enumerate(messages, first):
         args = tuple(message.args[:])  # a slice is copied at once, what is iterated over number by number
+        state.n_args += len(args)
+        if state.n_args > state.max_args:
+            _check_limit("max_args", "nodes", state.n_args, state.max_args)
         for arg in args:
             if arg >= position or arg < 0:
                 raise _forward_reference(args, position)
