@@ -365,9 +365,10 @@ async def test_nobody_listens() -> None:
 
 async def test_deadlines(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call that outlasts its deadline is a DeadlineExceededError, and the backend is told to stop."""
-    closed = asyncio.Event()
+    begun, closed = asyncio.Event(), asyncio.Event()
 
     async def forever(*args: object, **kwargs: object) -> AsyncIterator[Event]:
+        begun.set()
         try:
             await asyncio.Event().wait()
             yield Started()
@@ -375,9 +376,12 @@ async def test_deadlines(service: Service, monkeypatch: pytest.MonkeyPatch) -> N
             closed.set()
 
     monkeypatch.setattr(service.backend, "execute", forever)
-    with pytest.raises(DeadlineExceededError, match=r"did not finish within 0\.2 s"):
-        await _collect(service.transport, timeout_s=0.2)
-    await asyncio.wait_for(closed.wait(), 10)
+    for timeout_s in (0.2, 2.0, 20.0):  # where the machine is busy, a short one passes before the backend hears of it
+        with pytest.raises(DeadlineExceededError, match=f"did not finish within {timeout_s:g} s"):
+            await _collect(service.transport, timeout_s=timeout_s)
+        if begun.is_set():
+            break
+    await asyncio.wait_for(closed.wait(), 60)
 
 
 async def test_deadlines_leave_the_callers_own_code_alone(service: Service) -> None:
