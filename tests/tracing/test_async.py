@@ -110,7 +110,7 @@ async def test_cancelling_closes_the_stream() -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        await asyncio.wait_for(closed.wait(), 5)
+        await asyncio.wait_for(closed.wait(), 60)
 
 
 async def test_a_closed_client_says_so(model: AsyncModel, transport: CountingTransport) -> None:

@@ -198,7 +198,7 @@ async def test_closing_the_iteration_cancels_the_backend(service: Service, monke
     monkeypatch.setattr(service.backend, "execute", forever)
     async with aclosing(service.transport.execute("fake", GRAPH, OPTIONS, timeout_s=None)) as events:  # type: ignore[type-var]
         assert await anext(events) == Started()
-    await asyncio.wait_for(closed.wait(), 10)
+    await asyncio.wait_for(closed.wait(), 60)
 
 
 async def test_cancelling_the_task_cancels_the_backend(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,11 +215,11 @@ async def test_cancelling_the_task_cancels_the_backend(service: Service, monkeyp
 
     monkeypatch.setattr(service.backend, "execute", forever)
     task = asyncio.ensure_future(_collect(service.transport))
-    await asyncio.wait_for(started.wait(), 10)
+    await asyncio.wait_for(started.wait(), 60)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    await asyncio.wait_for(closed.wait(), 10)
+    await asyncio.wait_for(closed.wait(), 60)
 
 
 async def test_a_failed_call_leaves_the_next_one_right(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
