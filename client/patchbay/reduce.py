@@ -8,10 +8,10 @@
 
 Values have their rows first. Where a sequence axis follows, the samples are the tokens of all rows, padding left out;
 else the rows. What comes back has one result for each element of the axes behind: a `[rows, seq, d]` value has a mean
-`[d]`. ``over="rows"`` or ``over="tokens"`` says it where the shapes do not tell; ``over="steps"`` takes the steps that rows
-of a generating run came to, of a value `[rows, steps, ...]`. ``mask`` (bool, [rows] or [rows, seq])
-leaves samples out; ``by`` (integers, likewise) with ``groups=n`` reduces each group by itself, along a first axis
-``[groups, ...]``; samples of other numbers belong to no group.
+`[d]`. ``over="rows"`` or ``over="tokens"`` says it where the shapes do not tell; ``over="steps"`` takes the steps that
+rows of a generating run came to, of a value `[rows, steps, ...]`. ``mask`` (bool, [rows] or [rows, seq]) leaves samples
+out; ``by`` (integers, likewise) with ``groups=n`` reduces each group by itself, along a first axis ``[groups, ...]``;
+samples of other numbers belong to no group.
 """
 
 # The names are those of numpy and of patchbay.ops, builtins or not.
