@@ -107,7 +107,7 @@ def test_a_group_of_sites_is_no_value(run: Run, name: str) -> None:
 
 def test_misspelt_levels_are_suggested(run: Run) -> None:
     """Not only whole sites: a level of names too, with the line."""
-    refused(lambda: run.bloks, "did you mean 'blocks'", UnknownSiteError)
+    refused(lambda: run.block, "did you mean 'blocks'", UnknownSiteError)
     refused(lambda: run.blocks[0].atn, "did you mean 'attn'", UnknownSiteError)
     refused(lambda: run.blocks[7], "there are 2, 0 to 1", UnknownSiteError)
 
@@ -194,7 +194,7 @@ MODEL: dict[str, tuple[Callable[[Model], Any], str]] = {
     "generate: eos": (lambda m: run_of(m, eos="no"), "eos is True or False"),
     "generate: stop": (lambda m: run_of(m, stop=1.5), "stop takes texts"),
     "generate: stop by name": (lambda m: run_of(m, stop={"a": 1}), "stop takes texts"),
-    "generate: misspelt": (lambda m: run_of(m, temperatur=1.0), "did you mean 'temperature'"),
+    "generate: misspelt": (lambda m: run_of(m, temperature_=1.0), "did you mean 'temperature'"),
     "generate: stream": (lambda m: m.generate(FRANCE, max_new_tokens=2, stream=3), "stream is True.*not the int 3"),
     "a function by name": (lambda m: pb.function("probe"), r"by keyword: @pb\.function\(name='probe'\)"),
     "a function that is none": (lambda m: pb.function(3), "not the int 3"),
