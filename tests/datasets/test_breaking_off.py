@@ -303,9 +303,11 @@ def test_rows_that_are_done_are_not_held(tmp_path: Path) -> None:
             yield {"text": [3 + i % 20] * (1 + i % 3), "note": "x" * 4_000 + str(i)}
 
     how: dict[str, Any] = {"batch": 128, "window": 256, "resume": tmp_path / "state.json"}
+    model = local_model()
+    model.map([[3, 4]], lambda run: {"n": reduce.count(run.mask)})  # whatever is imported for it is here
     tracemalloc.start()
     try:
-        found = local_model().map(rows(), lambda run: {"n": reduce.count(run.mask)}, **how)
+        found = model.map(rows(), lambda run: {"n": reduce.count(run.mask)}, **how)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
