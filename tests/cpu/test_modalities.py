@@ -267,7 +267,7 @@ def test_images_change_what_follows_them() -> None:
         ("vit", {"pixel_values": np.zeros((2, 3, 8, 8))}, r"is \[rows, 3, 16, 16\], not \[2, 3, 8, 8\]"),
         ("vit", {"pixels": np.zeros((2, 3, 16, 16))}, "has no input 'pixels'"),
         ("t5", [[1, 2]], "needs the input 'decoder_input_ids'"),
-        ("t5", {"decoder_input_ids": [[1]]}, "needs 'text'"),
+        ("t5", {"decoder_input_ids": [[1]]}, "under 'text', beside decoder_input_ids"),
         ("t5", {"text": [[1, 2]], "decoder_input_ids": [[99]]}, "outside 0 to 49"),
         ("t5", {"text": [[1, 2]], "decoder_input_ids": [[1], [2]]}, "their rows differ"),
         ("whisper", {"input_features": np.zeros((1, 8, 20)), "decoder_input_ids": [[1] * 21]}, "at most 20"),
