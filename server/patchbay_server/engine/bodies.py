@@ -20,6 +20,7 @@ from patchbay.ir.ops import spec as op_spec
 from patchbay.ir.ops.control import BODY_ATTRS
 from patchbay.ir.price import value_bytes
 from patchbay_server.engine.direct import direct
+from patchbay_server.engine.gradients import take_gradients
 from patchbay_server.kernels import kernel
 
 #: Off switches.
@@ -271,18 +272,8 @@ class Program:
             raise named from error
 
     def _gradients(self, metric: torch.Tensor, wrt: Sequence[torch.Tensor], last: bool) -> tuple[torch.Tensor, ...]:
-        if not metric.requires_grad:
-            return tuple(map(torch.zeros_like, wrt))
         again = self._recording or self._twice
-        found = torch.autograd.grad(
-            metric if metric.ndim == 0 else metric.sum(),
-            wrt,
-            retain_graph=again or not last,
-            create_graph=again,
-            allow_unused=True,
-        )
-        # Where only operations without a derivative lie between, the gradient is zero.
-        return tuple(torch.zeros_like(w) if g is None else g for g, w in zip(found, wrt, strict=True))
+        return take_gradients(metric, wrt, keep=not last, twice=again)
 
     def _named(self, error: Exception, place: int) -> Exception:
         """`error` with body and node, where it is about the graph."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,13 +14,14 @@ from patchbay.ir.events import Event, Progress, Usage
 from patchbay.ir.graph import TensorData
 from patchbay.ir.ops.control import BODY_ATTRS
 from patchbay.ir.ops.spec import TensorSpec
-from patchbay_server.engine.bodies import SIDE_BY_SIDE
+from patchbay_server.engine.bodies import SIDE_BY_SIDE, detached
 from patchbay_server.engine.bypass import unseen_layers
 from patchbay_server.engine.constants import ARTIFACT_CACHE, ConstantCache
 from patchbay_server.engine.copies import HostCopies
 from patchbay_server.engine.forwards import ForwardCall, GoingOn, Leaving, SiteCall
 from patchbay_server.engine.fusing import ConstantWrite
 from patchbay_server.engine.generate import Decoding
+from patchbay_server.engine.gradients import frozen_parameters, take_gradients
 from patchbay_server.engine.loops import Loops
 from patchbay_server.engine.plan import Plan
 from patchbay_server.engine.prompts import KNOWN_PROMPTS, Prompts
@@ -112,7 +112,7 @@ class Execution:
             RequestCancelledError: `cancelled` turned true.
         """
         plan = self._plan
-        with _frozen_parameters(self._hosted.model, self.exclusive):
+        with frozen_parameters(self._hosted.model, self.exclusive):
             for number, each in enumerate(plan.passes):
                 yield from self._pass(each) if each.generation is None else self._generation(each)
                 self._copies.deliver(wait=False)
@@ -485,22 +485,13 @@ class Execution:
     def _gradients(self, step: Compute) -> tuple[torch.Tensor, ...]:
         metric, *wrt = (self._values[a] for a in step.args)
         how = self._plan.gradients[step.node]
-        found: Sequence[torch.Tensor | None] = [None] * len(wrt)
-        if metric.requires_grad:
-            keep = how.twice or how.shared
-            found = torch.autograd.grad(metric.sum(), wrt, retain_graph=keep, create_graph=how.twice, allow_unused=True)
-        # Where only operations without a derivative (argmax, comparisons) lie between, the gradient is zero.
-        parts = tuple(torch.zeros_like(w) if g is None else g for g, w in zip(found, wrt, strict=True))
+        parts = take_gradients(metric, wrt, keep=how.shared, twice=how.twice)
         if not how.twice:
             parts = tuple(part.detach() for part in parts)
         torch.set_grad_enabled(how.goes_on)
         for node, value in self._values.items():  # the recorded operations, and what they hold, are let go
-            if node in how.needed:
-                continue
-            if isinstance(value, torch.Tensor):
-                self._values[node] = value.detach()
-            elif isinstance(value, tuple):
-                self._values[node] = tuple(v.detach() for v in value)
+            if node not in how.needed:
+                self._values[node] = detached(value)
         return parts
 
     def _compute(self, step: Compute) -> None:
@@ -582,19 +573,6 @@ class Execution:
             error.node = self._plan.origin[node]
             error.field = error.field or f"nodes[{error.node}]"
         return error
-
-
-@contextmanager
-def _frozen_parameters(model: torch.nn.Module, needed: bool) -> Iterator[None]:
-    """Parameters collect no gradients, and nothing is recorded for their sake, while the body runs."""
-    thawed = [p for p in model.parameters() if p.requires_grad] if needed else []
-    for parameter in thawed:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in thawed:
-            parameter.requires_grad_(True)
 
 
 def _cancelled() -> RequestCancelledError:
