@@ -9,15 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import os
 import random
 import socket
-import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -46,107 +42,23 @@ from patchbay.ir.dtypes import bool_, float32, float64, int64
 from patchbay.ir.events import Done, Event, ExecuteOptions, TensorValue
 from patchbay.ir.graph import Graph, Node, Output, Run, TensorData
 from patchbay.ir.ops.spec import TensorSpec
-from patchbay.transport.grpc import GrpcTransport
 from patchbay.v1 import graph_pb2, service_pb2
 from patchbay.wire.events import EventDecoder
 from patchbay.wire.graphs import encode_graph
 from patchbay.wire.parse import parse, serialize
 from patchbay.wire.status import decode_status, service_error
+from tests.e2e.victim import GOOD, READ, TOKENS, Victim, connection, execute, good, unharmed, victim
 from tests.wire.hostile_server import KEY, MAX_REQUEST_BYTES
+
+__all__ = ["unharmed", "victim"]  # fixtures
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="reads the server's memory from /proc"),
     pytest.mark.timeout(120),
 ]
 
-#: Four requests of 20 MiB at once are held as network buffers, bytes and messages: 3 x 80 MiB; measured 320 MiB.
-MAX_GROWTH_BYTES = 448 * 2**20
-ROOT = Path(__file__).resolve().parents[2]
 EXECUTE = "/patchbay.v1.PatchbayService/Execute"
-
-R, N, O = Run(((2, 3, 4),)), Node, Output  # noqa: E741
-READ = N("site.read", attrs={"site": "blocks.1.resid_post"}, run=0)
-GOOD = Graph(runs=(R,), nodes=(READ,), outputs=(O("h", 0),))
-
-
-@dataclass
-class Victim:
-    """The server's process.
-
-    Attributes:
-        process: its process.
-        address: host:port.
-        log: what it wrote to stderr.
-        expected: events of the good request before anything hostile was sent.
-        baseline_bytes: its memory then.
-    """
-
-    process: subprocess.Popen[str]
-    address: str
-    log: Path
-    expected: list[TensorValue] = field(default_factory=list)
-    baseline_bytes: int = 0
-
-    def peak_bytes(self) -> int:
-        """The most memory that it has ever had."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-
-
-@pytest.fixture(scope="module")
-def victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Victim]:
-    log = tmp_path_factory.mktemp("hostile") / "server.log"
-    with log.open("w") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.wire.hostile_server"],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    assert line, log.read_text()
-    victim = Victim(process, f"127.0.0.1:{line.strip()}", log)
-    victim.expected = [e for e in asyncio.run(_good(victim.address)) if isinstance(e, TensorValue)]
-    victim.baseline_bytes = victim.peak_bytes()
-    yield victim
-    process.communicate(timeout=30)
-    assert process.returncode == 0, log.read_text()
-
-
-async def _good(address: str) -> list[Event]:
-    async with _connection(address) as transport:
-        return [e async for e in transport.execute("tiny", GOOD, ExecuteOptions(), timeout_s=60)]
-
-
-@contextlib.asynccontextmanager
-async def _connection(address: str, key: str | None = KEY) -> AsyncIterator[GrpcTransport]:
-    transport = GrpcTransport(address, api_key=key)
-    try:
-        yield transport
-    finally:
-        await transport.close()
-
-
-@pytest.fixture(autouse=True)
-async def unharmed(victim: Victim) -> AsyncIterator[None]:
-    """After each test: alive, right, small, and without a traceback in the log."""
-    yield
-    assert victim.process.poll() is None
-    events = await _good(victim.address)
-    assert [e for e in events if isinstance(e, TensorValue)] == victim.expected
-    assert isinstance(events[-1], Done)
-    grown = victim.peak_bytes() - victim.baseline_bytes
-    assert grown < MAX_GROWTH_BYTES, f"{grown / 2**20:.0f} MiB"
-    assert "Traceback" not in victim.log.read_text()
-
-
-async def _execute(victim: Victim, graph: Graph, options: ExecuteOptions | None = None) -> list[Event]:
-    async with _connection(victim.address) as transport:
-        return [e async for e in transport.execute("tiny", graph, options or ExecuteOptions(), timeout_s=60)]
+R, N, O = TOKENS, Node, Output  # noqa: E741
 
 
 async def _raw(victim: Victim, data: bytes, metadata: Sequence[tuple[str, Any]] | None = None) -> list[Event]:
@@ -271,7 +183,7 @@ HUGE: dict[str, Graph] = {
 async def test_too_large(victim: Victim, name: str) -> None:
     """A small request that would need a lot is refused from its static shapes, naming the limit."""
     with pytest.raises(LimitExceededError) as caught:
-        await _execute(victim, HUGE[name])
+        await execute(victim, HUGE[name])
     assert caught.value.limit
     assert caught.value.limit in str(caught.value)
     assert caught.value.requested > caught.value.allowed > 0
@@ -291,7 +203,7 @@ async def test_too_large(victim: Victim, name: str) -> None:
 async def test_shapes_beyond_machines(victim: Victim, attrs: dict[str, Any]) -> None:
     """Extents whose product overflows, negative ones, and a hundred axes are GraphErrors of that node."""
     with pytest.raises(GraphError) as caught:
-        await _execute(victim, _outputs(N("zeros", attrs=attrs)))
+        await execute(victim, _outputs(N("zeros", attrs=attrs)))
     assert caught.value.node == 0
 
 
@@ -299,7 +211,7 @@ async def test_a_long_chain_that_is_allowed(victim: Victim) -> None:
     """Ten thousand nodes in a row are no hazard: the depth of a graph is not the depth of any stack."""
     chain = [_const(_zeros(2)), N("const", attrs={"scalar": 1.0})]
     chain += [N("add", (i + 1 if i else 0, 1)) for i in range(10_000)]
-    events = await _execute(victim, _outputs(*chain))
+    events = await execute(victim, _outputs(*chain))
     (value,) = (e.value for e in events if isinstance(e, TensorValue))
     assert memoryview(bytes(value.data)).cast("f").tolist() == [10_000.0] * 2
 
@@ -400,19 +312,19 @@ async def test_wrong(victim: Victim, name: str) -> None:
     """A graph that breaks a rule is refused with the most specific error."""
     graph, expected = WRONG[name]
     with pytest.raises(expected) as caught:
-        await _execute(victim, graph)
+        await execute(victim, graph)
     assert not isinstance(caught.value, LimitExceededError)
 
 
 async def test_read_only_sites(victim: Victim) -> None:
     """Where the card names a site that cannot be written, writing it is refused."""
-    async with _connection(victim.address) as transport:
+    async with connection(victim.address) as transport:
         card = await transport.get_model("tiny")
     locked = [site.name for site in card.sites if not site.writable and site.absent is None]
     for name in locked[:1]:
         nodes = (_const(_zeros(1)), N("site.write", (0,), {"site": name}, run=0), READ)
         with pytest.raises(SiteNotWritableError):
-            await _execute(victim, Graph((R,), nodes, (O("x", 2),)))
+            await execute(victim, Graph((R,), nodes, (O("x", 2),)))
     assert any(site.writable for site in card.sites)
 
 
@@ -428,7 +340,7 @@ async def test_nan_and_infinity_are_values(victim: Victim, bits: bytes) -> None:
     )
     both = Graph((R, R), (*nodes, N("site.read", attrs=READ.attrs, run=1)), (O("bad", 2), O("good", 3)))
     options = ExecuteOptions(deterministic=True)  # rows that share a forward may differ in the last bit
-    values = {e.name: e for e in await _execute(victim, both, options) if isinstance(e, TensorValue)}
+    values = {e.name: e for e in await execute(victim, both, options) if isinstance(e, TensorValue)}
     assert not values["bad"].finite
     assert values["good"].finite
     assert bytes(values["good"].value.data) == bytes(victim.expected[0].value.data)
@@ -446,7 +358,7 @@ async def test_double_constants(victim: Victim, value: float) -> None:
     )
     outcome: object
     try:
-        outcome = await _execute(victim, Graph((R,), nodes, (O("x", 2),)))
+        outcome = await execute(victim, Graph((R,), nodes, (O("x", 2),)))
     except GraphError as error:
         outcome = error
     assert outcome
@@ -558,7 +470,7 @@ async def test_oversized(victim: Victim) -> None:
 async def test_large_requests_at_once(victim: Victim) -> None:
     """Memory stays bounded when large refused requests come together."""
     graph = _outputs(_const(_zeros(5 * 2**20)))
-    outcomes = await asyncio.gather(*(_execute(victim, graph) for _ in range(4)), return_exceptions=True)
+    outcomes = await asyncio.gather(*(execute(victim, graph) for _ in range(4)), return_exceptions=True)
     assert {type(outcome) for outcome in outcomes} == {LimitExceededError}
 
 
@@ -605,7 +517,7 @@ async def test_unknown_models(victim: Victim, model: str) -> None:
 async def test_tokenize_of_nonsense(victim: Victim) -> None:
     """Control characters, unpaired marks, long words and no text at all are tokenized or refused, never fatal."""
     texts = ["", "\x00", "\u202e" * 100, "a" * 100_000, "👩‍👩‍👧‍👦" * 100, " " * 10_000]
-    async with _connection(victim.address) as transport:
+    async with connection(victim.address) as transport:
         rows = await transport.tokenize("tiny", texts)
         assert [len(row.ids) == len(row.strings) for row in rows] == [True] * len(texts)
         with pytest.raises(LimitExceededError):
@@ -649,7 +561,7 @@ async def test_mutations_of_a_good_request(victim: Victim) -> None:
 
 async def test_cancelled_calls(victim: Victim) -> None:
     """Forty calls that are dropped at their first event leave nothing behind."""
-    async with _connection(victim.address) as transport:
+    async with connection(victim.address) as transport:
 
         async def drop() -> Event:
             async with aclosing(transport.execute("tiny", GOOD, ExecuteOptions(), timeout_s=60)) as events:  # type: ignore[type-var]
@@ -671,7 +583,7 @@ async def test_other_protocols_on_the_port(victim: Victim) -> None:
     ):
         with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=5) as connection:
             connection.sendall(data)
-    assert isinstance((await _good(victim.address))[-1], Done)
+    assert isinstance((await good(victim.address))[-1], Done)
     for connection in silent:
         connection.close()
 

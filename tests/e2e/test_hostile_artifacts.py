@@ -1,6 +1,6 @@
 """Hostile uploads over a real connection: a typed error each, nothing left behind, and little memory taken.
 
-The victim is that of test_hostile.py, in a process of its own: after every test it still answers a good request with
+The victim (`tests.e2e.victim`) is in a process of its own: after every test it still answers a good request with
 the same bytes.
 """
 
@@ -30,7 +30,7 @@ from patchbay.v1 import artifact_pb2
 from patchbay.wire.artifacts import encode_put
 from patchbay.wire.parse import serialize
 from patchbay.wire.status import decode_status, service_error
-from tests.e2e.test_hostile import Victim, _connection, _execute, unharmed, victim
+from tests.e2e.victim import Victim, connection, execute, unharmed, victim
 from tests.wire.hostile_server import KEY, MAX_ARTIFACTS
 
 __all__ = ["unharmed", "victim"]  # fixtures
@@ -130,7 +130,7 @@ async def test_declarations_without_measure(victim: Victim) -> None:
 async def test_ten_thousand_tiny_artifacts(victim: Victim) -> None:
     """A flood is stopped by the limit on their number; what was stored is all there, and can be deleted."""
     stored = refused = 0
-    async with _connection(victim.address) as transport:
+    async with connection(victim.address) as transport:
 
         async def put(number: int) -> None:
             nonlocal stored, refused
@@ -155,7 +155,7 @@ async def test_ten_thousand_tiny_artifacts(victim: Victim) -> None:
 async def test_large_uploads_at_once_take_little_memory(victim: Victim) -> None:
     """Eight at a time stream through; those beyond the quota are refused, and the rest are whole."""
     values = [tensor(seed, 3 * 2**20) for seed in range(8)]
-    async with _connection(victim.address) as transport:
+    async with connection(victim.address) as transport:
         results = await asyncio.gather(
             *(transport.put_artifact(announced(value), value) for value in values), return_exceptions=True
         )
@@ -174,7 +174,7 @@ async def test_graphs_that_name_what_is_not_there(victim: Victim, digest: str) -
     """A digest that nobody has, and what is no digest, are errors at their node; nothing outside is looked at."""
     const = Node("const", (), {"artifact": digest, "shape": (4,), "dtype": float32.name})
     with pytest.raises(PatchbayError) as error:
-        await _execute(victim, Graph((), (const,), (Output("x", 0),)))
+        await execute(victim, Graph((), (const,), (Output("x", 0),)))
     assert isinstance(error.value, NotFoundError) or getattr(error.value, "node", None) == 0
 
 
